@@ -1,0 +1,8 @@
+//! vfio-broker: a privileged daemon that opens VFIO devices and hands the open file descriptors to
+//! unprivileged VMMs, and the client, the typed kernel calls and the simulated kernel that go with
+//! it.
+//!
+//! - [`kernel`]: the ioctl layer, typed, with the real Linux behind it.
+
+pub mod fdpass;
+pub mod kernel;
