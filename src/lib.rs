@@ -3,6 +3,8 @@
 //! it.
 //!
 //! - [`kernel`]: the ioctl layer, typed, with the real Linux behind it.
+//! - [`protocol`]: what is said on the broker's socket.
 
 pub mod fdpass;
 pub mod kernel;
+pub mod protocol;

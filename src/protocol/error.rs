@@ -1,0 +1,117 @@
+//! The errors of the interface, as they are on the wire: a name, and what goes with it.
+
+use serde::{Deserialize, Serialize};
+
+/// Who holds something.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// The lease's public name.
+    pub lease: String,
+    /// What its holder called the VM.
+    pub vm: String,
+    /// The tenant it belongs to.
+    pub tenant: String,
+    /// The uid that acquired it.
+    pub uid: u32,
+    /// The process that acquired it.
+    pub pid: i32,
+}
+
+/// A function that keeps its group from being viable.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Blocker {
+    /// Which function.
+    pub bdf: String,
+    /// The driver it is on.
+    pub driver: String,
+    /// What to do about it.
+    pub fix: String,
+}
+
+/// Everything that a call can fail with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(tag = "error", content = "parameters")]
+#[allow(missing_docs)] // each field is described in the .varlink file
+pub enum Error {
+    /// The policy does not allow it.
+    #[serde(rename = "org.vfiobroker.Broker.Denied")]
+    #[error("denied by {rule}: {reason}")]
+    Denied { rule: String, reason: String },
+    /// A function of the group is on a driver that is not VFIO's.
+    #[serde(rename = "org.vfiobroker.Broker.NotViable")]
+    #[error("group {group} is not viable: {}", list(.blockers))]
+    NotViable { group: u32, blockers: Vec<Blocker> },
+    /// Somebody has it.
+    #[serde(rename = "org.vfiobroker.Broker.Busy")]
+    #[error("{device} is busy{}", held_by(.holder, .since))]
+    Busy {
+        device: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        holder: Option<Holder>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        since: Option<u64>,
+    },
+    /// Nobody has it, and the kernel has not shown yet that it is free.
+    #[serde(rename = "org.vfiobroker.Broker.Quarantined")]
+    #[error("{device} is not known to be free yet: {reason}")]
+    Quarantined { device: String, since: u64, reason: String },
+    /// It does not fit with what is there.
+    #[serde(rename = "org.vfiobroker.Broker.Conflict")]
+    #[error("{what}: {why}")]
+    Conflict { what: String, why: String },
+    /// A limit would be passed.
+    #[serde(rename = "org.vfiobroker.Broker.OverLimit")]
+    #[error("over the limit: {limit} is at most {most}, this would make {asked}")]
+    OverLimit { limit: String, most: u64, asked: u64 },
+    /// There is no such device.
+    #[serde(rename = "org.vfiobroker.Broker.NoSuchDevice")]
+    #[error("no such device: {device}")]
+    NoSuchDevice { device: String },
+    /// There is no such lease, or that is not its key.
+    #[serde(rename = "org.vfiobroker.Broker.NoSuchLease")]
+    #[error("no lease {lease} with that key")]
+    NoSuchLease { lease: String },
+    /// The request makes no sense.
+    #[serde(rename = "org.vfiobroker.Broker.BadRequest")]
+    #[error("bad request: {field}: {reason}")]
+    BadRequest { field: String, reason: String },
+    /// This host, or this broker, can't do that.
+    #[serde(rename = "org.vfiobroker.Broker.Unsupported")]
+    #[error("{what} is not supported: {why}")]
+    Unsupported { what: String, why: String },
+    /// The kernel refused.
+    #[serde(rename = "org.vfiobroker.Broker.Kernel")]
+    #[error("{call} on {object} failed: {name} ({errno}); {hint}")]
+    Kernel { call: String, object: String, errno: i32, name: String, hint: String },
+    /// Varlink's own: no such interface.
+    #[serde(rename = "org.varlink.service.InterfaceNotFound")]
+    #[error("no interface {interface}")]
+    InterfaceNotFound { interface: String },
+    /// Varlink's own: no such method.
+    #[serde(rename = "org.varlink.service.MethodNotFound")]
+    #[error("no method {method}")]
+    MethodNotFound { method: String },
+    /// Varlink's own: the method only works with `more`.
+    #[serde(rename = "org.varlink.service.ExpectedMore")]
+    #[error("this method needs \"more\"")]
+    ExpectedMore {},
+}
+
+fn list(blockers: &[Blocker]) -> String {
+    let each = blockers.iter().map(|b| format!("{} is on {} ({})", b.bdf, b.driver, b.fix));
+    each.collect::<Vec<_>>().join("; ")
+}
+
+fn held_by(holder: &Option<Holder>, since: &Option<u64>) -> String {
+    let who = holder.as_ref().map_or(String::new(), |h| {
+        format!(": vm {:?} of {} (pid {}, uid {}) holds it", h.vm, h.tenant, h.pid, h.uid)
+    });
+    who + &since.map_or(String::new(), |at| format!(" since {at}"))
+}
+
+impl Error {
+    /// A [`Error::BadRequest`] about one field.
+    pub fn bad(field: impl Into<String>, reason: impl ToString) -> Self {
+        Self::BadRequest { field: field.into(), reason: reason.to_string() }
+    }
+}

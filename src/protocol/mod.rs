@@ -1,0 +1,21 @@
+//! The Varlink interface `org.vfiobroker.Broker`: message types, errors and framing, shared by the
+//! daemon and the client. No I/O happens here.
+
+mod device_spec;
+mod error;
+mod frame;
+mod messages;
+
+pub use device_spec::{Bdf, DeviceSpec};
+pub use error::{Blocker, Error, Holder};
+pub use frame::{Frames, MAX_MESSAGE, Oversize};
+pub use messages::*;
+
+/// The interface's name.
+pub const INTERFACE: &str = "org.vfiobroker.Broker";
+
+/// The interface, in Varlink's own language: what `GetInterfaceDescription` returns.
+pub const DESCRIPTION: &str = include_str!("org.vfiobroker.Broker.varlink");
+
+/// Where the broker listens unless told otherwise.
+pub const SOCKET_PATH: &str = "/run/vfio-broker/broker.sock";
