@@ -2,6 +2,9 @@
 
 use super::parse::{self, Fields, u32_at, u64_at};
 use super::{Arg, Error, Ioctl, Kernel, Node, Request, Result, request};
+use nix::errno::Errno;
+use nix::libc::RLIM_INFINITY;
+use nix::sys::resource::{Resource, getrlimit};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use vfio_bindings::bindings::vfio as uapi;
@@ -238,7 +241,12 @@ impl Container {
     pub fn map(&self, map: &DmaMap) -> Result<()> {
         let mut bytes =
             Fields::with_argsz().u32(map.flags).u64(map.vaddr).u64(map.iova).u64(map.size).done();
-        self.ioctl_struct(request::IOMMU_MAP_DMA, &mut bytes).map(drop)
+        self.ioctl_struct(request::IOMMU_MAP_DMA, &mut bytes).map(drop).map_err(|mut error| {
+            if error.errno == Errno::ENOMEM {
+                error.note = Some(memlock_note(map.size).into());
+            }
+            error
+        })
     }
 
     /// `VFIO_IOMMU_UNMAP_DMA`: returns the bytes that were unmapped, 0 where nothing was.
@@ -292,6 +300,18 @@ impl Container {
     /// answer replaces `bytes`.
     pub fn raw(&self, request: Request, arg: Arg<'_>) -> Result<i32> {
         self.ioctl(request, arg)
+    }
+}
+
+/// Pinned memory counts against RLIMIT_MEMLOCK, and ENOMEM is all that the kernel says about it.
+fn memlock_note(size: u64) -> String {
+    let needed = format!("{size} bytes more were to be pinned");
+    match getrlimit(Resource::RLIMIT_MEMLOCK) {
+        Ok((RLIM_INFINITY, _)) | Err(_) => needed,
+        Ok((soft, _)) => format!(
+            "{needed} and this process's RLIMIT_MEMLOCK allows {soft} in all: raise it \
+             (ulimit -l, prlimit --memlock, or LimitMEMLOCK= of its unit)"
+        ),
     }
 }
 
