@@ -3,8 +3,11 @@
 //! it.
 //!
 //! - [`kernel`]: the ioctl layer, typed, with the real Linux behind it.
+//! - `policy`: who may have what (feature `daemon`).
 //! - [`protocol`]: what is said on the broker's socket.
 
 pub mod fdpass;
 pub mod kernel;
+#[cfg(feature = "daemon")]
+pub mod policy;
 pub mod protocol;

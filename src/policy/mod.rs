@@ -1,0 +1,65 @@
+//! Who may have what: the policy file, its checks, and the decisions with their reasons. Pure: no
+//! I/O happens here.
+//!
+//! Nothing is allowed unless the file says so, for root too, and a deny beats every allow. Every
+//! decision names the rule that made it and its place in the file.
+
+mod decide;
+mod device;
+mod parse;
+mod peer;
+mod problem;
+mod reader;
+mod shadow;
+mod tenant;
+
+pub use decide::{Decision, Refusal};
+pub use device::{DeviceFacts, Id};
+pub use peer::{Names, OVERFLOW_ID, Peer};
+pub use problem::{Problem, Problems, Severity};
+pub use tenant::{Limits, Risk, SharedContainer, Tenant, Trust, Verb};
+
+use device::DeviceRule;
+use tenant::{DenyAll, Listed};
+
+/// Where the policy is unless told otherwise.
+pub const POLICY_PATH: &str = "/etc/vfio-broker/policy.toml";
+
+/// A policy file that was read and found good.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// The file's name without its directories: as decisions call it.
+    file: String,
+    tenants: Vec<Tenant>,
+    containers: Vec<SharedContainer>,
+    deny: Vec<DenyAll>,
+    warnings: Problems,
+}
+
+impl Policy {
+    /// Reads a policy. `file_name` is for messages; `names` finds users and groups.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it, not only the first thing.
+    pub fn parse(file_name: &str, text: &str, names: &dyn Names) -> Result<Self, Problems> {
+        parse::policy(file_name, text, names)
+    }
+
+    /// What is allowed and probably not meant.
+    pub fn warnings(&self) -> &Problems {
+        &self.warnings
+    }
+
+    /// The tenants, in the order in which they are tried.
+    pub fn tenants(&self) -> &[Tenant] {
+        &self.tenants
+    }
+
+    /// The shared containers.
+    pub fn containers(&self) -> &[SharedContainer] {
+        &self.containers
+    }
+}
+
+#[cfg(test)]
+mod tests;

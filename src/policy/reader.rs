@@ -1,0 +1,277 @@
+//! Reading TOML values of one shape or reporting what they are instead. Each function reports and
+//! gives back what is left of it, so that all of a file's mistakes are found in one go.
+
+use super::problem::Report;
+use std::ops::Range;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+/// A value with its place.
+pub(super) type Value<'i> = Spanned<DeValue<'i>>;
+
+/// A table whose keys are known, with its place.
+pub(super) struct Section<'a, 'i> {
+    table: &'a DeTable<'i>,
+    pub(super) span: Range<usize>,
+}
+
+impl<'a, 'i> Section<'a, 'i> {
+    pub(super) fn get(&self, key: &str) -> Option<&'a Value<'i>> {
+        self.table.get(key)
+    }
+
+    /// How many keys there are.
+    pub(super) fn len(&self) -> usize {
+        self.table.len()
+    }
+}
+
+impl Report<'_> {
+    /// A table with these keys and no others.
+    pub(super) fn section<'a, 'i>(
+        &mut self,
+        value: &'a Value<'i>,
+        what: &str,
+        known: &[&str],
+    ) -> Option<Section<'a, 'i>> {
+        let Some(table) = value.get_ref().as_table() else {
+            self.not_a(value, what, "a table");
+            return None;
+        };
+        Some(self.known_keys(table, value.span(), what, known))
+    }
+
+    /// The same for a table that is known to be one.
+    pub(super) fn known_keys<'a, 'i>(
+        &mut self,
+        table: &'a DeTable<'i>,
+        span: Range<usize>,
+        what: &str,
+        known: &[&str],
+    ) -> Section<'a, 'i> {
+        for key in table.keys().filter(|key| !known.contains(&key.get_ref().as_ref())) {
+            let name = key.get_ref();
+            let problem = self.error(key.span(), format!("{what} has no key `{name}`"));
+            problem.help(match special_key(what, name) {
+                Some(help) => help.to_owned(),
+                None => did_you_mean(name, known),
+            });
+        }
+        Section { table, span }
+    }
+
+    fn not_a(&mut self, value: &Value<'_>, what: &str, expected: &str) {
+        let kind = value.get_ref().type_str();
+        self.error(value.span(), format!("{what} must be {expected}, not {}", a(kind)));
+    }
+
+    pub(super) fn string<'a>(&mut self, value: &'a Value<'_>, what: &str) -> Option<&'a str> {
+        let text = value.get_ref().as_str();
+        if text.is_none() {
+            self.not_a(value, what, "a string");
+        }
+        text
+    }
+
+    pub(super) fn boolean(&mut self, value: &Value<'_>, what: &str) -> Option<bool> {
+        let truth = value.get_ref().as_bool();
+        if truth.is_none() {
+            self.not_a(value, what, "true or false");
+        }
+        truth
+    }
+
+    /// A whole number from 0 on.
+    pub(super) fn number(&mut self, value: &Value<'_>, what: &str) -> Option<u64> {
+        let Some(integer) = value.get_ref().as_integer() else {
+            self.not_a(value, what, "a whole number");
+            return None;
+        };
+        let number = u64::from_str_radix(integer.as_str(), integer.radix()).ok();
+        if number.is_none() {
+            self.error(
+                value.span(),
+                format!("{what} must be a whole number from 0 to {}", u64::MAX),
+            );
+        }
+        number
+    }
+
+    /// Bytes: a whole number, or one with a unit.
+    pub(super) fn size(&mut self, value: &Value<'_>, what: &str) -> Option<u64> {
+        let Some(text) = value.get_ref().as_str() else { return self.number(value, what) };
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (count, unit) = text.split_at(digits);
+        let shift = match unit.trim_start() {
+            "" => Some(0),
+            "KiB" => Some(10),
+            "MiB" => Some(20),
+            "GiB" => Some(30),
+            "TiB" => Some(40),
+            _ => None,
+        };
+        let bytes = shift.and_then(|shift| count.parse::<u64>().ok()?.checked_mul(1 << shift));
+        if bytes.is_none() {
+            self.error(value.span(), format!("{what} must be a size, not {text:?}"))
+                .help("write it as \"512MiB\" or \"4GiB\" (KiB, MiB, GiB, TiB: powers of 1024)");
+        }
+        bytes
+    }
+
+    /// The items of a list; an empty one is an error.
+    pub(super) fn list<'a, 'i>(&mut self, value: &'a Value<'i>, what: &str) -> &'a [Value<'i>] {
+        let Some(items) = value.get_ref().as_array() else {
+            self.not_a(value, what, "a list");
+            return &[];
+        };
+        if items.is_empty() {
+            self.error(value.span(), format!("{what} is empty")).help("leave the key out instead");
+        }
+        items
+    }
+
+    /// One item without brackets, or a list.
+    pub(super) fn one_or_list<'a, 'i>(
+        &mut self,
+        value: &'a Value<'i>,
+        what: &str,
+    ) -> &'a [Value<'i>] {
+        if value.get_ref().is_array() {
+            return self.list(value, what);
+        }
+        std::slice::from_ref(value)
+    }
+
+    /// The tables of `[[what]]`.
+    pub(super) fn tables<'a, 'i>(
+        &mut self,
+        section: &Section<'a, 'i>,
+        what: &str,
+    ) -> &'a [Value<'i>] {
+        let Some(value) = section.get(what) else { return &[] };
+        match value.get_ref().as_array() {
+            Some(items) => items,
+            None => {
+                self.not_a(value, what, "a list of tables");
+                if value.get_ref().is_table() {
+                    self.error(value.span(), format!("[{what}] is one table"))
+                        .help(format!("write [[{what}]], with two brackets"));
+                }
+                &[]
+            }
+        }
+    }
+
+    /// One of some words.
+    pub(super) fn word<T: Copy>(
+        &mut self,
+        value: &Value<'_>,
+        what: &str,
+        words: &[(&str, T)],
+    ) -> Option<T> {
+        let text = self.string(value, what)?;
+        if let Some((_, meant)) = words.iter().find(|(word, _)| *word == text) {
+            return Some(*meant);
+        }
+        let known: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
+        self.error(value.span(), format!("{what} can't be {text:?}"))
+            .help(did_you_mean(text, &known));
+        None
+    }
+
+    /// A list of words, none of them twice.
+    pub(super) fn words<T: Copy + PartialEq>(
+        &mut self,
+        value: &Value<'_>,
+        what: &str,
+        words: &[(&str, T)],
+    ) -> Vec<T> {
+        let mut found = Vec::new();
+        for item in self.list(value, what) {
+            let Some(word) = self.word(item, &format!("an entry of {what}"), words) else {
+                continue;
+            };
+            if found.contains(&word) {
+                self.error(item.span(), format!("{what} has this twice"));
+            } else {
+                found.push(word);
+            }
+        }
+        found
+    }
+
+    /// A name as it can stand in a log line, a list and a file name.
+    pub(super) fn name(&mut self, section: &Section<'_, '_>, what: &str) -> Option<String> {
+        let Some(value) = section.get("name") else {
+            self.error(section.span.clone(), format!("{what} needs a name"))
+                .help("add `name = \"...\"`");
+            return None;
+        };
+        let name = self.string(value, "name")?;
+        let good = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+        if name.is_empty() || name.len() > 64 || !name.bytes().all(good) {
+            self.error(value.span(), format!("{name:?} can't be a name"))
+                .help("a name is 1 to 64 of A-Z a-z 0-9 - _ .");
+            return None;
+        }
+        Some(name.to_owned())
+    }
+}
+
+/// Help for keys that people will try and that are elsewhere on purpose.
+fn special_key(what: &str, key: &str) -> Option<&'static str> {
+    match (what, key) {
+        ("a tenant", "containers") => {
+            Some("who may join a container is said once, in [[container]] members")
+        }
+        ("a tenant", "uid" | "uids" | "username") => {
+            Some("write `user = ...`: a name, a uid, or a list")
+        }
+        ("a tenant", "gid" | "gids") => Some("write `group = ...`: a name, a gid, or a list"),
+        ("a tenant", "selinux") => Some("write `label = \"user:role:type\"`"),
+        ("a tenant", "new_id") => {
+            Some("drivers are chosen for one device at a time; new_id is never written")
+        }
+        ("a device", "vendor" | "device") => Some("write `id = \"8086:10d3\"`"),
+        _ => None,
+    }
+}
+
+/// The nearest of the known words, or all of them.
+pub(super) fn did_you_mean(word: &str, known: &[&str]) -> String {
+    let near = known.iter().map(|known| (distance(word, known), known)).min();
+    match near {
+        Some((distance, near)) if distance <= 1.max(near.len() / 3) => {
+            format!("did you mean `{near}`?")
+        }
+        _ if known.is_empty() => "there is none".into(),
+        _ => format!("it can be {}", known.join(", ")),
+    }
+}
+
+/// How many letters must be changed, added, left out, or swapped with their neighbour.
+fn distance(a: &str, b: &str) -> usize {
+    // Words are short; what is not is no misspelling of one.
+    let a: Vec<char> = a.chars().take(64).collect();
+    let b: Vec<char> = b.chars().take(64).collect();
+    let mut rows = vec![(0..=b.len()).collect::<Vec<usize>>()];
+    for i in 1..=a.len() {
+        let mut row = vec![i];
+        for j in 1..=b.len() {
+            let change = rows[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
+            let mut best = change.min(rows[i - 1][j] + 1).min(row[j - 1] + 1);
+            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                best = best.min(rows[i - 2][j - 2] + 1);
+            }
+            row.push(best);
+        }
+        rows.push(row);
+    }
+    rows[a.len()][b.len()]
+}
+
+/// With its article.
+fn a(kind: &str) -> String {
+    let vowel = kind.starts_with(['a', 'e', 'i', 'o', 'u']);
+    format!("{} {kind}", if vowel { "an" } else { "a" })
+}
