@@ -4,10 +4,19 @@
 //!
 //! - [`kernel`]: the ioctl layer, typed, with the real Linux behind it.
 //! - `policy`: who may have what (feature `daemon`).
+//! - `host`: what is in this machine (feature `daemon`).
+//! - `ledger`: who has what, and the rules of sharing (feature `daemon`).
+//! - `broker`: carries the ledger's decisions out on a kernel (feature `daemon`).
 //! - [`protocol`]: what is said on the broker's socket.
 
+#[cfg(feature = "daemon")]
+pub mod broker;
 pub mod fdpass;
+#[cfg(feature = "daemon")]
+pub mod host;
 pub mod kernel;
+#[cfg(feature = "daemon")]
+pub mod ledger;
 #[cfg(feature = "daemon")]
 pub mod policy;
 pub mod protocol;

@@ -1,0 +1,58 @@
+//! What the broker takes from and gives to the daemon.
+
+use crate::policy::Peer;
+use crate::protocol::{Acquired, Event};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// Who calls: what the kernel says of the peer, never what it says of itself.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// From SO_PEERCRED and its kin.
+    pub peer: Peer,
+}
+
+/// What an Acquire gave.
+#[derive(Debug)]
+pub struct Grant {
+    /// The reply; its `fds` describe the open files beside it.
+    pub reply: Acquired,
+    /// The open files, in the reply's order. The lease's lifeline is among them: a grant that
+    /// can't be delivered is undone by dropping it.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// One lease pipe. A lease can have several; it ends when all have hung up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LifelineId(pub(crate) u64);
+
+/// A lease whose last lifeline hung up: its devices are to be reclaimed.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "give it to Broker::reclaim on a worker"]
+pub struct Ended(pub(crate) crate::ledger::LeaseId);
+
+/// What the broker tells the daemon. Called without any of the broker's locks, on the thread that
+/// made the call; must not block and must not call the broker.
+pub trait Observer: Send + Sync {
+    /// A lease pipe has been made: watch this write end for EPOLLERR, then call
+    /// [`Broker::hung_up`](super::Broker::hung_up).
+    fn lifeline_opened(&self, id: LifelineId, write_end: Arc<OwnedFd>);
+
+    /// The broker is done with it. The holder sees the end of the lease only when the observer has
+    /// dropped its reference to the write end, so it does that at once.
+    fn lifeline_closed(&self, id: LifelineId);
+
+    /// Something happened to a lease, for Watch. Who may know is what
+    /// [`Broker::may_see`](super::Broker::may_see) says.
+    fn event(&self, event: &Event);
+}
+
+/// An observer that takes no interest; leases then end by Release alone.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Nobody;
+
+impl Observer for Nobody {
+    fn lifeline_opened(&self, _: LifelineId, _: Arc<OwnedFd>) {}
+    fn lifeline_closed(&self, _: LifelineId) {}
+    fn event(&self, _: &Event) {}
+}

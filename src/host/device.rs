@@ -1,0 +1,104 @@
+//! One PCI device as sysfs shows it.
+
+use super::{gone_is_none, link, list, read};
+use crate::kernel::{Kernel, Result};
+use crate::policy::DeviceFacts;
+use crate::protocol::{Bdf, Blocker};
+
+/// A PCI device.
+#[derive(Clone, Debug)]
+pub struct Device {
+    /// What a policy can ask about.
+    pub facts: DeviceFacts,
+    /// The driver it is bound to.
+    pub driver: Option<String>,
+    /// Whether that is a VFIO driver, vfio-pci or any variant.
+    pub on_vfio: bool,
+    /// Whether it can have VFs.
+    pub sriov: bool,
+}
+
+/// Drivers under which a device leaves its group viable although they are not VFIO's: they never
+/// touch DMA.
+const HARMLESS: [&str; 2] = ["pcieport", "pci-stub"];
+
+impl Device {
+    /// Reads one device; `None` where it is gone.
+    pub(super) fn scan(kernel: &dyn Kernel, bdf: Bdf) -> Result<Option<Self>> {
+        let path = format!("bus/pci/devices/{bdf}");
+        let number = |name: &str| -> Result<Option<u32>> {
+            let text = gone_is_none(read(kernel, &format!("{path}/{name}")))?;
+            Ok(text.and_then(|text| hex(&text)))
+        };
+        let Some(vendor) = number("vendor")? else { return Ok(None) };
+        let id = |name: &str| number(name).map(|id| id.unwrap_or(0) as u16);
+        let facts = DeviceFacts {
+            bdf,
+            vendor: vendor as u16,
+            device: id("device")?,
+            subsystem_vendor: id("subsystem_vendor")?,
+            subsystem_device: id("subsystem_device")?,
+            class: number("class")?.unwrap_or(0),
+            physfn: name_of_link(kernel, &format!("{path}/physfn"))?
+                .and_then(|name| name.parse().ok()),
+            serial: None,
+        };
+        let driver = name_of_link(kernel, &format!("{path}/driver"))?;
+        let on_vfio = match &driver {
+            None => false,
+            // Linux before 6.1 has no vfio-dev; there only the name tells.
+            Some(driver) if driver.contains("vfio") => true,
+            Some(_) => gone_is_none(list(kernel, &format!("{path}/vfio-dev")))?
+                .is_some_and(|names| !names.is_empty()),
+        };
+        let total = gone_is_none(read(kernel, &format!("{path}/sriov_totalvfs")))?;
+        let sriov = total.is_some_and(|text| text.trim().parse().is_ok_and(|count: u32| count > 0));
+        Ok(Some(Self { facts, driver, on_vfio, sriov }))
+    }
+
+    /// Its address.
+    pub fn bdf(&self) -> Bdf {
+        self.facts.bdf
+    }
+
+    /// A PCI-to-PCI bridge, which never leaves its driver.
+    pub fn is_bridge(&self) -> bool {
+        self.facts.class >> 8 == 0x0604
+    }
+
+    /// What keeps the device's group from being viable, if this device does.
+    pub(super) fn blocks(&self) -> Option<Blocker> {
+        let driver = self.driver.as_deref()?;
+        let blocks = !self.on_vfio && !self.is_bridge() && !HARMLESS.contains(&driver);
+        blocks.then(|| self.blocker())
+    }
+
+    /// The device as something that stands in the way, and how it gets onto vfio-pci.
+    pub fn blocker(&self) -> Blocker {
+        let bdf = self.bdf();
+        let device = format!("/sys/bus/pci/devices/{bdf}");
+        let unbind = self
+            .driver
+            .as_ref()
+            .map_or(String::new(), |_| format!(" && echo {bdf} > {device}/driver/unbind"));
+        Blocker {
+            bdf: bdf.to_string(),
+            driver: self.driver.clone().unwrap_or_else(|| "no driver".into()),
+            fix: format!(
+                "modprobe vfio-pci && echo vfio-pci > {device}/driver_override{unbind} && \
+                 echo {bdf} > /sys/bus/pci/drivers_probe"
+            ),
+        }
+    }
+}
+
+fn name_of_link(kernel: &dyn Kernel, path: &str) -> Result<Option<String>> {
+    let target = gone_is_none(link(kernel, path))?;
+    Ok(target.map(|target| target.rsplit('/').next().unwrap_or_default().to_owned()))
+}
+
+/// A number as sysfs writes ids: `0x8086\n`.
+fn hex(text: &str) -> Option<u32> {
+    let text = text.trim();
+    u32::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok()
+}

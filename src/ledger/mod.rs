@@ -1,0 +1,104 @@
+//! Who has what: leases, groups, address spaces, mappings, and the rules of sharing them.
+//!
+//! A state machine with no I/O, no clock, no open file and no randomness. The broker applies a
+//! [`Request`], carries out the [`Effect`]s it gets back on a kernel, and reports how that went with
+//! further requests. What is asked for counts as taken from the moment it is asked for, so nobody
+//! else can get it meanwhile; what fails is reported as undone and leaves no trace.
+//!
+//! A request that is refused changes nothing.
+
+mod acquire;
+mod lease;
+mod mapping;
+mod reclaim;
+mod request;
+
+pub use lease::{
+    Group, GroupState, Handed, Lease, LeaseId, Mapping, Member, NotALeaseId, Phase, Space, Trust,
+};
+pub use request::{Acquire, Effect, Extend, Quota, Refusal, Request, WantedGroup};
+
+use std::collections::BTreeMap;
+
+/// Everything that is held, is being acquired, or is not known to be free again.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ledger {
+    leases: BTreeMap<LeaseId, Lease>,
+    groups: BTreeMap<u32, Group>,
+}
+
+impl Ledger {
+    /// Applies one request; returns what is to be carried out, in order.
+    ///
+    /// # Errors
+    /// A [`Refusal`]; the ledger is then as it was.
+    pub fn apply(&mut self, request: Request) -> Result<Vec<Effect>, Refusal> {
+        match request {
+            Request::Acquire(acquire) => self.acquire(acquire),
+            Request::Extend(extend) => self.extend(extend),
+            Request::Commit { lease } => self.commit(lease),
+            Request::Abort { lease } => self.abort(lease),
+            Request::Map { lease, iova, size, quota } => self.map(lease, iova, size, quota),
+            Request::MapDone { lease, iova, made } => self.map_done(lease, iova, made),
+            Request::Unmap { lease, iova, size } => self.unmap(lease, iova, size),
+            Request::UnmapDone { lease, iova, gone } => self.unmap_done(lease, iova, gone),
+            Request::End { lease } => self.end(lease),
+            Request::Reclaim { lease } => self.reclaim(lease),
+            Request::Detached { group } => self.detached(group),
+            Request::Freed { group } => self.freed(group),
+            Request::Stuck { group, reason, at } => self.stuck(group, reason, at),
+        }
+    }
+
+    /// Every lease, ended ones that are not reclaimed yet among them.
+    pub fn leases(&self) -> impl Iterator<Item = &Lease> {
+        self.leases.values()
+    }
+
+    /// A lease that can be used: granted, and not ended.
+    pub fn live(&self, id: LeaseId) -> Option<&Lease> {
+        self.leases.get(&id).filter(|lease| lease.phase == Phase::Held)
+    }
+
+    /// A lease in any phase.
+    pub fn lease(&self, id: LeaseId) -> Option<&Lease> {
+        self.leases.get(&id)
+    }
+
+    /// What is known of a group; `None` where it is free.
+    pub fn group(&self, id: u32) -> Option<&Group> {
+        self.groups.get(&id)
+    }
+
+    /// Every group that is not free, with its number.
+    pub fn groups(&self) -> impl Iterator<Item = (u32, &Group)> {
+        self.groups.iter().map(|(id, group)| (*id, group))
+    }
+
+    /// The groups of a lease.
+    pub fn groups_of(&self, id: LeaseId) -> impl Iterator<Item = (u32, &Group)> {
+        self.groups().filter(move |(_, group)| group.lease == id)
+    }
+
+    /// Leases that share an address space with `lease`, itself among them.
+    fn members<'a>(&'a self, lease: &'a Lease) -> impl Iterator<Item = &'a Lease> {
+        self.leases.values().filter(move |other| {
+            other.id == lease.id
+                || matches!(
+                    (&other.space, &lease.space),
+                    (Space::Shared { name: a, .. }, Space::Shared { name: b, .. }) if a == b
+                )
+        })
+    }
+
+    fn live_mut(&mut self, id: LeaseId) -> Result<&mut Lease, Refusal> {
+        self.leases
+            .get_mut(&id)
+            .filter(|lease| lease.phase == Phase::Held)
+            .ok_or(Refusal::NoSuchLease(id))
+    }
+
+    fn any_mut(&mut self, id: LeaseId) -> Result<&mut Lease, Refusal> {
+        self.leases.get_mut(&id).ok_or(Refusal::NoSuchLease(id))
+    }
+}

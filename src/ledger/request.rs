@@ -1,0 +1,246 @@
+//! What the ledger is asked and told, and what it answers.
+
+use super::{LeaseId, Member, Space};
+use crate::protocol::{Bdf, Handout};
+
+/// Something to enter into the ledger.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// A new lease is wanted. `Commit` or `Abort` follows.
+    Acquire(Acquire),
+    /// More devices are wanted for a lease. `Commit` or `Abort` follows.
+    Extend(Extend),
+    /// All effects of the acquisition in flight have been carried out.
+    Commit {
+        /// Which lease.
+        lease: LeaseId,
+    },
+    /// The acquisition in flight failed, and what had been done is undone.
+    Abort {
+        /// Which lease.
+        lease: LeaseId,
+    },
+    /// Memory is to be mapped. `MapDone` follows.
+    Map {
+        /// Which lease.
+        lease: LeaseId,
+        /// First address.
+        iova: u64,
+        /// Bytes.
+        size: u64,
+        /// What the lease's tenant may have.
+        quota: Quota,
+    },
+    /// How mapping went.
+    MapDone {
+        /// Which lease.
+        lease: LeaseId,
+        /// The mapping's first address.
+        iova: u64,
+        /// It is there.
+        made: bool,
+    },
+    /// Whole mappings are to be taken back. `UnmapDone` follows for each effect.
+    Unmap {
+        /// Which lease.
+        lease: LeaseId,
+        /// First address.
+        iova: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// How unmapping one went.
+    UnmapDone {
+        /// Which lease.
+        lease: LeaseId,
+        /// The mapping's first address.
+        iova: u64,
+        /// It is gone.
+        gone: bool,
+    },
+    /// Its holder is gone or gives it back.
+    End {
+        /// Which lease.
+        lease: LeaseId,
+    },
+    /// An ended lease is to be taken back, for the first time or again.
+    Reclaim {
+        /// Which lease.
+        lease: LeaseId,
+    },
+    /// A group of an ended lease is in no address space any more.
+    Detached {
+        /// Which group.
+        group: u32,
+    },
+    /// The kernel has shown that nobody has anything of the group.
+    Freed {
+        /// Which group.
+        group: u32,
+    },
+    /// The kernel has shown that somebody still does.
+    Stuck {
+        /// Which group.
+        group: u32,
+        /// What it said.
+        reason: String,
+        /// When, in seconds since 1970.
+        at: u64,
+    },
+}
+
+/// A new lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Acquire {
+    /// Its public name, not used by any lease that is known.
+    pub lease: LeaseId,
+    /// Whose it is to be.
+    pub tenant: String,
+    /// What its holder calls the VM.
+    pub vm: String,
+    /// Who asks.
+    pub uid: u32,
+    /// Who asks.
+    pub pid: i32,
+    /// When, in seconds since 1970.
+    pub at: u64,
+    /// In which form the fds are to be given.
+    pub handout: Handout,
+    /// The address space.
+    pub space: Space,
+    /// The devices and their groups.
+    pub groups: Vec<WantedGroup>,
+    /// What the tenant may have.
+    pub quota: Quota,
+}
+
+/// More devices for a lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Extend {
+    /// Which lease.
+    pub lease: LeaseId,
+    /// The devices and their groups; groups that the lease has may be among them.
+    pub groups: Vec<WantedGroup>,
+    /// What the tenant may have.
+    pub quota: Quota,
+}
+
+/// Devices wanted from one group.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WantedGroup {
+    /// Its number.
+    pub id: u32,
+    /// No IOMMU is behind it.
+    pub noiommu: bool,
+    /// All its devices on VFIO drivers.
+    pub members: Vec<Member>,
+    /// The devices to use.
+    pub devices: Vec<Bdf>,
+    /// The devices that nobody is to use meanwhile.
+    pub withhold: Vec<Bdf>,
+}
+
+/// What a tenant may have in all, what waits to be reclaimed included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quota {
+    /// Leases.
+    pub leases: u64,
+    /// Devices, withheld ones included.
+    pub devices: u64,
+    /// Mappings that the broker makes.
+    pub mappings: u64,
+    /// Bytes in them.
+    pub mapped_bytes: u64,
+}
+
+/// Something to carry out on the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Open the lease's container; a shared one only if it is not there yet.
+    OpenSpace,
+    /// Open a group and see that it is viable.
+    OpenGroup(u32),
+    /// Attach a group to the container; where it is the first one there, choose the IOMMU type.
+    Attach(u32),
+    /// Open a device of an attached group.
+    OpenDevice(u32, Bdf),
+    /// Map this range.
+    Map {
+        /// First address.
+        iova: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// Unmap this mapping.
+    Unmap {
+        /// First address.
+        iova: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// Unmap whatever is in the container, whoever mapped it.
+    UnmapAll,
+    /// Take a group out of its container and close it.
+    Detach(u32),
+    /// Open the group afresh, which shows that nobody else has it open, and close it.
+    Prove(u32),
+}
+
+/// Why something was not entered.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// No such lease, or not in a phase for this.
+    #[error("no lease {0}")]
+    NoSuchLease(LeaseId),
+    /// Something of the lease is in flight.
+    #[error("lease {0} has something in flight")]
+    InFlight(LeaseId),
+    /// The device's group is another lease's.
+    #[error("{device} is in group {group}, which lease {holder} has")]
+    Busy {
+        /// The device that was named.
+        device: Bdf,
+        /// Its group.
+        group: u32,
+        /// Who has it.
+        holder: LeaseId,
+    },
+    /// The device's group is not known to be free.
+    #[error("{device} is in group {group}: {reason}")]
+    Quarantined {
+        /// The device that was named.
+        device: Bdf,
+        /// Its group.
+        group: u32,
+        /// Since when; 0 where it is being found out right now.
+        since: u64,
+        /// Why.
+        reason: String,
+    },
+    /// It does not fit with what is there.
+    #[error("{what}: {why}")]
+    Conflict {
+        /// What does not fit.
+        what: String,
+        /// With what.
+        why: String,
+    },
+    /// A quota or a fixed limit.
+    #[error("{limit} is at most {most}, this would make {asked}")]
+    OverLimit {
+        /// Which.
+        limit: &'static str,
+        /// How much there may be.
+        most: u64,
+        /// How much there would be.
+        asked: u64,
+    },
+    /// It makes no sense.
+    #[error("{field}: {reason}")]
+    Bad {
+        /// Which part of the request.
+        field: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
