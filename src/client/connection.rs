@@ -1,0 +1,144 @@
+//! One connection to the broker, blocking, with a deadline for whatever is done on it.
+
+use super::wire::{Inbox, Incoming, Lost, Outgoing};
+use super::{Error, Result};
+use crate::fdpass::{self, MAX_FDS};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, setsockopt, socket,
+    sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// When to give up; `None`: never.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Deadline(Option<Instant>);
+
+impl Deadline {
+    pub(super) fn after(timeout: Option<Duration>) -> Self {
+        Self(timeout.and_then(|timeout| Instant::now().checked_add(timeout)))
+    }
+
+    pub(super) fn left(self) -> Option<Duration> {
+        self.0.map(|at| at.saturating_duration_since(Instant::now()))
+    }
+
+    pub(super) fn has_passed(self) -> bool {
+        self.left() == Some(Duration::ZERO)
+    }
+
+    fn poll_timeout(self) -> PollTimeout {
+        let Some(left) = self.left() else { return PollTimeout::NONE };
+        // Rounded up: a poll that returns early would spin.
+        let millis = left.as_micros().div_ceil(1000);
+        PollTimeout::from(u16::try_from(millis).unwrap_or(u16::MAX))
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Connection {
+    socket: OwnedFd,
+    inbox: Inbox,
+}
+
+impl Connection {
+    pub(super) fn open(path: &Path, deadline: Deadline) -> Result<Self> {
+        connect_socket(path, deadline)
+            .map(|socket| Self { socket, inbox: Inbox::default() })
+            .map_err(|errno| Error::Connect { path: path.to_owned(), errno })
+    }
+
+    /// Whether the broker has neither closed it nor said anything unasked.
+    pub(super) fn is_usable(&self) -> bool {
+        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+        let silent = recv(self.socket.as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN);
+        silent && self.inbox.is_empty()
+    }
+
+    pub(super) fn send(
+        &mut self,
+        call: &Outgoing,
+        fds: &[BorrowedFd<'_>],
+        deadline: Deadline,
+    ) -> std::result::Result<(), Lost> {
+        let (mut rest, mut fds) = (&call.bytes[..], fds);
+        while !rest.is_empty() {
+            match fdpass::send(self.socket.as_fd(), rest, fds, MsgFlags::MSG_DONTWAIT) {
+                Ok(sent) => {
+                    rest = rest.get(sent..).unwrap_or_default();
+                    fds = &[];
+                }
+                Err(Errno::EAGAIN) => self.wait(PollFlags::POLLOUT, deadline)?,
+                Err(errno) => return Err(Lost::Unsent(errno)),
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn receive(
+        &mut self,
+        method: &'static str,
+        deadline: Deadline,
+    ) -> std::result::Result<Incoming, Lost> {
+        let mut buf = [0; 4096];
+        loop {
+            if let Some(incoming) = self.inbox.next(method).map_err(Lost::Bad)? {
+                return Ok(incoming);
+            }
+            match fdpass::receive(self.socket.as_fd(), &mut buf, MAX_FDS, MsgFlags::MSG_DONTWAIT) {
+                Ok(received) if received.len == 0 => return Err(Lost::Unanswered(None)),
+                Ok(received) => {
+                    self.inbox.push(buf.get(..received.len).unwrap_or_default(), received.fds);
+                }
+                Err(fdpass::ReceiveError::Errno(Errno::EAGAIN)) => {
+                    self.wait(PollFlags::POLLIN, deadline)?;
+                }
+                Err(fdpass::ReceiveError::Errno(errno)) => {
+                    return Err(Lost::Unanswered(Some(errno)));
+                }
+                Err(truncated) => return Err(Lost::Bad(Error::received(method, truncated))),
+            }
+        }
+    }
+
+    fn wait(&self, flags: PollFlags, deadline: Deadline) -> std::result::Result<(), Lost> {
+        while !deadline.has_passed() {
+            let mut fds = [PollFd::new(self.socket.as_fd(), flags)];
+            match poll(&mut fds, deadline.poll_timeout()) {
+                Ok(0) | Err(Errno::EINTR) => {}
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(Lost::Unanswered(Some(errno))),
+            }
+        }
+        Err(Lost::TimedOut)
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+fn connect_socket(path: &Path, deadline: Deadline) -> std::result::Result<OwnedFd, Errno> {
+    let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let address = UnixAddr::new(path)?;
+    // connect(2) waits while the listener's queue is full, for as long as the send timeout says.
+    if let Some(left) = deadline.left() {
+        let millis = i64::try_from(left.as_millis()).unwrap_or(i64::MAX).max(1);
+        setsockopt(&socket, sockopt::SendTimeout, &TimeVal::milliseconds(millis))?;
+    }
+    loop {
+        match connect(socket.as_raw_fd(), &address) {
+            Err(Errno::EINTR) if !deadline.has_passed() => {}
+            other => break other?,
+        }
+    }
+    fcntl(&socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok(socket)
+}

@@ -1,0 +1,112 @@
+//! A small broker for the client's tests: it says what a test tells it to, call by call.
+
+use crate::fdpass;
+use crate::protocol::Frames;
+use nix::sys::socket::MsgFlags;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+
+/// One connection, from the broker's side.
+pub(super) struct Peer {
+    stream: UnixStream,
+    frames: Frames,
+    /// Open files that came with the last call.
+    pub(super) fds: Vec<OwnedFd>,
+}
+
+impl Peer {
+    /// The next call as JSON; `None` when the client has closed.
+    pub(super) fn call(&mut self) -> Option<serde_json::Value> {
+        self.fds.clear();
+        let mut buf = [0; 1000];
+        loop {
+            if let Some(message) = self.frames.next_message().unwrap() {
+                return Some(serde_json::from_slice(message).unwrap());
+            }
+            let got = fdpass::receive(self.stream.as_fd(), &mut buf, 16, MsgFlags::empty());
+            let got = got.unwrap();
+            if got.len == 0 {
+                return None;
+            }
+            self.frames.push(&buf[..got.len]);
+            self.fds.extend(got.fds);
+        }
+    }
+
+    /// Sends bytes as they are; the open files go with the first.
+    pub(super) fn say(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
+        assert_eq!(self.try_say(bytes, fds), Ok(bytes.len()));
+    }
+
+    pub(super) fn try_say(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> nix::Result<usize> {
+        fdpass::send(self.stream.as_fd(), bytes, fds, MsgFlags::empty())
+    }
+
+    /// Sends a reply's parameters.
+    pub(super) fn reply(&mut self, parameters: &str, fds: &[BorrowedFd<'_>]) {
+        self.say(format!("{{\"parameters\":{parameters}}}\0").as_bytes(), fds);
+    }
+
+    /// Answers an Acquire as the broker does; returns the lease pipe's write end.
+    pub(super) fn grant(&mut self) -> std::io::PipeWriter {
+        let (read_end, write_end) = std::io::pipe().unwrap();
+        let (container, group) = (null(), null());
+        self.reply(
+            r#"{"lease":"l1","key":"k1","tenant":"t","backend":"type1","handout":"container",
+               "iommu":"type1v2","container":"c","devices":["0000:65:00.0"],"fds":[
+               {"index":0,"kind":"container","name":""},{"index":1,"kind":"group","name":"26"},
+               {"index":2,"kind":"lease","name":""}]}"#,
+            &[container.as_fd(), group.as_fd(), read_end.as_fd()],
+        );
+        write_end
+    }
+}
+
+pub(super) fn null() -> std::fs::File {
+    std::fs::File::open("/dev/null").unwrap()
+}
+
+/// The broker: one script for each connection, in the order in which they come.
+pub(super) struct Fake {
+    pub(super) path: PathBuf,
+    _dir: tempfile::TempDir,
+    thread: Option<JoinHandle<()>>,
+}
+
+pub(super) type Script = Box<dyn FnOnce(Peer) + Send>;
+
+pub(super) fn script(script: impl FnOnce(Peer) + Send + 'static) -> Script {
+    Box::new(script)
+}
+
+impl Fake {
+    pub(super) fn new(scripts: Vec<Script>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("broker.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let thread = Some(std::thread::spawn(move || serve(&listener, scripts)));
+        Self { path, _dir: dir, thread }
+    }
+
+    /// A broker at a path of the test's own.
+    pub(super) fn serve_at(path: &Path, scripts: Vec<Script>) -> JoinHandle<()> {
+        let listener = UnixListener::bind(path).unwrap();
+        std::thread::spawn(move || serve(&listener, scripts))
+    }
+
+    /// Waits until every script has run; a panic in one is a panic here.
+    pub(super) fn join(mut self) {
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+fn serve(listener: &UnixListener, scripts: Vec<Script>) {
+    for script in scripts {
+        let (stream, _) = listener.accept().unwrap();
+        script(Peer { stream, frames: Frames::default(), fds: Vec::new() });
+    }
+}
