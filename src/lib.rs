@@ -2,6 +2,7 @@
 //! unprivileged VMMs, and the client, the typed kernel calls and the simulated kernel that go with
 //! it.
 //!
+//! - `cli`: the program `vfio-broker` (feature `cli`).
 //! - [`client`]: for VMM authors: ask for devices and get their open files.
 //! - [`kernel`]: the ioctl layer, typed, with the real Linux behind it.
 //! - `policy`: who may have what (feature `daemon`).
@@ -12,6 +13,8 @@
 
 #[cfg(feature = "daemon")]
 pub mod broker;
+#[cfg(feature = "cli")]
+pub mod cli;
 #[cfg(feature = "client")]
 pub mod client;
 pub mod fdpass;

@@ -1,0 +1,45 @@
+//! `vfio-broker leases`: who has what.
+
+use super::style::{ago, bytes, columns, print, print_json};
+use super::{Context, Failure};
+use crate::protocol::{Lease, LeaseList};
+
+/// List who has what
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {}
+
+pub(super) fn run(context: &Context, _: &Args) -> Result<(), Failure> {
+    let leases = context.connect()?.leases()?;
+    if context.json {
+        return Ok(print_json(&LeaseList { leases })?);
+    }
+    if leases.is_empty() {
+        return Ok(print("no leases\n")?);
+    }
+    let head = ["LEASE", "VM", "TENANT", "UID", "PID", "HANDOUT", "CONTAINER", "DEVICES", "MAPPED"];
+    let mut rows = vec![head.iter().chain(&["FOR"]).map(ToString::to_string).collect()];
+    rows.extend(leases.iter().map(row));
+    Ok(print(&columns(&rows))?)
+}
+
+fn row(lease: &Lease) -> Vec<String> {
+    let mapped = match (lease.mappings, lease.mapped_bytes) {
+        (Some(count), Some(size)) => format!("{} in {count}", bytes(size)),
+        _ => "by itself".to_owned(),
+    };
+    let withheld = lease.withheld.iter().map(|device| format!("({device})"));
+    let devices: Vec<String> = lease.devices.iter().cloned().chain(withheld).collect();
+    let handout = serde_json::to_value(lease.handout).unwrap_or_default();
+    vec![
+        lease.lease.clone(),
+        lease.vm.clone(),
+        lease.tenant.clone(),
+        lease.uid.to_string(),
+        lease.pid.to_string(),
+        handout.as_str().unwrap_or_default().to_owned(),
+        lease.container.clone(),
+        devices.join(" "),
+        mapped,
+        ago(lease.since),
+    ]
+}

@@ -1,0 +1,81 @@
+//! The program `vfio-broker`: everything a person types. One file a subcommand.
+
+mod acquire;
+mod completions;
+mod failure;
+mod leases;
+mod man;
+mod pci_names;
+mod style;
+mod topology;
+mod watch;
+
+use crate::client::{self, Client};
+use clap::{Parser, Subcommand};
+use failure::Failure;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use style::Style;
+
+/// Ask vfio-brokerd for devices, and see who has what.
+#[derive(Debug, Parser)]
+#[command(name = "vfio-broker", version, max_term_width = 100, after_help = EXIT_CODES)]
+struct Cli {
+    /// The broker's socket [default: $VFIO_BROKER_SOCKET, or /run/vfio-broker/broker.sock]
+    #[arg(long, global = true, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Print JSON: on standard output what is there, on standard error what went wrong
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 1 failed; 2 wrong usage; 3 denied by the policy; 4 busy, or not free yet: the \
+same request may work later; 5 no broker to talk to.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Acquire(acquire::Args),
+    Leases(leases::Args),
+    Topology(topology::Args),
+    Watch(watch::Args),
+    Completions(completions::Args),
+    Man(man::Args),
+}
+
+/// What every subcommand is given.
+struct Context {
+    socket: PathBuf,
+    json: bool,
+    style: Style,
+}
+
+impl Context {
+    fn connect(&self) -> Result<Client, Failure> {
+        Ok(Client::connect_to(&self.socket)?)
+    }
+}
+
+/// Runs the program: reads the command line, does what it says.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let context = Context {
+        socket: cli.socket.unwrap_or_else(client::socket_path),
+        json: cli.json,
+        style: Style::of(&std::io::stdout()),
+    };
+    let result = match cli.command {
+        Command::Acquire(args) => acquire::run(&context, args),
+        Command::Leases(args) => leases::run(&context, &args),
+        Command::Topology(args) => topology::run(&context, &args),
+        Command::Watch(args) => watch::run(&context, &args),
+        Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => man::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(context.json),
+    }
+}

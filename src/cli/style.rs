@@ -1,0 +1,141 @@
+//! How things look: colour on a terminal only, columns, sizes and times.
+
+use std::io::{IsTerminal, Write};
+
+/// Whether to colour.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Style {
+    colour: bool,
+}
+
+impl Style {
+    /// For what is written there: coloured where it is a terminal and `NO_COLOR` is not set.
+    pub(super) fn of(stream: &impl IsTerminal) -> Self {
+        let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        Self { colour: stream.is_terminal() && !refused }
+    }
+
+    #[cfg(test)]
+    pub(super) fn plain() -> Self {
+        Self { colour: false }
+    }
+
+    pub(super) fn bold(&self, text: &str) -> String {
+        self.wrap("1", text)
+    }
+
+    pub(super) fn dim(&self, text: &str) -> String {
+        self.wrap("2", text)
+    }
+
+    pub(super) fn red(&self, text: &str) -> String {
+        self.wrap("31", text)
+    }
+
+    pub(super) fn green(&self, text: &str) -> String {
+        self.wrap("32", text)
+    }
+
+    pub(super) fn yellow(&self, text: &str) -> String {
+        self.wrap("33", text)
+    }
+
+    fn wrap(&self, code: &str, text: &str) -> String {
+        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+    }
+}
+
+/// Writes to standard output; a reader that has closed it, such as `head`, is no error.
+pub(super) fn print(text: &str) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
+}
+
+/// Writes a value as JSON, on lines of its own.
+pub(super) fn print_json(value: &impl serde::Serialize) -> std::io::Result<()> {
+    let text = serde_json::to_string_pretty(value)?;
+    print(&(text + "\n"))
+}
+
+/// Rows of cells as aligned columns, two spaces between them.
+pub(super) fn columns(rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = Vec::new();
+    for row in rows {
+        for (i, cell) in row.iter().enumerate() {
+            let width = cell.chars().count();
+            match widths.get_mut(i) {
+                Some(widest) => *widest = width.max(*widest),
+                None => widths.push(width),
+            }
+        }
+    }
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            line += &format!("{cell:width$}  ");
+        }
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+/// A number of bytes: `64 MiB`, `4 KiB`, `100 B`.
+pub(super) fn bytes(count: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    let mut unit = 0;
+    while unit + 1 < units.len() && count >> (10 * (unit + 1)) > 0 {
+        unit += 1;
+    }
+    let whole = 1u64 << (10 * unit);
+    let name = units.get(unit).copied().unwrap_or_default();
+    if count.is_multiple_of(whole) {
+        format!("{} {name}", count / whole)
+    } else {
+        format!("{:.1} {name}", count as f64 / whole as f64)
+    }
+}
+
+/// How long ago a time in seconds since 1970 was: `12 s`, `5 min`, `3 h`, `2 d`.
+pub(super) fn ago(at: u64) -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let seconds = now.map_or(0, |now| now.as_secs()).saturating_sub(at);
+    match seconds {
+        0..=119 => format!("{seconds} s"),
+        120..=7199 => format!("{} min", seconds / 60),
+        7200..=172_799 => format!("{} h", seconds / 3600),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let rows = [["A", "BB"], ["long", "ü"], ["x", ""]];
+        let rows: Vec<_> = rows.map(|row| row.map(str::to_owned).to_vec()).to_vec();
+        assert_eq!(columns(&rows), "A     BB\nlong  ü\nx\n");
+    }
+
+    #[test]
+    fn sizes_are_in_the_largest_unit_that_fits() {
+        let cases = [(0, "0 B"), (1023, "1023 B"), (4096, "4 KiB"), (64 << 20, "64 MiB")];
+        for (count, text) in cases {
+            assert_eq!(bytes(count), text);
+        }
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(u64::MAX), "16.0 EiB");
+    }
+
+    #[test]
+    fn only_a_terminal_is_coloured() {
+        assert_eq!(Style::plain().red("x"), "x");
+        assert_eq!(Style { colour: true }.red("x"), "\x1b[31mx\x1b[0m");
+    }
+}

@@ -1,0 +1,127 @@
+//! `vfio-broker topology`: the IOMMU groups as a tree, with who holds what and what is in the way.
+
+use super::pci_names::PciNames;
+use super::style::{Style, print, print_json};
+use super::{Context, Failure};
+use crate::protocol::{Device, Group, GroupState, Groups, Lease};
+
+/// Show groups and devices, who has them, and what keeps them from being used
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {}
+
+pub(super) fn run(context: &Context, _: &Args) -> Result<(), Failure> {
+    let mut broker = context.connect()?;
+    let groups = broker.topology()?;
+    if context.json {
+        return Ok(print_json(&Groups { groups })?);
+    }
+    if groups.is_empty() {
+        return Ok(print("no groups that the policy lets you see\n")?);
+    }
+    let leases = broker.leases()?;
+    let tree = Tree { style: context.style, names: PciNames::load(), leases };
+    Ok(print(&tree.draw(&groups))?)
+}
+
+struct Tree {
+    style: Style,
+    names: PciNames,
+    leases: Vec<Lease>,
+}
+
+impl Tree {
+    fn draw(&self, groups: &[Group]) -> String {
+        let driver = |device: &Device| device.driver.as_ref().map_or(1, String::len);
+        let widest = groups.iter().flat_map(|g| &g.devices).map(driver).max().unwrap_or(1);
+        let mut text = String::new();
+        for group in groups {
+            text += &self.head(group);
+            for (i, device) in group.devices.iter().enumerate() {
+                let branch = if i + 1 == group.devices.len() { "`-" } else { "|-" };
+                text += &self.device(branch, device, widest);
+            }
+            for blocker in &group.blockers {
+                let line = format!("{} is on {}: {}", blocker.bdf, blocker.driver, blocker.fix);
+                text += &format!("   {} {line}\n", self.style.red("!"));
+            }
+        }
+        text
+    }
+
+    fn head(&self, group: &Group) -> String {
+        let style = self.style;
+        let state = match group.state {
+            GroupState::Free if group.viable => style.green("free"),
+            GroupState::Free => style.red("not viable"),
+            GroupState::Held => style.yellow("held"),
+            GroupState::Reclaiming => style.yellow("being taken back"),
+            GroupState::Quarantined => style.red("not known to be free yet"),
+        };
+        format!("{}  {state}\n", style.bold(&format!("group {}", group.id)))
+    }
+
+    fn device(&self, branch: &str, device: &Device, widest: usize) -> String {
+        let Device { bdf, vendor, device: id, class, driver, lease } = device;
+        let driver = driver.as_deref().unwrap_or("-");
+        let name = self.names.device(vendor, id);
+        let class = self.style.dim(&self.names.class(class));
+        let holder = lease.as_ref().map_or(String::new(), |lease| {
+            let known = self.leases.iter().find(|known| known.lease == *lease);
+            let vm = known.map_or(String::new(), |l| format!("{} of {}, ", l.vm, l.tenant));
+            format!("  {}", self.style.yellow(&format!("<- {vm}lease {lease}")))
+        });
+        format!("{branch} {bdf}  {driver:widest$}  {name}, {class}{holder}\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::Blocker;
+
+    fn device(bdf: &str, driver: &str, lease: Option<&str>) -> Device {
+        Device {
+            bdf: bdf.into(),
+            vendor: "8086".into(),
+            device: "10d3".into(),
+            class: "020000".into(),
+            driver: Some(driver.into()),
+            lease: lease.map(str::to_owned),
+        }
+    }
+
+    #[test]
+    fn the_tree_shows_drivers_holders_and_blockers() {
+        let blocker =
+            Blocker { bdf: "0000:00:1f.2".into(), driver: "ahci".into(), fix: "unbind it".into() };
+        let groups = [
+            Group {
+                id: 7,
+                viable: true,
+                state: GroupState::Held,
+                blockers: vec![],
+                devices: vec![
+                    device("0000:65:00.0", "vfio-pci", Some("l1")),
+                    device("0000:65:00.1", "vfio-pci", None),
+                ],
+            },
+            Group {
+                id: 8,
+                viable: false,
+                state: GroupState::Free,
+                blockers: vec![blocker],
+                devices: vec![device("0000:00:1f.2", "ahci", None)],
+            },
+        ];
+        let tree = Tree { style: Style::plain(), names: PciNames::default(), leases: vec![] };
+        assert_eq!(
+            tree.draw(&groups),
+            "group 7  held\n\
+             |- 0000:65:00.0  vfio-pci  [8086:10d3], class 020000  <- lease l1\n\
+             `- 0000:65:00.1  vfio-pci  [8086:10d3], class 020000\n\
+             group 8  not viable\n\
+             `- 0000:00:1f.2  ahci      [8086:10d3], class 020000\n   \
+             ! 0000:00:1f.2 is on ahci: unbind it\n"
+        );
+    }
+}
