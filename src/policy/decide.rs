@@ -1,7 +1,9 @@
 //! The decisions, each with the rule that made it.
 
 use super::device::Match;
-use super::{DeviceFacts, DeviceRule, Listed, Peer, Policy, Risk, SharedContainer, Tenant, Verb};
+use super::{
+    DeviceFacts, DeviceRule, Listed, OVERFLOW_ID, Peer, Policy, Risk, SharedContainer, Tenant, Verb,
+};
 use crate::protocol::{Backend, Error, Handout};
 use serde::Serialize;
 use std::fmt::Display;
@@ -65,13 +67,14 @@ impl Policy {
     fn no_tenant(&self, peer: &Peer) -> Refusal {
         let rule = format!("default deny, {}", self.file);
         let Peer { uid, gid, .. } = peer;
-        // Where the only tenants in question are out of reach because of the overflow uid, that is
-        // the news.
-        let overflow = (*uid == super::OVERFLOW_ID)
-            .then(|| self.tenants.first().and_then(|tenant| tenant.mismatch(peer)))
-            .flatten()
-            .map_or(String::new(), |why| format!(" ({why})"));
-        Refusal { rule, reason: format!("no tenant is for uid {uid}, gid {gid}{overflow}") }
+        let overflow = *uid == OVERFLOW_ID && !self.tenants.iter().any(|t| t.who.takes_overflow());
+        let overflow = if overflow {
+            ", which stands for everybody whom this user namespace has no number for: a tenant \
+             must list it as a number and accept \"overflow-uid\""
+        } else {
+            ""
+        };
+        Refusal { rule, reason: format!("no tenant is for gid {gid}, uid {uid}{overflow}") }
     }
 
     /// Whether `tenant` has a right.

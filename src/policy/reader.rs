@@ -13,11 +13,19 @@ pub(super) type Value<'i> = Spanned<DeValue<'i>>;
 pub(super) struct Section<'a, 'i> {
     table: &'a DeTable<'i>,
     pub(super) span: Range<usize>,
+    /// What the unknown keys in it were probably meant to be.
+    meant: Vec<String>,
 }
 
 impl<'a, 'i> Section<'a, 'i> {
     pub(super) fn get(&self, key: &str) -> Option<&'a Value<'i>> {
         self.table.get(key)
+    }
+
+    /// Whether none of these keys is there. A key that is misspelt is not missing too.
+    pub(super) fn lacks(&self, keys: &[&str]) -> bool {
+        let meant = |key: &&str| self.meant.iter().any(|meant| meant == key);
+        !keys.iter().any(|key| self.get(key).is_some() || meant(key))
     }
 
     /// How many keys there are.
@@ -49,15 +57,17 @@ impl Report<'_> {
         what: &str,
         known: &[&str],
     ) -> Section<'a, 'i> {
+        let mut meant = Vec::new();
         for key in table.keys().filter(|key| !known.contains(&key.get_ref().as_ref())) {
             let name = key.get_ref();
-            let problem = self.error(key.span(), format!("{what} has no key `{name}`"));
-            problem.help(match special_key(what, name) {
-                Some(help) => help.to_owned(),
-                None => did_you_mean(name, known),
-            });
+            let special = special_key(what, name);
+            let near = special.map(|(key, _)| key).or_else(|| nearest(name, known));
+            let help =
+                special.map_or_else(|| did_you_mean(name, known), |(_, help)| help.to_owned());
+            meant.extend(near.map(str::to_owned));
+            self.error(key.span(), format!("{what} has no key `{name}`")).help(help);
         }
-        Section { table, span }
+        Section { table, span, meant }
     }
 
     fn not_a(&mut self, value: &Value<'_>, what: &str, expected: &str) {
@@ -91,7 +101,7 @@ impl Report<'_> {
         if number.is_none() {
             self.error(
                 value.span(),
-                format!("{what} must be a whole number from 0 to {}", u64::MAX),
+                format!("{what} must be a whole number from 0 on, and less than 2^64"),
             );
         }
         number
@@ -125,7 +135,7 @@ impl Report<'_> {
             return &[];
         };
         if items.is_empty() {
-            self.error(value.span(), format!("{what} is empty")).help("leave the key out instead");
+            self.error(value.span(), format!("{what} is empty")).help("list at least one");
         }
         items
     }
@@ -149,14 +159,18 @@ impl Report<'_> {
         what: &str,
     ) -> &'a [Value<'i>] {
         let Some(value) = section.get(what) else { return &[] };
-        match value.get_ref().as_array() {
-            Some(items) => items,
-            None => {
+        match value.get_ref() {
+            DeValue::Array(items) => items,
+            DeValue::Table(_) => {
+                self.error(
+                    value.span(),
+                    format!("[{what}] is one table, {what} is a list of them"),
+                )
+                .help(format!("write [[{what}]], with two brackets"));
+                &[]
+            }
+            _ => {
                 self.not_a(value, what, "a list of tables");
-                if value.get_ref().is_table() {
-                    self.error(value.span(), format!("[{what}] is one table"))
-                        .help(format!("write [[{what}]], with two brackets"));
-                }
                 &[]
             }
         }
@@ -202,11 +216,11 @@ impl Report<'_> {
 
     /// A name as it can stand in a log line, a list and a file name.
     pub(super) fn name(&mut self, section: &Section<'_, '_>, what: &str) -> Option<String> {
-        let Some(value) = section.get("name") else {
+        if section.lacks(&["name"]) {
             self.error(section.span.clone(), format!("{what} needs a name"))
                 .help("add `name = \"...\"`");
-            return None;
-        };
+        }
+        let value = section.get("name")?;
         let name = self.string(value, "name")?;
         let good = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
         if name.is_empty() || name.len() > 64 || !name.bytes().all(good) {
@@ -218,35 +232,40 @@ impl Report<'_> {
     }
 }
 
-/// Help for keys that people will try and that are elsewhere on purpose.
-fn special_key(what: &str, key: &str) -> Option<&'static str> {
-    match (what, key) {
+/// Keys that people will try and that have another name here, or another place: the key that is
+/// meant, and help.
+fn special_key(what: &str, key: &str) -> Option<(&'static str, &'static str)> {
+    let (meant, help) = match (what, key) {
         ("a tenant", "containers") => {
-            Some("who may join a container is said once, in [[container]] members")
+            ("", "who may join a container is said once, in [[container]] members")
         }
         ("a tenant", "uid" | "uids" | "username") => {
-            Some("write `user = ...`: a name, a uid, or a list")
+            ("user", "write `user = ...`: a name, a uid, or a list")
         }
-        ("a tenant", "gid" | "gids") => Some("write `group = ...`: a name, a gid, or a list"),
-        ("a tenant", "selinux") => Some("write `label = \"user:role:type\"`"),
+        ("a tenant", "gid" | "gids") => ("group", "write `group = ...`: a name, a gid, or a list"),
+        ("a tenant", "selinux") => ("label", "write `label = \"user:role:type\"`"),
         ("a tenant", "new_id") => {
-            Some("drivers are chosen for one device at a time; new_id is never written")
+            ("", "drivers are chosen for one device at a time; new_id is never written")
         }
-        ("a device", "vendor" | "device") => Some("write `id = \"8086:10d3\"`"),
-        _ => None,
+        ("a device", "vendor" | "device") => ("id", "write `id = \"8086:10d3\"`"),
+        _ => return None,
+    };
+    Some((meant, help))
+}
+
+/// Help for a word that is not known: the nearest of those that are, or all of them.
+pub(super) fn did_you_mean(word: &str, known: &[&str]) -> String {
+    match nearest(word, known) {
+        Some(near) => format!("did you mean `{near}`?"),
+        None if known.is_empty() => "there is none".into(),
+        None => format!("it can be {}", known.join(", ")),
     }
 }
 
-/// The nearest of the known words, or all of them.
-pub(super) fn did_you_mean(word: &str, known: &[&str]) -> String {
-    let near = known.iter().map(|known| (distance(word, known), known)).min();
-    match near {
-        Some((distance, near)) if distance <= 1.max(near.len() / 3) => {
-            format!("did you mean `{near}`?")
-        }
-        _ if known.is_empty() => "there is none".into(),
-        _ => format!("it can be {}", known.join(", ")),
-    }
+/// The known word that this one is probably a misspelling of.
+fn nearest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
+    let (distance, near) = known.iter().map(|known| (distance(word, known), *known)).min()?;
+    (distance <= 1.max(near.len() / 3)).then_some(near)
 }
 
 /// How many letters must be changed, added, left out, or swapped with their neighbour.

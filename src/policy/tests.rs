@@ -1,7 +1,11 @@
-//! The file, what is wrong with it, and what it decides.
+//! What a policy decides.
+
+mod problems;
+mod properties;
 
 use super::*;
-use crate::protocol::{Backend, Bdf, Handout};
+
+use crate::protocol::{Backend, Handout};
 
 /// A machine with three users and two groups.
 pub(super) struct Machine;
@@ -116,5 +120,282 @@ fn defaults_are_few_and_finite() {
     for risk in [Risk::UnsafeInterrupts, Risk::NoIommu] {
         assert!(!policy.risk(tenant, risk).allowed);
     }
-    let _: Bdf = NIC.parse().unwrap();
+}
+
+/// Each: the tenant's lines, the device, and the first words of the rule that decides.
+#[test]
+fn devices_are_decided_by_the_rule_that_says_so() {
+    let vf = DeviceFacts {
+        physfn: Some("0000:3b:00.0".parse().unwrap()),
+        ..device("0000:3b:10.0", "8086:10ca")
+    };
+    let serial =
+        |serial: &str| DeviceFacts { serial: Some(serial.into()), ..device(NIC, "8086:10d3") };
+    let nic = device(NIC, "8086:10d3");
+    let no = |rule| (false, rule);
+    let yes = |rule| (true, rule);
+    let narrow = r#"devices = [{ id = "8086:10d3", serial = "00-1B-21-ff-ff-a0-c3-01" }]"#;
+    let cases = [
+        (r#"devices = ["0000:65:00.0"]"#, nic.clone(), yes("devices[0]")),
+        (r#"devices = ["0000:65:00.0"]"#, device("0000:65:00.1", "8086:10d3"), no("devices")),
+        (r#"devices = ["0001:65:00.0"]"#, nic.clone(), no("devices")),
+        (r#"devices = ["10de:2204", "8086:10d3"]"#, nic.clone(), yes("devices[1]")),
+        (r#"devices = ["8086:10d3"]"#, device(NIC, "8086:10d4"), no("devices")),
+        (
+            r#"devices = [{ id = "8086:10D3", subsystem = "8086:A01F" }]"#,
+            nic.clone(),
+            yes("devices[0]"),
+        ),
+        (
+            r#"devices = [{ id = "8086:10d3", subsystem = "8086:0000" }]"#,
+            nic.clone(),
+            no("devices[0]"),
+        ),
+        (
+            r#"devices = [{ bdf = "0000:65:00.0", subsystem = "8086:0000" }]"#,
+            nic.clone(),
+            no("devices[0]"),
+        ),
+        (narrow, serial("00-1b-21-ff-ff-a0-c3-01"), yes("devices[0]")),
+        (narrow, serial("00-1b-21-ff-ff-a0-c3-02"), no("devices[0]")),
+        (narrow, nic.clone(), no("devices[0]")),
+        (r#"devices = [{ vf_of = "0000:3b:00.0" }]"#, vf.clone(), yes("devices[0]")),
+        (
+            r#"devices = [{ vf_of = "0000:3b:00.0" }]"#,
+            device("0000:3b:00.0", "8086:10c9"),
+            no("devices"),
+        ),
+        (r#"devices = [{ vf_of = "0000:3b:00.1" }]"#, vf.clone(), no("devices")),
+        (
+            r#"devices = [{ vf_of = "0000:3b:00.0", id = "8086:1520" }]"#,
+            vf.clone(),
+            no("devices[0]"),
+        ),
+        // The entry that nearly fits does not keep a later one from fitting.
+        (
+            r#"devices = [{ bdf = "0000:65:00.0", id = "8086:10d4" }, "8086:10d3"]"#,
+            nic.clone(),
+            yes("devices[1]"),
+        ),
+        ("devices = [\"8086:10d3\"]\ndeny = [\"0000:65:00.0\"]", nic.clone(), no("deny[0]")),
+        (
+            "devices = [\"0000:65:00.0\"]\ndeny = [\"1022:1001\", \"8086:10d3\"]",
+            nic.clone(),
+            no("deny[1]"),
+        ),
+        (
+            "devices = [\"8086:10ca\"]\ndeny = [{ vf_of = \"0000:3b:00.0\" }]",
+            vf.clone(),
+            no("deny[0]"),
+        ),
+        // To deny a PF says nothing about its VFs.
+        ("devices = [\"8086:10ca\"]\ndeny = [\"0000:3b:00.0\"]", vf, yes("devices[0]")),
+        // What narrows a deny and can't be read does not weaken it.
+        (
+            "devices = [\"8086:10d3\"]\ndeny = [{ id = \"8086:10d3\", serial = \"00-1b-21-ff-ff-a0-c3-01\" }]",
+            nic.clone(),
+            no("deny[0]"),
+        ),
+        (
+            "devices = [\"8086:10d3\"]\ndeny = [{ id = \"8086:10d3\", serial = \"00-1b-21-ff-ff-a0-c3-01\" }]",
+            serial("00-1b-21-ff-ff-a0-c3-02"),
+            yes("devices[0]"),
+        ),
+        ("rights = [\"observe\"]", nic, no("devices (the default)")),
+    ];
+    for (lines, facts, (allowed, rule)) in cases {
+        let decision = decide(&alice(lines), &facts);
+        let named = decision.rule.starts_with(&format!("tenant \"alice\" {rule}, policy.toml:"));
+        assert!(decision.allowed == allowed && named, "{lines}\n{facts:?}\n{decision:?}");
+    }
+}
+
+#[test]
+fn a_near_miss_says_what_differs() {
+    let reason = |lines: &str, facts: &DeviceFacts| decide(&alice(lines), facts).reason;
+    let nic = device(NIC, "8086:10d3");
+    assert_eq!(
+        reason(r#"devices = [{ id = "8086:10d3", subsystem = "8086:0000" }]"#, &nic),
+        "a 8086:10d3 is allowed with subsystem 8086:0000, but that of 0000:65:00.0 is 8086:a01f"
+    );
+    assert_eq!(
+        reason(r#"devices = [{ id = "8086:10d3", serial = "00-1b-21-ff-ff-a0-c3-01" }]"#, &nic),
+        "a 8086:10d3 is allowed with serial 00-1b-21-ff-ff-a0-c3-01, but 0000:65:00.0 shows none"
+    );
+    assert_eq!(
+        reason(r#"devices = ["10de:2204"]"#, &nic),
+        "tenant \"alice\" has no entry for 0000:65:00.0 (8086:10d3)"
+    );
+}
+
+/// Each: the matchers, the peer, whether it is the tenant.
+#[test]
+fn all_matchers_that_are_given_must_match() {
+    let from = |unit: Option<&str>, label: Option<&str>| Peer {
+        unit: unit.map(Into::into),
+        label: label.map(Into::into),
+        ..peer(1000)
+    };
+    let member = Peer { groups: vec![7, 36], ..peer(1000) };
+    let primary = Peer { gid: 36, groups: vec![], ..peer(1000) };
+    let svirt = "label = \"system_u:system_r:svirt_t\"";
+    let unit = "unit = \"vm.service\"";
+    let overflow = "user = 65534\naccept = [\"overflow-uid\"]";
+    let nobody = Peer { gid: 65534, groups: vec![65534, 36], ..peer(65534) };
+    let cases = [
+        ("user = \"alice\"", peer(1000), true),
+        ("user = 1000", peer(1001), false),
+        ("user = [\"bob\", 1000]", peer(1000), true),
+        ("user = 1000", peer(0), false),
+        ("user = 0", peer(0), true),
+        ("group = \"kvm\"", member.clone(), true),
+        ("group = 36", primary, true),
+        ("group = 36", peer(1000), false),
+        ("group = 36\nuser = 1000", peer(1000), false),
+        ("group = 36\nuser = 1001", member.clone(), false),
+        ("group = 36\nuser = 1000", member, true),
+        (unit, from(Some("vm.service"), None), true),
+        (unit, from(Some("vm2.service"), None), false),
+        (unit, from(None, None), false),
+        (svirt, from(None, Some("system_u:system_r:svirt_t")), true),
+        (svirt, from(None, Some("system_u:system_r:svirt_t:s0:c1,c2")), true),
+        (svirt, from(None, Some("system_u:system_r:svirt_tcg_t:s0")), false),
+        (svirt, from(None, Some("system_u:system_r")), false),
+        (svirt, from(None, None), false),
+        ("anyone = true", peer(4711), true),
+        ("anyone = true", peer(0), true),
+        ("anyone = true", peer(65534), false),
+        ("anyone = true", peer(u32::MAX), false),
+        ("group = 36", nobody.clone(), false),
+        (unit, Peer { unit: Some("vm.service".into()), ..nobody.clone() }, false),
+        (overflow, nobody, true),
+        (overflow, peer(1000), false),
+    ];
+    for (matchers, peer, matches) in cases {
+        let text =
+            format!("version = 1\n[[tenant]]\nname = \"t\"\nrights = [\"observe\"]\n{matchers}");
+        let policy = good(&text);
+        assert_eq!(policy.tenant(&peer).is_ok(), matches, "{matchers} {peer:?}");
+    }
+}
+
+#[test]
+fn the_first_tenant_that_matches_counts_and_no_match_is_a_no() {
+    let policy = good(
+        r#"version = 1
+[[tenant]]
+name = "vms"
+user = 1000
+unit = "vm.service"
+devices = ["8086:10d3"]
+[[tenant]]
+name = "alice"
+user = 1000
+rights = ["observe"]
+"#,
+    );
+    let in_unit = Peer { unit: Some("vm.service".into()), ..peer(1000) };
+    assert_eq!(policy.tenant(&in_unit).unwrap().name, "vms");
+    assert_eq!(policy.tenant(&peer(1000)).unwrap().name, "alice");
+    let refusal = policy.tenant(&peer(1001)).unwrap_err();
+    assert_eq!(refusal.rule, "default deny, policy.toml");
+    assert_eq!(refusal.reason, "no tenant is for gid 1001, uid 1001");
+    let refusal = policy.tenant(&peer(65534)).unwrap_err();
+    assert!(refusal.reason.contains("overflow-uid"), "{refusal}");
+}
+
+#[test]
+fn rights_risks_and_handouts_are_what_the_file_lists() {
+    let policy = alice(
+        r#"devices = ["8086:10d3"]
+rights = ["acquire", "observe"]
+handouts = ["devices", "group"]
+accept = ["no-iommu"]
+managed = true
+memlock = "2GiB"
+[tenant.limits]
+connections = 10
+mapped_bytes = "512MiB"
+"#,
+    );
+    let tenant = &policy.tenants()[0];
+    let verbs = [Verb::Acquire, Verb::Bind, Verb::Manage, Verb::Observe];
+    assert_eq!(verbs.map(|verb| policy.may(tenant, verb).allowed), [true, false, false, true]);
+    assert_eq!(policy.may(tenant, Verb::Bind).rule, "tenant \"alice\" rights, policy.toml:6");
+    assert!(policy.risk(tenant, Risk::NoIommu).allowed);
+    assert!(!policy.risk(tenant, Risk::UnsafeInterrupts).allowed);
+    assert_eq!(policy.handout(tenant, None), Ok(Handout::Devices));
+    assert_eq!(policy.handout(tenant, Some(Handout::Group)), Ok(Handout::Group));
+    let refused = policy.handout(tenant, Some(Handout::Container)).unwrap_err();
+    assert_eq!(refused.reason, "tenant \"alice\" may have handouts devices, group, not container");
+    assert_eq!(policy.backend(tenant, None), Ok(Backend::Type1));
+    assert!(policy.backend(tenant, Some(Backend::Iommufd)).is_err());
+    assert!(tenant.managed && !tenant.rebind);
+    assert_eq!(tenant.memlock, 2 << 30);
+    let limits = Limits { connections: 10, mapped_bytes: 512 << 20, ..Limits::default() };
+    assert_eq!(tenant.limits, limits);
+}
+
+#[test]
+fn backends_and_handouts_follow_from_each_other() {
+    let of = |lines: &str| {
+        let policy = alice(&format!("devices = [\"8086:10d3\"]\n{lines}"));
+        let tenant = &policy.tenants()[0];
+        (tenant.backends().to_vec(), tenant.handouts().to_vec())
+    };
+    let (type1, iommufd) = (Backend::Type1, Backend::Iommufd);
+    assert_eq!(of("handouts = [\"iommufd\"]"), (vec![iommufd], vec![Handout::Iommufd]));
+    assert_eq!(
+        of("backends = [\"iommufd\", \"type1\"]"),
+        (vec![iommufd, type1], vec![Handout::Iommufd, Handout::Container])
+    );
+    assert_eq!(
+        of("handouts = [\"group\", \"iommufd\", \"devices\"]"),
+        (vec![type1, iommufd], vec![Handout::Group, Handout::Iommufd, Handout::Devices])
+    );
+}
+
+#[test]
+fn only_members_join_a_shared_container() {
+    let policy = good(
+        r#"version = 1
+[[tenant]]
+name = "a"
+user = 1000
+devices = ["8086:10d3"]
+handouts = ["devices"]
+[[tenant]]
+name = "b"
+user = 1001
+devices = ["8086:10d3"]
+[[container]]
+name = "pool"
+members = ["a"]
+[[container]]
+name = "dpdk"
+trust = "mutual"
+members = ["a", "b"]
+"#,
+    );
+    let [a, b] = policy.tenants() else { panic!() };
+    let pool = policy.container(a, "pool").unwrap();
+    assert_eq!((pool.trust, &pool.members), (Trust::Enforced, &vec!["a".to_owned()]));
+    assert_eq!(policy.container(b, "dpdk").unwrap().trust, Trust::Mutual);
+    // Whether there is a container of that name is not told to those who may not join it.
+    let refused = policy.container(b, "pool").unwrap_err();
+    let none = policy.container(b, "pond").unwrap_err();
+    assert_eq!(refused.reason.replace("pool", "pond"), none.reason);
+    assert_eq!(refused.rule, none.rule);
+}
+
+#[test]
+fn a_refusal_is_the_protocols_denied() {
+    let policy = alice(r#"devices = ["8086:10d3"]"#);
+    let decision = decide(&policy, &device(NIC, "10de:2204"));
+    let crate::protocol::Error::Denied { rule, reason } = decision.clone().ok().unwrap_err().into()
+    else {
+        panic!()
+    };
+    assert_eq!((rule, reason), (decision.rule, decision.reason));
+    assert_eq!(decide(&policy, &device(NIC, "8086:10d3")).ok(), Ok(()));
 }
