@@ -55,9 +55,7 @@ impl Connection {
 
     /// Whether the broker has neither closed it nor said anything unasked.
     pub(super) fn is_usable(&self) -> bool {
-        let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
-        let silent = recv(self.socket.as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN);
-        silent && self.inbox.is_empty()
+        self.inbox.is_empty() && is_silent(self.socket.as_fd())
     }
 
     pub(super) fn send(
@@ -123,6 +121,12 @@ impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
+}
+
+/// Whether the peer has neither closed nor sent anything that was not read.
+pub(super) fn is_silent(socket: BorrowedFd<'_>) -> bool {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    recv(socket.as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN)
 }
 
 fn connect_socket(path: &Path, deadline: Deadline) -> std::result::Result<OwnedFd, Errno> {
