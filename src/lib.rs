@@ -9,6 +9,7 @@
 //! - `host`: what is in this machine (feature `daemon`).
 //! - `ledger`: who has what, and the rules of sharing (feature `daemon`).
 //! - `broker`: carries the ledger's decisions out on a kernel (feature `daemon`).
+//! - `users`: the users and groups of this machine (feature `daemon`).
 //! - [`protocol`]: what is said on the broker's socket.
 
 #[cfg(feature = "daemon")]
@@ -26,3 +27,5 @@ pub mod ledger;
 #[cfg(feature = "daemon")]
 pub mod policy;
 pub mod protocol;
+#[cfg(feature = "daemon")]
+pub mod users;
