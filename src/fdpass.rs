@@ -39,6 +39,8 @@ pub struct Received {
     pub len: usize,
     /// The fds, close-on-exec, in the sender's order.
     pub fds: Vec<OwnedFd>,
+    /// Whether fds were lost: there was no room, or a security module refused one of them.
+    pub cut: bool,
     /// The sender's credentials, where the socket has SO_PASSCRED.
     pub sender: Option<UnixCredentials>,
 }
@@ -76,17 +78,43 @@ pub fn receive(
     limit: usize,
     flags: MsgFlags,
 ) -> Result<Received, ReceiveError> {
+    let mut control = Control([0; MAX_FDS_WORDS]);
+    let room: &mut [u64] = if limit > 0 { &mut control.0 } else { &mut [] };
+    let received = receive_into(socket, buf, room, flags).map_err(ReceiveError::Errno)?;
+    let cut = received.cut || received.fds.len() > limit;
+    if cut { Err(ReceiveError::Truncated { limit }) } else { Ok(received) }
+}
+
+/// Receives bytes and as many fds as the kernel lets one message carry, so that closing them is
+/// the caller's choice of thread: what there is no room for, the kernel closes in whichever thread
+/// receives, and the last close of a hostile file can block.
+///
+/// # Errors
+/// The errno of recvmsg(2).
+pub fn receive_all(
+    socket: BorrowedFd<'_>,
+    buf: &mut [u8],
+    flags: MsgFlags,
+) -> Result<Received, Errno> {
+    receive_into(socket, buf, &mut Control([0; ANY_FDS_WORDS]).0, flags)
+}
+
+fn receive_into(
+    socket: BorrowedFd<'_>,
+    buf: &mut [u8],
+    control: &mut [u64],
+    flags: MsgFlags,
+) -> Result<Received, Errno> {
     // nix's recvmsg hides the fds of a truncated list, which are installed all the same and would
     // leak; hence the bare system call.
-    let mut control = Control([0; CONTROL_WORDS]);
     let mut slice = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
     // SAFETY: all zeros is a valid msghdr: no name, no buffers.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
     message.msg_iov = &raw mut slice;
     message.msg_iovlen = 1;
-    if limit > 0 {
-        message.msg_control = control.0.as_mut_ptr().cast();
-        message.msg_controllen = std::mem::size_of::<Control>();
+    if !control.is_empty() {
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = size_of_val(control);
     }
     let flags = (flags | MsgFlags::MSG_CMSG_CLOEXEC).bits();
     let len = loop {
@@ -95,27 +123,33 @@ pub fn receive(
         let len = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, flags) };
         match Errno::result(len) {
             Err(Errno::EINTR) => {}
-            Err(errno) => return Err(ReceiveError::Errno(errno)),
+            Err(errno) => return Err(errno),
             Ok(len) => break len as usize,
         }
     };
-    let mut received = Received { len, ..Received::default() };
+    let cut = message.msg_flags & libc::MSG_CTRUNC != 0;
+    let mut received = Received { len, cut, ..Received::default() };
     take_control(&message, &mut received);
-    let cut = message.msg_flags & libc::MSG_CTRUNC != 0 || received.fds.len() > limit;
-    if cut { Err(ReceiveError::Truncated { limit }) } else { Ok(received) }
+    Ok(received)
 }
 
-/// Room for [`MAX_FDS`] fds and the sender's credentials, aligned as `cmsghdr` must be.
-#[repr(align(8))]
-struct Control([u64; CONTROL_WORDS]);
+/// The most fds that the kernel lets one message carry (SCM_MAX_FD).
+const SCM_MAX_FD: usize = 253;
 
-const CONTROL_WORDS: usize = {
+/// Room for fds and the sender's credentials, aligned as `cmsghdr` must be.
+#[repr(align(8))]
+struct Control<const WORDS: usize>([u64; WORDS]);
+
+const MAX_FDS_WORDS: usize = control_words(MAX_FDS);
+const ANY_FDS_WORDS: usize = control_words(SCM_MAX_FD);
+
+const fn control_words(fds: usize) -> usize {
     // SAFETY: CMSG_SPACE only computes.
-    let fds = unsafe { libc::CMSG_SPACE((MAX_FDS * 4) as u32) } as usize;
+    let fds = unsafe { libc::CMSG_SPACE((fds * size_of::<RawFd>()) as u32) } as usize;
     // SAFETY: as above.
     let sender = unsafe { libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) } as usize;
     (fds + sender).div_ceil(8)
-};
+}
 
 /// Takes ownership of everything that arrived beside the bytes, truncated or not.
 fn take_control(message: &libc::msghdr, received: &mut Received) {
@@ -191,5 +225,18 @@ mod tests {
             drop(read_end);
             assert!(all_closed(&write_end), "{count} fds with a limit of {limit} left one open");
         }
+    }
+
+    #[test]
+    fn everything_is_taken_where_the_caller_closes() {
+        let (ours, theirs) = pair();
+        let (read_end, write_end) = nix::unistd::pipe().unwrap();
+        send(ours.as_fd(), b"x", &vec![read_end.as_fd(); SCM_MAX_FD], MsgFlags::empty()).unwrap();
+        let got = receive_all(theirs.as_fd(), &mut [0; 16], MsgFlags::empty()).unwrap();
+        assert_eq!((got.len, got.fds.len(), got.cut), (1, SCM_MAX_FD, false));
+        drop(read_end);
+        assert!(!all_closed(&write_end));
+        drop(got);
+        assert!(all_closed(&write_end));
     }
 }
