@@ -13,10 +13,14 @@ mod container;
 mod device;
 mod error;
 mod group;
+pub mod inherited;
 mod linux;
 mod memory;
 mod node;
 mod parse;
+pub mod peer;
+#[cfg(feature = "async")]
+pub mod readiness;
 pub mod request;
 
 pub use call::{Arg, FdSlot, Ioctl, Reply};

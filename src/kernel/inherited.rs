@@ -1,0 +1,33 @@
+//! Open files that the program was started with.
+
+#![allow(unsafe_code)]
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static TAKEN: AtomicBool = AtomicBool::new(false);
+
+/// Takes ownership of the open files `first..first + count` that the service manager passed, and
+/// makes them close-on-exec. They can be taken once: later calls give none.
+///
+/// # Errors
+/// EBADF where one of them is not open.
+pub fn take(first: RawFd, count: usize) -> Result<Vec<OwnedFd>, Errno> {
+    if TAKEN.swap(true, Ordering::SeqCst) {
+        return Ok(Vec::new());
+    }
+    let mut fds = Vec::new();
+    for number in (first..).take(count) {
+        if !std::fs::exists(format!("/proc/self/fd/{number}")).unwrap_or(false) {
+            return Err(Errno::EBADF);
+        }
+        // SAFETY: it is open, it was so before this program ran, which therefore has no owner for
+        // it, and it is taken once.
+        let fd = unsafe { OwnedFd::from_raw_fd(number) };
+        fcntl(fd.as_fd(), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+        fds.push(fd);
+    }
+    Ok(fds)
+}

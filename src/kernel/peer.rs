@@ -1,0 +1,145 @@
+//! Who is at the other end of a Unix socket, as the kernel tells it: the socket options that have
+//! no safe wrapper elsewhere.
+
+#![allow(unsafe_code)]
+
+use nix::errno::Errno;
+use nix::libc;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// Linux 6.5 and later.
+const SO_PEERPIDFD: libc::c_int = 77;
+/// Linux 6.16 and later.
+const SO_PASSRIGHTS: libc::c_int = 83;
+
+/// The longest security label taken, in bytes.
+const MAX_LABEL: usize = 4096;
+
+/// The supplementary groups that the peer had when it connected.
+///
+/// # Errors
+/// See getsockopt(2), SO_PEERGROUPS.
+pub fn groups(socket: BorrowedFd<'_>) -> Result<Vec<u32>, Errno> {
+    let mut room = 64;
+    loop {
+        let mut bytes = vec![0; room * size_of::<u32>()];
+        match get(socket, libc::SO_PEERGROUPS, &mut bytes) {
+            // NGROUPS_MAX is 65536: the kernel has room for no more.
+            Err(Errno::ERANGE) if room < 65536 => room *= 32,
+            Err(errno) => return Err(errno),
+            Ok(len) => {
+                let (groups, _) = bytes[..len].as_chunks();
+                return Ok(groups.iter().map(|&id| u32::from_ne_bytes(id)).collect());
+            }
+        }
+    }
+}
+
+/// The peer's security label; `None` where no security module gives one.
+///
+/// # Errors
+/// See getsockopt(2), SO_PEERSEC; EILSEQ for a label that is not UTF-8.
+pub fn label(socket: BorrowedFd<'_>) -> Result<Option<String>, Errno> {
+    let mut bytes = vec![0; MAX_LABEL];
+    match get(socket, libc::SO_PEERSEC, &mut bytes) {
+        Err(Errno::ENOPROTOOPT) => Ok(None),
+        Err(errno) => Err(errno),
+        Ok(len) => {
+            bytes.truncate(len);
+            // SELinux counts the C string's end in, AppArmor does not.
+            if bytes.last() == Some(&0) {
+                bytes.pop();
+            }
+            String::from_utf8(bytes).map(Some).map_err(|_| Errno::EILSEQ)
+        }
+    }
+}
+
+/// A pidfd of the process that connected; `None` where the kernel has none to give: before Linux
+/// 6.5, or once that process has been reaped.
+///
+/// # Errors
+/// See getsockopt(2), SO_PEERPIDFD.
+pub fn pidfd(socket: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
+    let mut bytes = [0; size_of::<RawFd>()];
+    match get(socket, SO_PEERPIDFD, &mut bytes) {
+        Err(Errno::ENOPROTOOPT | Errno::ENODATA | Errno::ESRCH | Errno::EINVAL) => Ok(None),
+        Err(errno) => Err(errno),
+        // SAFETY: the kernel has just installed this fd for us (close-on-exec); nobody else owns
+        // it.
+        Ok(_) => Ok(Some(unsafe { OwnedFd::from_raw_fd(RawFd::from_ne_bytes(bytes)) })),
+    }
+}
+
+/// Has the kernel refuse fds that are sent to this socket, with EPERM at their sender.
+///
+/// # Errors
+/// ENOPROTOOPT before Linux 6.16.
+pub fn refuse_fds(socket: BorrowedFd<'_>) -> Result<(), Errno> {
+    let off: libc::c_int = 0;
+    // SAFETY: the option is an int, which lives through the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PASSRIGHTS,
+            (&raw const off).cast(),
+            size_of_val(&off) as libc::socklen_t,
+        )
+    };
+    Errno::result(result).map(drop)
+}
+
+/// Reads a socket option into `bytes`; returns how many were written.
+fn get(socket: BorrowedFd<'_>, option: libc::c_int, bytes: &mut [u8]) -> Result<usize, Errno> {
+    let mut len = bytes.len() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes to the buffer, which is that long, and to
+    // `len` how many; both live through the call.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            bytes.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    Errno::result(result)?;
+    Ok((len as usize).min(bytes.len()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_peer_in_this_process_is_this_process() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut own: Vec<u32> =
+            nix::unistd::getgroups().unwrap().into_iter().map(nix::unistd::Gid::as_raw).collect();
+        own.sort_unstable();
+        let mut got = groups(ours.as_fd()).unwrap();
+        got.sort_unstable();
+        assert_eq!(got, own);
+        label(ours.as_fd()).unwrap();
+        if let Some(pidfd) = pidfd(ours.as_fd()).unwrap() {
+            let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()));
+            assert!(info.unwrap().contains(&format!("Pid:\t{}\n", std::process::id())));
+        }
+    }
+
+    #[test]
+    fn fds_are_refused_where_the_kernel_can() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        match refuse_fds(theirs.as_fd()) {
+            Err(errno) => assert_eq!(errno, Errno::ENOPROTOOPT),
+            Ok(()) => {
+                let none = nix::sys::socket::MsgFlags::empty();
+                let sent = crate::fdpass::send(ours.as_fd(), b"x", &[ours.as_fd()], none);
+                assert_eq!(sent, Err(Errno::EPERM));
+            }
+        }
+    }
+}
