@@ -55,6 +55,11 @@ impl Policy {
         &self.tenants
     }
 
+    /// Whether any tenant is for a unit, so that it must be found out which one a peer runs in.
+    pub fn names_units(&self) -> bool {
+        self.tenants.iter().any(|tenant| tenant.who.units.is_some())
+    }
+
     /// The shared containers.
     pub fn containers(&self) -> &[SharedContainer] {
         &self.containers
