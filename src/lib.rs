@@ -5,6 +5,7 @@
 //! - `cli`: the program `vfio-broker` (feature `cli`).
 //! - [`client`]: for VMM authors: ask for devices and get their open files.
 //! - [`kernel`]: the ioctl layer, typed, with the real Linux behind it.
+//! - `daemon`: serves the broker on a socket (feature `daemon`).
 //! - `policy`: who may have what (feature `daemon`).
 //! - `host`: what is in this machine (feature `daemon`).
 //! - `ledger`: who has what, and the rules of sharing (feature `daemon`).
@@ -18,6 +19,8 @@ pub mod broker;
 pub mod cli;
 #[cfg(feature = "client")]
 pub mod client;
+#[cfg(feature = "daemon")]
+pub mod daemon;
 pub mod fdpass;
 #[cfg(feature = "daemon")]
 pub mod host;

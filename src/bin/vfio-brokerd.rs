@@ -1,2 +1,23 @@
-//! Placeholder.
-fn main() {}
+//! The daemon: opens VFIO devices and hands them out.
+
+use clap::Parser;
+use std::process::ExitCode;
+use vfio_broker::daemon;
+
+/// Opens VFIO devices and hands the open files to unprivileged programs
+#[derive(Parser)]
+#[command(name = "vfio-brokerd", version)]
+struct Arguments {
+    #[command(flatten)]
+    options: daemon::Options,
+}
+
+fn main() -> ExitCode {
+    match daemon::run(&Arguments::parse().options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("vfio-brokerd: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Takes new connections in.
+
+use super::Daemon;
+use super::connection::Connection;
+use super::limit::RateLimit;
+use super::outgoing::Answer;
+use super::peer;
+use crate::broker::Caller;
+use crate::kernel::peer::refuse_fds;
+use crate::kernel::readiness::watch;
+use crate::protocol::Error;
+use nix::errno::Errno;
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+use tokio::io::Interest;
+use tokio::task::{spawn_local, yield_now};
+use tracing::{debug, error, warn};
+
+/// How long nobody is let in after a failure that will not go away by itself: those who connect
+/// wait in the socket's queue.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves everybody who connects, for ever.
+pub(super) async fn serve(daemon: Rc<Daemon>, listener: UnixListener) {
+    let watched = listener.try_clone().and_then(|copy| watch(copy.into(), Interest::READABLE));
+    let watched = match watched {
+        Ok(watched) => watched,
+        Err(failure) => return error!(%failure, "can't wait for connections"),
+    };
+    let mut failures = RateLimit::default();
+    loop {
+        let mut readable = match watched.readable().await {
+            Ok(readable) => readable,
+            Err(failure) => return error!(%failure, "can't wait for connections any more"),
+        };
+        match listener.accept() {
+            Ok((stream, _)) => {
+                admit(&daemon, stream);
+                // A flood of connections must not hold up those that are there.
+                yield_now().await;
+            }
+            Err(failure) if failure.kind() == ErrorKind::WouldBlock => readable.clear_ready(),
+            Err(failure) if gone_again(&failure) => {}
+            Err(failure) => {
+                if let Some(held_back) = failures.pass(Instant::now()) {
+                    warn!(%failure, held_back, "accept failed; trying again shortly");
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Whether the client gave up before it was let in.
+fn gone_again(failure: &std::io::Error) -> bool {
+    matches!(failure.kind(), ErrorKind::ConnectionAborted | ErrorKind::Interrupted)
+}
+
+/// Finds out who it is, and serves it if there is room.
+fn admit(daemon: &Rc<Daemon>, stream: UnixStream) {
+    if let Err(reason) = try_admit(daemon, stream) {
+        debug!(%reason, "not let in");
+    }
+}
+
+fn try_admit(daemon: &Rc<Daemon>, stream: UnixStream) -> Result<(), Refused> {
+    let failed = |call| move |errno| Refused::Failed { call, errno };
+    let peer = peer::describe(stream.as_fd(), daemon.names_units).map_err(failed("getsockopt"))?;
+    let seat = match daemon.accounts.seat(daemon.broker.policy(), &peer) {
+        Ok(seat) => seat,
+        Err(over) => {
+            Answer::error(&over).send_what_fits(stream.as_fd());
+            daemon.closer.close([OwnedFd::from(stream)]);
+            return Err(Refused::Over(over));
+        }
+    };
+    if !seat.account.sends_fds {
+        // Where the kernel can't do it, fds are taken in and end the connection.
+        let _ = refuse_fds(stream.as_fd());
+    }
+    stream.set_nonblocking(true).map_err(Refused::Poll)?;
+    let both = Interest::READABLE | Interest::WRITABLE;
+    let socket = watch(stream.into(), both).map_err(Refused::Poll)?;
+    let connection = Connection::new(Rc::clone(daemon), Caller { peer }, socket, seat);
+    spawn_local(connection.serve());
+    Ok(())
+}
+
+/// Why somebody was not let in.
+#[derive(Debug, thiserror::Error)]
+enum Refused {
+    #[error("{0}")]
+    Over(Error),
+    #[error("{call}: {} ({errno:?})", errno.desc())]
+    Failed { call: &'static str, errno: Errno },
+    #[error("{0}")]
+    Poll(std::io::Error),
+}

@@ -1,0 +1,96 @@
+//! The broker's calls as a connection makes them: which of them a worker makes, and what becomes of
+//! a result that comes too late.
+
+use super::connection::Connection;
+use super::incoming::Deferred;
+use super::outgoing::Answer;
+use super::workers::Job;
+use crate::broker::{Broker, Caller};
+use crate::protocol::{Acquire, Error, GetFds, MapDma, Release, UnmapDma};
+use std::sync::Arc;
+
+impl Connection {
+    pub(super) async fn acquire(&self, request: Acquire) -> Result<Answer, Error> {
+        let names = request.devices.iter().map(ToString::to_string).collect::<Vec<_>>();
+        let work = move |broker: &Broker, caller: &Caller| broker.acquire(caller, &request);
+        // A grant that nobody waits for is dropped, its lifeline with it: the lease ends.
+        let grant = self.on_worker("Acquire", names.join(" "), work, |_, _, _| {}).await?;
+        Ok(Answer::with_fds(grant.reply, Deferred::new(grant.fds, &self.daemon.closer)))
+    }
+
+    /// The fast way: copies of what the broker keeps, which it goes on keeping, so that ours are
+    /// not the last ones and close at once.
+    pub(super) fn try_get_fds(&self, request: &GetFds) -> Option<Result<Answer, Error>> {
+        let result = self.daemon.broker.try_get_fds(&self.caller, request)?;
+        Some(result.map(|(reply, fds)| Answer::with_fds(reply, Deferred::harmless(fds))))
+    }
+
+    pub(super) async fn get_fds(&self, request: GetFds) -> Result<Answer, Error> {
+        let object = request.lease.clone();
+        let work = move |broker: &Broker, caller: &Caller| broker.get_fds(caller, &request);
+        let (reply, fds) = self.on_worker("GetFds", object, work, |_, _, _| {}).await?;
+        Ok(Answer::with_fds(reply, Deferred::new(fds, &self.daemon.closer)))
+    }
+
+    pub(super) async fn release(&self, request: Release) -> Result<Answer, Error> {
+        let object = request.lease.clone();
+        let work = move |broker: &Broker, caller: &Caller| broker.release(caller, &request);
+        let released = self.on_worker("Release", object, work, |_, _, _| {}).await;
+        self.daemon.pending.notify_one();
+        released.map(Answer::reply)
+    }
+
+    pub(super) async fn map_dma(
+        &self,
+        request: MapDma,
+        mut fds: Deferred,
+    ) -> Result<Answer, Error> {
+        let count = fds.fds().len();
+        let Some(memory) = fds.take(request.memory) else {
+            let reason = format!("fd {} is not there: {count} came with the call", request.memory);
+            return Err(Error::bad("memory", reason));
+        };
+        drop(fds);
+        let object = request.lease.clone();
+        let MapDma { lease, key, iova, size, .. } = request.clone();
+        let undo = UnmapDma { lease, key, iova, size };
+        let work = move |broker: &Broker, caller: &Caller| broker.map_dma(caller, &request, memory);
+        let late = move |broker: &Broker, caller: &Caller, _| {
+            // It can only fail if the mapping is gone already, with its lease.
+            let _ = broker.unmap_dma(caller, &undo);
+        };
+        self.on_worker("MapDma", object, work, late).await.map(Answer::reply)
+    }
+
+    pub(super) async fn unmap_dma(&self, request: UnmapDma) -> Result<Answer, Error> {
+        let object = request.lease.clone();
+        let work = move |broker: &Broker, caller: &Caller| broker.unmap_dma(caller, &request);
+        self.on_worker("UnmapDma", object, work, |_, _, _| {}).await.map(Answer::reply)
+    }
+
+    pub(super) async fn topology(&self) -> Result<Answer, Error> {
+        let work = |broker: &Broker, caller: &Caller| broker.topology(caller);
+        self.on_worker("Topology", "sysfs".into(), work, |_, _, _| {}).await.map(Answer::reply)
+    }
+
+    pub(super) fn leases(&self) -> Result<Answer, Error> {
+        self.daemon.broker.leases(&self.caller).map(Answer::reply)
+    }
+
+    async fn on_worker<T: Send + 'static>(
+        &self,
+        call: &'static str,
+        object: String,
+        work: impl FnOnce(&Broker, &Caller) -> Result<T, Error> + Send + 'static,
+        late: impl FnOnce(&Broker, &Caller, T) + Send + 'static,
+    ) -> Result<T, Error> {
+        let (caller, for_late) = (Arc::clone(&self.caller), Arc::clone(&self.caller));
+        let job = Job {
+            call,
+            object,
+            work: move |broker: &Broker| work(broker, &caller),
+            late: move |broker: &Broker, done| late(broker, &for_late, done),
+        };
+        job.run(&self.daemon.broker, &self.seat.account, self.daemon.deadlines.call).await
+    }
+}

@@ -1,0 +1,205 @@
+//! One connection: reads calls, has them carried out, answers them in order.
+
+use super::Daemon;
+use super::account::Seat;
+use super::incoming::{Deferred, Flags, Incoming, Message, StrayFds};
+use super::outgoing::{Answer, SendError};
+use crate::broker::Caller;
+use crate::fdpass;
+use crate::protocol::{Error, Oversize, Request};
+use nix::errno::Errno;
+use nix::sys::socket::MsgFlags;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+use tokio::time::{Instant, timeout_at};
+use tracing::debug;
+
+/// A connected client. While it is idle this is all there is of it: no buffers.
+pub(super) struct Connection {
+    pub(super) daemon: Rc<Daemon>,
+    pub(super) caller: Arc<Caller>,
+    pub(super) socket: AsyncFd<OwnedFd>,
+    pub(super) seat: Seat,
+    incoming: Incoming,
+}
+
+/// Why a connection ended, other than by being closed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Lost {
+    #[error("{0}")]
+    Oversize(#[from] Oversize),
+    #[error("{0}")]
+    StrayFds(#[from] StrayFds),
+    #[error("{0} fds in one message: {1} are taken from this client")]
+    TooManyFds(usize, usize),
+    #[error("closed in the midst of a message")]
+    HalfMessage,
+    #[error("half a message and then silence")]
+    Silent,
+    #[error("does not read the events it watches")]
+    Lagging,
+    #[error("{0}")]
+    Send(#[from] SendError),
+    #[error("recvmsg: {} ({_0:?})", _0.desc())]
+    Receive(Errno),
+    #[error("{0}")]
+    Poll(std::io::Error),
+}
+
+impl Connection {
+    pub(super) fn new(
+        daemon: Rc<Daemon>,
+        caller: Caller,
+        socket: AsyncFd<OwnedFd>,
+        seat: Seat,
+    ) -> Self {
+        let incoming = Incoming::default();
+        Self { daemon, caller: Arc::new(caller), socket, seat, incoming }
+    }
+
+    /// Serves it until it ends.
+    pub(super) async fn serve(mut self) {
+        let ended = self.answer_calls().await;
+        let peer = &self.caller.peer;
+        if let Err(reason) = ended {
+            debug!(uid = peer.uid, pid = peer.pid, %reason, "disconnected");
+        }
+        // Fds that the socket still holds are closed with it, and that can block.
+        self.daemon.closer.close([self.socket.into_inner()]);
+    }
+
+    /// One call at a time, as Varlink has it. What can take long is boxed, so that the task of an
+    /// idle connection stays small.
+    async fn answer_calls(&mut self) -> Result<(), Lost> {
+        while let Some(Message { request, flags, fds }) = self.next_message().await? {
+            let answer = match self.check(request, flags, &fds) {
+                Err(error) => Err(error),
+                Ok(Request::GetInfo) => Ok(Answer::reply(super::info::info())),
+                Ok(Request::GetInterfaceDescription(name)) => super::info::describe(&name),
+                Ok(Request::Acquire(request)) => Box::pin(self.acquire(request)).await,
+                Ok(Request::GetFds(request)) => match self.try_get_fds(&request) {
+                    Some(answer) => answer,
+                    None => Box::pin(self.get_fds(request)).await,
+                },
+                Ok(Request::Release(request)) => Box::pin(self.release(request)).await,
+                Ok(Request::MapDma(request)) => Box::pin(self.map_dma(request, fds)).await,
+                Ok(Request::UnmapDma(request)) => Box::pin(self.unmap_dma(request)).await,
+                Ok(Request::Topology(_)) => Box::pin(self.topology()).await,
+                Ok(Request::Leases(_)) => self.leases(),
+                Ok(Request::Watch(watch)) => return Box::pin(self.watch(watch)).await,
+            };
+            let answer = answer.unwrap_or_else(|error| self.refuse(&error));
+            if !flags.oneway {
+                self.send(answer).await?;
+            }
+            // A client that never stops asking must not be served alone.
+            tokio::task::coop::consume_budget().await;
+        }
+        Ok(())
+    }
+
+    /// What is wrong with a request before anybody looks at it closely.
+    fn check(
+        &self,
+        request: Result<Request, Error>,
+        flags: Flags,
+        fds: &Deferred,
+    ) -> Result<Request, Error> {
+        let request = request?;
+        if let Request::GetInfo | Request::GetInterfaceDescription(_) = request {
+            return if fds.fds().is_empty() { Ok(request) } else { Err(fds_not_taken()) };
+        }
+        if let Some(denied) = &self.seat.account.denied {
+            return Err(denied.clone());
+        }
+        match request {
+            _ if flags.upgrade => Err(Error::bad("upgrade", "no method here can be upgraded")),
+            Request::MapDma(_) => Ok(request),
+            _ if !fds.fds().is_empty() => Err(fds_not_taken()),
+            Request::Watch(_) if !flags.more => Err(Error::ExpectedMore {}),
+            // Their replies are what they are for.
+            Request::Acquire(_) | Request::GetFds(_) | Request::Watch(_) if flags.oneway => {
+                Err(Error::bad("oneway", "this method only makes sense with its reply"))
+            }
+            request => Ok(request),
+        }
+    }
+
+    async fn next_message(&mut self) -> Result<Option<Message>, Lost> {
+        let mut deadline = None;
+        loop {
+            if let Some(message) = self.incoming.next_message()? {
+                return Ok(Some(message));
+            }
+            let readable = if self.incoming.is_partial() {
+                let patience = self.daemon.deadlines.read;
+                let until = *deadline.get_or_insert_with(|| Instant::now() + patience);
+                let readable = Box::pin(timeout_at(until, self.socket.readable())).await;
+                readable.map_err(|_| Lost::Silent)?
+            } else {
+                self.socket.readable().await
+            };
+            let readable = readable.map_err(Lost::Poll)?;
+            match receive(&self.daemon, &self.seat, &mut self.incoming, readable)? {
+                Got::Bytes => {}
+                Got::End if self.incoming.is_partial() => return Err(Lost::HalfMessage),
+                Got::End => return Ok(None),
+            }
+        }
+    }
+
+    pub(super) async fn send(&self, answer: Answer) -> Result<(), Lost> {
+        Ok(answer.send(&self.socket, self.daemon.deadlines.write).await?)
+    }
+
+    /// An error as its answer, logged as it deserves.
+    fn refuse(&self, error: &Error) -> Answer {
+        self.daemon.log_refusal(&self.caller.peer, error);
+        Answer::error(error)
+    }
+}
+
+fn fds_not_taken() -> Error {
+    Error::bad("fds", "this method takes no fds; MapDma alone does")
+}
+
+enum Got {
+    Bytes,
+    End,
+}
+
+/// Takes what the socket has, by way of the buffer that all connections share.
+fn receive(
+    daemon: &Daemon,
+    seat: &Seat,
+    incoming: &mut Incoming,
+    mut readable: AsyncFdReadyGuard<'_, OwnedFd>,
+) -> Result<Got, Lost> {
+    let mut buffer = daemon.buffer.borrow_mut();
+    let socket = readable.get_inner().as_fd();
+    let got = match fdpass::receive_all(socket, &mut buffer, MsgFlags::MSG_DONTWAIT) {
+        Err(Errno::EAGAIN) => {
+            readable.clear_ready();
+            return Ok(Got::Bytes);
+        }
+        Err(errno) => return Err(Lost::Receive(errno)),
+        Ok(got) => got,
+    };
+    let count = got.fds.len();
+    let fds = Deferred::new(got.fds, &daemon.closer);
+    let most = if seat.account.sends_fds { fdpass::MAX_FDS } else { 0 };
+    if got.cut || count > most {
+        return Err(Lost::TooManyFds(count, most));
+    }
+    if got.len == 0 {
+        return Ok(Got::End);
+    }
+    // Less than there was room for, and no fds, which end a read early: there is nothing more.
+    if got.len < buffer.len() && count == 0 {
+        readable.clear_ready();
+    }
+    incoming.push(&buffer[..got.len], fds)?;
+    Ok(Got::Bytes)
+}

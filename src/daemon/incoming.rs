@@ -1,0 +1,217 @@
+//! What a peer sends: bytes and open files, cut into messages.
+//!
+//! An fd belongs to the message it was sent with, if that message had a sendmsg(2) to itself: the
+//! kernel ends a read with the bytes that fds came with, so they belong to the last message that
+//! begins in that read. Fds that come in the midst of a message are a framing error.
+
+use super::closer::Closer;
+use crate::protocol::{Call, Error, Frames, Oversize, Request};
+use std::os::fd::OwnedFd;
+
+/// Open files that are closed by a closer thread unless they are taken out.
+#[derive(Debug, Default)]
+pub(super) struct Deferred {
+    fds: Vec<OwnedFd>,
+    closer: Option<Closer>,
+}
+
+impl Deferred {
+    pub(super) fn new(fds: Vec<OwnedFd>, closer: &Closer) -> Self {
+        let closer = (!fds.is_empty()).then(|| closer.clone());
+        Self { fds, closer }
+    }
+
+    /// Ones whose close can't block, so that they may be closed anywhere.
+    pub(super) fn harmless(fds: Vec<OwnedFd>) -> Self {
+        Self { fds, closer: None }
+    }
+
+    pub(super) fn fds(&self) -> &[OwnedFd] {
+        &self.fds
+    }
+
+    /// Takes the one at `index`.
+    pub(super) fn take(&mut self, index: usize) -> Option<OwnedFd> {
+        (index < self.fds.len()).then(|| self.fds.swap_remove(index))
+    }
+}
+
+impl Drop for Deferred {
+    fn drop(&mut self) {
+        if let Some(closer) = &self.closer {
+            closer.close(self.fds.drain(..));
+        }
+    }
+}
+
+/// One message, parsed as far as it could be.
+#[derive(Debug)]
+pub(super) struct Message {
+    pub(super) request: Result<Request, Error>,
+    pub(super) flags: Flags,
+    pub(super) fds: Deferred,
+}
+
+/// How the caller wants to be answered.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Flags {
+    pub(super) more: bool,
+    pub(super) oneway: bool,
+    pub(super) upgrade: bool,
+}
+
+/// Fds came that belong to no message.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("fds came in the midst of a message")]
+pub(super) struct StrayFds;
+
+/// What has come in and is not dealt with yet.
+#[derive(Debug, Default)]
+pub(super) struct Incoming {
+    frames: Frames,
+    /// Fds, and how many messages come before the one they belong to. Two at most: one for a
+    /// message of which a part is missing, one for a message after that.
+    fds: Vec<(usize, Deferred)>,
+}
+
+impl Incoming {
+    /// Adds what one read brought, at least a byte. Only when
+    /// [`next_message`](Self::next_message) has nothing more.
+    pub(super) fn push(&mut self, bytes: &[u8], fds: Deferred) -> Result<(), StrayFds> {
+        if !fds.fds().is_empty() {
+            let before = bytes.split_last().map_or(&[][..], |(_, before)| before);
+            let ends = before.iter().filter(|&&byte| byte == 0).count();
+            if ends == 0 && self.is_partial() {
+                return Err(StrayFds);
+            }
+            self.fds.push((ends, fds));
+        }
+        self.frames.push(bytes);
+        Ok(())
+    }
+
+    /// Whether part of a message is there.
+    pub(super) fn is_partial(&self) -> bool {
+        self.frames.has_partial()
+    }
+
+    /// The next message, if all of it is there.
+    pub(super) fn next_message(&mut self) -> Result<Option<Message>, Oversize> {
+        let Some(bytes) = self.frames.next_message()? else { return Ok(None) };
+        let (request, flags) = match serde_json::from_slice::<Call<'_>>(bytes) {
+            Err(error) => (Err(Error::bad("message", error)), Flags::default()),
+            Ok(call) => {
+                let on = |flag: Option<bool>| flag.unwrap_or(false);
+                let flags = Flags {
+                    more: on(call.more),
+                    oneway: on(call.oneway),
+                    upgrade: on(call.upgrade),
+                };
+                (Request::parse(&call), flags)
+            }
+        };
+        self.frames.shrink();
+        let request = request.map_err(shorten);
+        let fds = self.next_fds();
+        Ok(Some(Message { request, flags, fds }))
+    }
+
+    fn next_fds(&mut self) -> Deferred {
+        let mut own = Deferred::default();
+        self.fds.retain_mut(|(before, fds)| match before.checked_sub(1) {
+            Some(less) => {
+                *before = less;
+                true
+            }
+            None => {
+                own = std::mem::take(fds);
+                false
+            }
+        });
+        own
+    }
+}
+
+/// A parser's reason quotes what it was given: no more of it than is of use goes back.
+fn shorten(error: Error) -> Error {
+    const MOST: usize = 300;
+    match error {
+        Error::BadRequest { field, reason } if reason.chars().nth(MOST).is_some() => {
+            let cut: String = reason.chars().take(MOST).collect();
+            Error::BadRequest { field, reason: cut + "..." }
+        }
+        error => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fdpass;
+    use nix::sys::socket::MsgFlags;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    const INFO: &[u8] = b"{\"method\":\"org.varlink.service.GetInfo\"}\0";
+
+    /// Sends each part with that many fds, and gives the number of fds that each message got.
+    fn counts(parts: &[(&[u8], usize)], buffer: usize) -> Result<Vec<usize>, StrayFds> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        for (bytes, fds) in parts {
+            let fds = vec![ours.as_fd(); *fds];
+            fdpass::send(ours.as_fd(), bytes, &fds, MsgFlags::empty()).unwrap();
+        }
+        drop(ours);
+        let closer = Closer::new().unwrap();
+        let (mut incoming, mut counts) = (Incoming::default(), Vec::new());
+        let mut buffer = vec![0; buffer];
+        loop {
+            let got = fdpass::receive_all(theirs.as_fd(), &mut buffer, MsgFlags::empty()).unwrap();
+            if got.len == 0 {
+                return Ok(counts);
+            }
+            incoming.push(&buffer[..got.len], Deferred::new(got.fds, &closer))?;
+            while let Some(message) = incoming.next_message().unwrap() {
+                assert_eq!(message.request, Ok(Request::GetInfo));
+                counts.push(message.fds.fds().len());
+            }
+        }
+    }
+
+    #[test]
+    fn fds_are_with_the_message_they_were_sent_with() {
+        let two = [INFO, INFO].concat();
+        for buffer in [1, 7, INFO.len(), INFO.len() + 3, 4096] {
+            assert_eq!(
+                counts(&[(INFO, 1), (INFO, 2), (INFO, 0), (INFO, 3)], buffer).unwrap(),
+                [1, 2, 0, 3]
+            );
+            assert_eq!(counts(&[(INFO, 0), (INFO, 0), (INFO, 2)], buffer).unwrap(), [0, 0, 2]);
+            assert_eq!(
+                counts(&[(&two, 0), (INFO, 2), (&two, 0)], buffer).unwrap(),
+                [0, 0, 2, 0, 0]
+            );
+            let (head, tail) = INFO.split_at(9);
+            assert_eq!(counts(&[(head, 2), (tail, 0), (INFO, 1)], buffer).unwrap(), [2, 1]);
+        }
+    }
+
+    #[test]
+    fn fds_in_the_midst_of_a_message_are_an_error() {
+        let (head, tail) = INFO.split_at(9);
+        assert_eq!(counts(&[(head, 0), (tail, 2)], 9), Err(StrayFds));
+    }
+
+    #[test]
+    fn a_reason_does_not_echo_a_long_request() {
+        let mut incoming = Incoming::default();
+        let long = "x".repeat(60_000);
+        let call = format!(
+            "{{\"method\":\"org.vfiobroker.Broker.Leases\",\"parameters\":{{\"{long}\":1}}}}\0"
+        );
+        incoming.push(call.as_bytes(), Deferred::default()).unwrap();
+        let message = incoming.next_message().unwrap().unwrap();
+        let Err(Error::BadRequest { reason, .. }) = message.request else { panic!() };
+        assert!(reason.len() < 400);
+    }
+}

@@ -1,0 +1,31 @@
+//! `org.varlink.service`: what this is and what it can do.
+
+use super::outgoing::Answer;
+use crate::protocol::{DESCRIPTION, Error, INTERFACE, Info, InterfaceDescription};
+
+const SERVICE: &str = "org.varlink.service";
+
+/// Varlink's own interface, described.
+const SERVICE_DESCRIPTION: &str = include_str!("org.varlink.service.varlink");
+
+pub(super) fn info() -> Info {
+    Info {
+        vendor: "vfio-broker".into(),
+        product: "vfio-brokerd".into(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        url: "https://crates.io/crates/vfio-broker".into(),
+        interfaces: vec![SERVICE.into(), INTERFACE.into()],
+    }
+}
+
+pub(super) fn describe(interface: &str) -> Result<Answer, Error> {
+    let description = match interface {
+        INTERFACE => DESCRIPTION,
+        SERVICE => SERVICE_DESCRIPTION,
+        _ => {
+            let interface = interface.chars().take(100).collect();
+            return Err(Error::InterfaceNotFound { interface });
+        }
+    };
+    Ok(Answer::reply(InterfaceDescription { description: description.into() }))
+}

@@ -1,0 +1,105 @@
+//! The daemon: sockets, peers, limits, one task a connection.
+//!
+//! One thread serves all connections. Whatever can block in the kernel is done elsewhere: broker
+//! calls on worker threads with a deadline ([`workers`]), closing what peers sent on closer threads
+//! ([`closer`]).
+
+mod accept;
+mod account;
+mod calls;
+mod closer;
+mod connection;
+mod incoming;
+mod info;
+mod lifelines;
+mod limit;
+mod listen;
+mod log;
+mod observer;
+mod options;
+mod outgoing;
+mod peer;
+mod reclaim;
+mod start;
+mod watch;
+mod workers;
+
+pub use log::LogFormat;
+pub use options::Options;
+pub use start::{StartError, run};
+
+use crate::broker::Broker;
+use crate::policy::Peer;
+use crate::protocol::{Error, MAX_MESSAGE};
+use account::Accounts;
+use closer::Closer;
+use limit::RateLimit;
+use observer::DaemonObserver;
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+use tracing::{debug, info};
+
+/// What all connections share; lives on the event loop.
+struct Daemon {
+    broker: Arc<Broker>,
+    observer: Arc<DaemonObserver>,
+    /// Told when something may have become pending for [`reclaim::retry`].
+    pending: Arc<Notify>,
+    closer: Closer,
+    accounts: Rc<Accounts>,
+    deadlines: Deadlines,
+    /// Whether the policy has tenants by unit.
+    names_units: bool,
+    /// What is received passes through here, so that idle connections have no buffers.
+    buffer: RefCell<Box<[u8]>>,
+    denials: RefCell<RateLimit>,
+}
+
+/// How long is waited for what others may never do.
+struct Deadlines {
+    call: Duration,
+    read: Duration,
+    write: Duration,
+}
+
+impl Daemon {
+    fn new(
+        broker: Arc<Broker>,
+        observer: Arc<DaemonObserver>,
+        most_connections: usize,
+        options: &Options,
+    ) -> std::io::Result<Self> {
+        let names_units = broker.policy().names_units();
+        Ok(Self {
+            broker,
+            observer,
+            pending: Arc::default(),
+            closer: Closer::new()?,
+            accounts: Rc::new(Accounts::new(most_connections)),
+            deadlines: Deadlines {
+                call: options.call_deadline,
+                read: options.read_deadline,
+                write: options.write_deadline,
+            },
+            names_units,
+            buffer: RefCell::new(vec![0; MAX_MESSAGE].into()),
+            denials: RefCell::default(),
+        })
+    }
+
+    /// What is denied is the administrator's business; what else goes wrong is the client's.
+    fn log_refusal(&self, peer: &Peer, error: &Error) {
+        let (uid, pid) = (peer.uid, peer.pid);
+        if let Error::Denied { rule, reason } = error {
+            if let Some(held_back) = self.denials.borrow_mut().pass(Instant::now()) {
+                let (rule, reason) = (log::excerpt(rule), log::excerpt(reason));
+                info!(uid, pid, rule, reason, held_back, "denied");
+            }
+        } else {
+            debug!(uid, pid, error = log::excerpt(&error.to_string()), "refused");
+        }
+    }
+}

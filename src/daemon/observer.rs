@@ -1,0 +1,54 @@
+//! What the broker tells the daemon, on whichever thread it does.
+
+use super::lifelines::Lifelines;
+use crate::broker::{LifelineId, Observer};
+use crate::protocol::{Event, EventKind};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use tokio::sync::broadcast;
+use tracing::{debug, error, info, warn};
+
+/// How many events a watcher may lag behind before it is dropped.
+const QUEUE: usize = 256;
+
+/// Takes lifelines to [`Lifelines`], and events to the log and to those who watch.
+#[derive(Debug)]
+pub(super) struct DaemonObserver {
+    pub(super) lifelines: Lifelines,
+    pub(super) events: broadcast::Sender<Arc<Event>>,
+}
+
+impl DaemonObserver {
+    pub(super) fn new() -> Result<Self, nix::errno::Errno> {
+        Ok(Self { lifelines: Lifelines::new()?, events: broadcast::Sender::new(QUEUE) })
+    }
+}
+
+impl Observer for DaemonObserver {
+    fn lifeline_opened(&self, id: LifelineId, write_end: Arc<OwnedFd>) {
+        if let Err(errno) = self.lifelines.add(id, write_end) {
+            error!(%errno, "can't watch a lease's pipe: the lease ends by Release alone");
+        }
+    }
+
+    fn lifeline_closed(&self, id: LifelineId) {
+        self.lifelines.remove(id);
+    }
+
+    fn event(&self, event: &Event) {
+        let Event { event: kind, lease, vm, tenant, devices, .. } = event;
+        let devices = devices.join(" ");
+        match kind {
+            EventKind::Acquired => info!(lease, vm, tenant, devices, "lease begins"),
+            EventKind::Extended => info!(lease, vm, tenant, devices, "lease grows"),
+            EventKind::Released => info!(lease, vm, tenant, devices, "lease ends: released"),
+            EventKind::Gone => info!(lease, vm, tenant, devices, "lease ends: holder gone"),
+            EventKind::Reclaimed => debug!(lease, vm, tenant, devices, "devices are free again"),
+            EventKind::Quarantined => {
+                warn!(lease, vm, tenant, devices, "devices are not known to be free: still in use");
+            }
+        }
+        // An error says that nobody watches.
+        let _ = self.events.send(Arc::new(event.clone()));
+    }
+}

@@ -1,0 +1,43 @@
+//! The daemon's command line.
+
+use super::LogFormat;
+use clap::Args;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What `vfio-brokerd` is told.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// Who may have what [default: /etc/vfio-broker/policy.toml; with --sim NAME.toml,
+    /// NAME.policy.toml beside it, or else everybody may have everything]
+    #[arg(long, value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+
+    /// Where to listen; not used when the service manager passes a socket
+    #[arg(long, value_name = "PATH", default_value = crate::protocol::SOCKET_PATH)]
+    pub socket: PathBuf,
+
+    /// Serve a simulated kernel with the devices described in this file
+    #[arg(long, value_name = "TOPOLOGY.toml")]
+    pub sim: Option<PathBuf>,
+
+    /// How the log on standard error is written
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub log_format: LogFormat,
+
+    /// The longest that a client waits for the kernel, in milliseconds
+    #[arg(long, value_name = "MS", default_value = "30000", value_parser = millis, hide = true)]
+    pub call_deadline: Duration,
+
+    /// The longest that half a message may stay half, in milliseconds
+    #[arg(long, value_name = "MS", default_value = "30000", value_parser = millis, hide = true)]
+    pub read_deadline: Duration,
+
+    /// The longest that a client may leave a reply unread, in milliseconds
+    #[arg(long, value_name = "MS", default_value = "10000", value_parser = millis, hide = true)]
+    pub write_deadline: Duration,
+}
+
+fn millis(text: &str) -> Result<Duration, std::num::ParseIntError> {
+    text.parse().map(Duration::from_millis)
+}

@@ -1,0 +1,59 @@
+//! Ended leases: takes their devices back, and tries again while the kernel says that they are in
+//! use.
+
+use super::Daemon;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::unix::AsyncFd;
+use tokio::task::spawn_blocking;
+use tracing::error;
+
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Reclaims each lease whose lifelines have all hung up. `hang_ups` is
+/// [`Lifelines::descriptor`](super::lifelines::Lifelines::descriptor).
+pub(super) async fn on_hang_up(daemon: Rc<Daemon>, hang_ups: AsyncFd<OwnedFd>) {
+    loop {
+        let mut readable = match hang_ups.readable().await {
+            Ok(readable) => readable,
+            Err(failure) => return error!(%failure, "can't watch leases any more"),
+        };
+        let ids = match daemon.observer.lifelines.hung_up() {
+            Ok(ids) => ids,
+            Err(errno) => return error!(%errno, "can't watch leases any more"),
+        };
+        if ids.is_empty() {
+            readable.clear_ready();
+        }
+        for ended in ids.into_iter().filter_map(|id| daemon.broker.hung_up(id)) {
+            let (broker, pending) = (Arc::clone(&daemon.broker), Arc::clone(&daemon.pending));
+            spawn_blocking(move || {
+                broker.reclaim(ended);
+                pending.notify_one();
+            });
+        }
+    }
+}
+
+/// Retries, each time after twice the pause, while anything is pending. One retry at a time: while
+/// the kernel does not answer, there is no point in asking again.
+pub(super) async fn retry(daemon: Rc<Daemon>) {
+    let mut pause = FIRST_PAUSE;
+    loop {
+        if !daemon.broker.has_pending_reclaims() {
+            daemon.pending.notified().await;
+            pause = FIRST_PAUSE;
+            continue;
+        }
+        tokio::select! {
+            () = daemon.pending.notified() => pause = FIRST_PAUSE,
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
+        }
+        let broker = Arc::clone(&daemon.broker);
+        // An error is a panic there, which has been written to the log.
+        let _ = spawn_blocking(move || broker.retry_reclaims()).await;
+    }
+}

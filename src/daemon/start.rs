@@ -1,0 +1,208 @@
+//! From the command line to the first connection, and from SIGTERM to the end.
+
+use super::listen::Listening;
+
+use super::observer::DaemonObserver;
+use super::options::Options;
+use super::{Daemon, accept, log, reclaim, workers};
+use crate::broker::Broker;
+use crate::host::Host;
+use crate::kernel::readiness::watch;
+use crate::kernel::{Kernel, Linux};
+use crate::policy::{POLICY_PATH, Policy, Problems};
+use crate::users::SystemUsers;
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use sd_notify::NotifyState;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use tokio::io::Interest;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::{LocalSet, spawn_local};
+use tracing::{info, warn};
+
+/// Why the daemon did not start, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// There is no policy file.
+    #[error(
+        "there is no policy at {0}: nobody may have anything without one. A first one:\n\n{EXAMPLE}"
+    )]
+    NoPolicy(PathBuf),
+    /// The policy can't be read.
+    #[error("can't read the policy {path}: {source}")]
+    UnreadablePolicy {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The policy is wrong.
+    #[error("{0}")]
+    Policy(Problems),
+    /// The kernel has no VFIO.
+    #[error("there is no /dev/vfio/vfio: load VFIO with \"modprobe vfio-pci\", or try --sim")]
+    NoVfio,
+    /// The simulated kernel could not be made.
+    #[error("{0}")]
+    Sim(String),
+    /// Another daemon listens there.
+    #[error("{0} is being served already: stop that vfio-brokerd first, or name another --socket")]
+    Live(PathBuf),
+    /// Something else is at the socket's path.
+    #[error("{0} is there and is not a socket: remove it, or name another --socket")]
+    NotASocket(PathBuf),
+    /// The socket could not be made.
+    #[error("can't listen on {path}: {source}")]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// What the service manager passed is of no use.
+    #[error("socket activation: {0}")]
+    Activation(String),
+    /// The system lacks something basic.
+    #[error("can't set up {what}: {source}")]
+    SetUp {
+        /// What it was needed for.
+        what: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// The start of a policy, for those who have none.
+const EXAMPLE: &str = include_str!("example.policy.toml");
+
+impl StartError {
+    fn set_up<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
+        move |error| Self::SetUp { what, source: error.into() }
+    }
+}
+
+/// Runs the daemon until SIGTERM or SIGINT.
+///
+/// # Errors
+/// It could not start.
+pub fn run(options: &Options) -> Result<(), StartError> {
+    log::start(options.log_format);
+    let files = raise_file_limit().map_err(StartError::set_up("the limit of open files"))?;
+    let kernel = kernel(options)?;
+    let policy = Arc::new(policy(options, &*kernel)?);
+    let observer = DaemonObserver::new().map_err(StartError::set_up("epoll for lease pipes"))?;
+    let observer = Arc::new(observer);
+    let broker = Broker::new(kernel, policy, observer.clone());
+    let listening = Listening::new(&options.socket)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(workers::MOST_THREADS)
+        .build()
+        .map_err(StartError::set_up("the event loop"))?;
+    let daemon = Daemon::new(broker, observer, most_connections(files), options)
+        .map_err(StartError::set_up("the closer thread"))?;
+    let served = LocalSet::new().block_on(&runtime, serve(Rc::new(daemon), &listening));
+    listening.remove_file();
+    // A worker may be stuck in the kernel: it ends with the process.
+    runtime.shutdown_background();
+    served
+}
+
+/// Serves until told to stop.
+async fn serve(daemon: Rc<Daemon>, listening: &Listening) -> Result<(), StartError> {
+    let mut terminate =
+        signal(SignalKind::terminate()).map_err(StartError::set_up("the SIGTERM handler"))?;
+    let mut interrupt =
+        signal(SignalKind::interrupt()).map_err(StartError::set_up("the SIGINT handler"))?;
+    let watch_hang_ups = || {
+        let descriptor = daemon.observer.lifelines.descriptor()?;
+        watch(descriptor, Interest::READABLE)
+    };
+    let hang_ups = watch_hang_ups().map_err(StartError::set_up("the watch on lease pipes"))?;
+    let socket = listening.listener.try_clone().map_err(StartError::set_up("the socket"))?;
+    spawn_local(reclaim::on_hang_up(Rc::clone(&daemon), hang_ups));
+    spawn_local(reclaim::retry(Rc::clone(&daemon)));
+    spawn_local(accept::serve(daemon, socket));
+    notify(&[NotifyState::Ready]);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    notify(&[NotifyState::Stopping]);
+    Ok(())
+}
+
+fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        warn!(%error, "can't tell the service manager");
+    }
+}
+
+/// The policy of the options, or the default one for the kernel they name.
+fn policy(options: &Options, kernel: &dyn Kernel) -> Result<Policy, StartError> {
+    let parse = |name: &str, text: &str| {
+        let policy = Policy::parse(name, text, &SystemUsers).map_err(StartError::Policy)?;
+        for problem in policy.warnings().iter() {
+            warn!("{}:{}: {}", problem.file, problem.line, problem.message);
+        }
+        Ok(policy)
+    };
+    let beside = options.sim.as_ref().map(|sim| sim.with_extension("policy.toml"));
+    let path = match (&options.policy, beside) {
+        (Some(path), _) => path.clone(),
+        (None, Some(beside)) if beside.exists() => beside,
+        (None, Some(_)) => return parse("built-in policy", &sim_policy(kernel)?),
+        (None, None) => PathBuf::from(POLICY_PATH),
+    };
+    match std::fs::read_to_string(&path) {
+        Ok(text) => parse(&path.to_string_lossy(), &text),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(StartError::NoPolicy(path))
+        }
+        Err(source) => Err(StartError::UnreadablePolicy { path, source }),
+    }
+}
+
+/// Lets everybody have every device of a simulated host, each handout and each risk included.
+fn sim_policy(kernel: &dyn Kernel) -> Result<String, StartError> {
+    let host = Host::scan(kernel).map_err(|error| StartError::Sim(error.to_string()))?;
+    let devices: Vec<_> = host.devices().map(|(_, d)| format!("\"{}\"", d.facts.bdf)).collect();
+    Ok(format!(
+        "version = 1\n[[tenant]]\nname = \"everybody\"\nanyone = true\ndevices = [{}]\n\
+         handouts = [\"container\", \"group\", \"devices\"]\n\
+         accept = [\"unsafe-interrupts\", \"no-iommu\"]\n",
+        devices.join(", ")
+    ))
+}
+
+fn kernel(options: &Options) -> Result<Arc<dyn Kernel>, StartError> {
+    if let Some(topology) = &options.sim {
+        return simulated(topology);
+    }
+    match Path::new("/dev/vfio/vfio").exists() {
+        true => Ok(Arc::new(Linux)),
+        false => Err(StartError::NoVfio),
+    }
+}
+
+fn simulated(topology: &Path) -> Result<Arc<dyn Kernel>, StartError> {
+    Err(StartError::Sim(format!("{}: there is no simulated kernel yet", topology.display())))
+}
+
+/// Raises the limit of open files as far as it goes; returns how far.
+fn raise_file_limit() -> Result<u64, Errno> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    }
+    Ok(hard)
+}
+
+/// How many connections there is room for beside the leases' files and those in flight.
+fn most_connections(files: u64) -> usize {
+    let most = usize::try_from(files / 4 * 3).unwrap_or(usize::MAX);
+    info!(open_files = files, connections = most, "serving");
+    most
+}

@@ -1,0 +1,93 @@
+//! Broker calls that may block in the kernel: each on a thread of its own, with a deadline.
+//!
+//! A thread that is stuck in the kernel can't be freed, so nobody waits for it beyond the deadline.
+//! It keeps its tenant's place among the requests in flight, so that one tenant can't use up the
+//! threads of all.
+
+use super::account::Account;
+use crate::broker::Broker;
+use crate::protocol::Error;
+use nix::errno::Errno;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::oneshot;
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, timeout_at};
+
+/// The most threads, stuck ones included.
+pub(super) const MOST_THREADS: usize = 256;
+
+/// A call that a worker is to make.
+pub(super) struct Job<Work, Late> {
+    /// What is called, for messages.
+    pub(super) call: &'static str,
+    /// On what.
+    pub(super) object: String,
+    /// Makes the call.
+    pub(super) work: Work,
+    /// Undoes what was done when nobody waits for it any more.
+    pub(super) late: Late,
+}
+
+impl<Work, Late> Job<Work, Late> {
+    /// Does it on a worker.
+    ///
+    /// # Errors
+    /// What the call says; [`Error::OverLimit`] when the tenant's other requests leave no room
+    /// within the deadline; [`Error::Kernel`] with ETIMEDOUT.
+    pub(super) async fn run<T: Send + 'static>(
+        self,
+        broker: &Arc<Broker>,
+        account: &Account,
+        deadline: Duration,
+    ) -> Result<T, Error>
+    where
+        Work: FnOnce(&Broker) -> Result<T, Error> + Send + 'static,
+        Late: FnOnce(&Broker, T) + Send + 'static,
+    {
+        let Self { call, object, work, late } = self;
+        let until = Instant::now() + deadline;
+        let place = timeout_at(until, Arc::clone(&account.requests).acquire_owned()).await;
+        let Ok(Ok(place)) = place else {
+            let most = account.most_requests as u64;
+            return Err(Error::OverLimit {
+                limit: "requests in flight of this tenant".into(),
+                most,
+                asked: most + 1,
+            });
+        };
+        let (sender, receiver) = oneshot::channel();
+        let broker = Arc::clone(broker);
+        let task = spawn_blocking(move || {
+            let _place = place;
+            let undelivered = sender.send(work(&broker)).err();
+            if let Some(Ok(done)) = undelivered {
+                late(&broker, done);
+            }
+        });
+        match timeout_at(until, receiver).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(failed(call, object, Errno::EIO, "a bug of the broker: see its log")),
+            Err(_) => {
+                // One that has not begun does not begin any more.
+                task.abort();
+                let hint = format!(
+                    "the kernel has not answered within {} s; what it still does is undone when it \
+                     is done: try again later",
+                    deadline.as_secs_f32()
+                );
+                Err(failed(call, object, Errno::ETIMEDOUT, &hint))
+            }
+        }
+    }
+}
+
+fn failed(call: &str, object: String, errno: Errno, hint: &str) -> Error {
+    Error::Kernel {
+        call: call.into(),
+        object,
+        errno: errno as i32,
+        name: format!("{errno:?}"),
+        hint: hint.into(),
+    }
+}
