@@ -33,6 +33,9 @@ mod blocking;
 #[cfg(feature = "async")]
 pub mod tokio;
 
+#[cfg(any(test, fuzzing))]
+pub mod properties;
+
 #[cfg(test)]
 mod fake;
 #[cfg(test)]

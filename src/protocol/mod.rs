@@ -5,6 +5,8 @@ mod device_spec;
 mod error;
 mod frame;
 mod messages;
+#[cfg(any(test, fuzzing))]
+pub mod properties;
 
 pub use device_spec::{Bdf, DeviceSpec};
 pub use error::{Blocker, Error, Holder};
