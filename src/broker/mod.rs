@@ -1,28 +1,49 @@
 //! Carries the ledger's decisions out on a kernel and puts back what failed half way. The only
 //! writer of the ledger.
+//!
+//! Three kinds of locks, always taken in this order: a lease's files, then its address space,
+//! then the books. The first two are held through kernel calls and only by calls on the same lease
+//! or container; the books never are, so nobody waits there for a kernel.
 
+mod acquire;
 mod api;
+mod authority;
+mod books;
+mod dma;
+mod fds;
+mod hint;
+mod key;
+mod lifeline;
+mod lists;
+mod memory;
+mod plan;
+mod reclaim;
+mod space;
 
 pub use api::{Caller, Ended, Grant, LifelineId, Nobody, Observer};
 
 use crate::kernel::Kernel;
+use crate::ledger::{Lease, LeaseId};
 use crate::policy::Policy;
-use crate::protocol::{
-    Acquire, Empty, Error, Fds, GetFds, Groups, LeaseList, MapDma, Release, Released, UnmapDma,
-    Unmapped,
+use crate::protocol::{Event, EventKind};
+use books::Books;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How long a reclaim waits for what is still open, in steps: a process that is killed closes its
+/// files one after the other, and the lease pipe may be the first of them.
+const PATIENCE: [Duration; 8] = {
+    let ms = Duration::from_millis;
+    [ms(1), ms(2), ms(4), ms(8), ms(16), ms(32), ms(64), ms(128)]
 };
-use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 /// The broker. Every call may block in the kernel unless it says otherwise.
 pub struct Broker {
     kernel: Arc<dyn Kernel>,
     policy: Arc<Policy>,
     observer: Arc<dyn Observer>,
-}
-
-fn not_yet(what: &str) -> Error {
-    Error::Unsupported { what: what.into(), why: "this broker can't do it yet".into() }
+    patience: Vec<Duration>,
+    books: Mutex<Books>,
 }
 
 impl Broker {
@@ -32,7 +53,19 @@ impl Broker {
         policy: Arc<Policy>,
         observer: Arc<dyn Observer>,
     ) -> Arc<Self> {
-        Arc::new(Self { kernel, policy, observer })
+        Self::with_patience(kernel, policy, observer, PATIENCE.to_vec())
+    }
+
+    /// A broker whose reclaims wait this long between their attempts before they call a group
+    /// quarantined.
+    pub fn with_patience(
+        kernel: Arc<dyn Kernel>,
+        policy: Arc<Policy>,
+        observer: Arc<dyn Observer>,
+        patience: Vec<Duration>,
+    ) -> Arc<Self> {
+        let books = Mutex::default();
+        Arc::new(Self { kernel, policy, observer, patience, books })
     }
 
     /// The policy it goes by.
@@ -45,81 +78,58 @@ impl Broker {
         &self.kernel
     }
 
-    /// Gives devices to a new lease, or adds them to one; all or nothing.
-    pub fn acquire(&self, _caller: &Caller, _request: &Acquire) -> Result<Grant, Error> {
-        let _ = &self.observer;
-        Err(not_yet("Acquire"))
+    /// The books; whoever has them makes no kernel call.
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The open files of a lease once more, and a further lifeline.
-    pub fn get_fds(
-        &self,
-        _caller: &Caller,
-        _request: &GetFds,
-    ) -> Result<(Fds, Vec<OwnedFd>), Error> {
-        Err(not_yet("GetFds"))
+    fn tell(&self, event: &Event) {
+        self.observer.event(event);
     }
-
-    /// As [`get_fds`](Self::get_fds) where that takes no kernel call that can block, else `None`:
-    /// then call that on a worker. Never blocks.
-    pub fn try_get_fds(
-        &self,
-        _caller: &Caller,
-        _request: &GetFds,
-    ) -> Option<Result<(Fds, Vec<OwnedFd>), Error>> {
-        None
-    }
-
-    /// Ends a lease and reclaims its devices.
-    pub fn release(&self, _caller: &Caller, _request: &Release) -> Result<Released, Error> {
-        Err(not_yet("Release"))
-    }
-
-    /// Maps memory for a lease. Closes `memory`, which can block too.
-    pub fn map_dma(
-        &self,
-        _caller: &Caller,
-        _request: &MapDma,
-        _memory: OwnedFd,
-    ) -> Result<Empty, Error> {
-        Err(not_yet("MapDma"))
-    }
-
-    /// Takes a lease's mappings back.
-    pub fn unmap_dma(&self, _caller: &Caller, _request: &UnmapDma) -> Result<Unmapped, Error> {
-        Err(not_yet("UnmapDma"))
-    }
-
-    /// The leases the caller may see. Never blocks.
-    pub fn leases(&self, _caller: &Caller) -> Result<LeaseList, Error> {
-        Err(not_yet("Leases"))
-    }
-
-    /// The groups the caller may see; reads sysfs.
-    pub fn topology(&self, _caller: &Caller) -> Result<Groups, Error> {
-        Err(not_yet("Topology"))
-    }
-
-    /// Whether the caller may see what leases of `tenant` do. Never blocks.
-    pub fn may_see(&self, _caller: &Caller, _tenant: &str) -> bool {
-        false
-    }
-
-    /// A lifeline reported EPOLLERR. Never blocks; where it was the lease's last one, the lease has
-    /// ended and [`reclaim`](Self::reclaim) is to be called on a worker. Checks for itself that the
-    /// pipe has hung up, so calling it once too often does no harm.
-    pub fn hung_up(&self, _lifeline: LifelineId) -> Option<Ended> {
-        None
-    }
-
-    /// Takes back what an ended lease had.
-    pub fn reclaim(&self, _ended: Ended) {}
-
-    /// Whether some group waits for its last holder to let go. Never blocks.
-    pub fn has_pending_reclaims(&self) -> bool {
-        false
-    }
-
-    /// Tries once more to reclaim what could not be reclaimed yet.
-    pub fn retry_reclaims(&self) {}
 }
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// What happened to these devices of a lease.
+fn event(kind: EventKind, lease: &Lease, devices: Vec<String>) -> Event {
+    Event {
+        event: kind,
+        lease: lease.id.to_string(),
+        vm: lease.vm.clone(),
+        tenant: lease.tenant.clone(),
+        devices,
+        at: now(),
+    }
+}
+
+/// A lease's devices that are in use, or those withheld.
+fn devices(lease: &Lease, withheld: bool) -> Vec<String> {
+    let those = lease.devices.iter().filter(|handed| handed.withheld == withheld);
+    those.map(|handed| handed.bdf.to_string()).collect()
+}
+
+/// What the container of a lease is called: as in the policy, or for one of its own as the lease.
+fn container_name(lease: &Lease) -> String {
+    use crate::ledger::Space;
+    match &lease.space {
+        Space::None => String::new(),
+        Space::Own => lease.id.to_string(),
+        Space::Shared { name, .. } => name.clone(),
+    }
+}
+
+/// The text of a lease id, short enough to be said back.
+fn said(lease: &str) -> String {
+    lease.chars().take(64).collect()
+}
+
+/// The error for a lease that is not there, and for one whose key is another.
+fn no_such_lease(lease: LeaseId) -> crate::protocol::Error {
+    crate::protocol::Error::NoSuchLease { lease: lease.to_string() }
+}
+
+#[cfg(test)]
+mod tests;

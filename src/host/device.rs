@@ -24,7 +24,10 @@ const HARMLESS: [&str; 2] = ["pcieport", "pci-stub"];
 
 impl Device {
     /// Reads one device; `None` where it is gone.
-    pub(super) fn scan(kernel: &dyn Kernel, bdf: Bdf) -> Result<Option<Self>> {
+    ///
+    /// # Errors
+    /// What reading sysfs says.
+    pub fn scan(kernel: &dyn Kernel, bdf: Bdf) -> Result<Option<Self>> {
         let path = format!("bus/pci/devices/{bdf}");
         let number = |name: &str| -> Result<Option<u32>> {
             let text = gone_is_none(read(kernel, &format!("{path}/{name}")))?;

@@ -1,0 +1,289 @@
+//! Acquire: the whole of it, or nothing.
+
+use super::authority::quota;
+use super::books::{Entry, Files};
+use super::fds::{Named, list};
+use super::key::new_lease_id;
+use super::plan::{Chosen, Plan};
+use super::{
+    Broker, Caller, Grant, container_name, devices, event, lifeline, no_such_lease, now, space,
+};
+use crate::host;
+use crate::kernel::{Device, Group, IommuType, Node};
+use crate::ledger::{self, Effect, Lease, Refusal, Request, Space};
+use crate::policy::{Tenant, Verb};
+use crate::protocol::{Acquire, Acquired, Backend, Bdf, Error, EventKind, FdKind, Handout};
+use std::sync::{Arc, MutexGuard};
+
+/// What the kernel has given so far, in its order.
+#[derive(Default)]
+struct Opened {
+    groups: Vec<(u32, Group)>,
+    devices: Vec<(Bdf, Device)>,
+}
+
+impl Broker {
+    /// Gives devices to a new lease, or adds them to one; all or nothing.
+    ///
+    /// # Errors
+    /// Nothing was changed: what had been done is undone.
+    pub fn acquire(&self, caller: &Caller, request: &Acquire) -> Result<Grant, Error> {
+        let tenant = self.tenant(caller)?;
+        self.policy.may(tenant, Verb::Acquire).ok()?;
+        match (&request.lease, &request.key) {
+            (Some(lease), Some(key)) => {
+                let entry = self.authorize(caller, lease, key)?;
+                self.extend(caller, tenant, request, &entry)
+            }
+            (None, None) => self.begin(caller, tenant, request),
+            _ => Err(Error::bad("lease", "lease and key come together")),
+        }
+    }
+
+    fn begin(&self, caller: &Caller, tenant: &Tenant, request: &Acquire) -> Result<Grant, Error> {
+        let plan = self.plan(tenant, request, None)?;
+        let (id, at) = (new_lease_id()?, now());
+        let entry = Entry::new(id, &tenant.name, self.space(&plan))?;
+        let (effects, chosen) = self.enter(caller, &entry, &plan, |chosen| {
+            Request::Acquire(ledger::Acquire {
+                lease: id,
+                tenant: tenant.name.clone(),
+                vm: request.vm.clone(),
+                uid: caller.peer.uid,
+                pid: caller.peer.pid,
+                at,
+                handout: plan.handout,
+                space: plan.space.clone(),
+                groups: chosen.groups.clone(),
+                quota: quota(&tenant.limits),
+            })
+        })?;
+        let entry = Arc::new(entry);
+        self.carry_out(&entry, entry.files(), &effects, chosen, EventKind::Acquired)
+    }
+
+    fn extend(
+        &self,
+        caller: &Caller,
+        tenant: &Tenant,
+        request: &Acquire,
+        entry: &Arc<Entry>,
+    ) -> Result<Grant, Error> {
+        if tenant.name != entry.tenant {
+            return Err(Error::Denied {
+                rule: "a lease is one tenant's".into(),
+                reason: format!("lease {} is another tenant's than the caller", entry.id),
+            });
+        }
+        let files = entry.files();
+        let lease = self.books().ledger.live(entry.id).cloned();
+        let lease = lease.ok_or_else(|| no_such_lease(entry.id))?;
+        let plan = self.plan(tenant, request, Some(&lease))?;
+        let (effects, chosen) = self.enter(caller, entry, &plan, |chosen| {
+            let (groups, quota) = (chosen.groups.clone(), quota(&tenant.limits));
+            Request::Extend(ledger::Extend { lease: entry.id, groups, quota })
+        })?;
+        self.carry_out(entry, files, &effects, chosen, EventKind::Extended)
+    }
+
+    fn space(&self, plan: &Plan) -> Option<Arc<space::Space>> {
+        match &plan.space {
+            Space::None => None,
+            Space::Own => Some(Arc::default()),
+            Space::Shared { name, .. } => Some(self.books().shared_space(name)),
+        }
+    }
+
+    /// Chooses the devices and enters them, in one go: from then on they are nobody else's.
+    fn enter(
+        &self,
+        caller: &Caller,
+        entry: &Entry,
+        plan: &Plan,
+        request: impl FnOnce(&Chosen) -> Request,
+    ) -> Result<(Vec<Effect>, Chosen), Error> {
+        let mut books = self.books();
+        let chosen = self.choose(caller, &books, plan, Some(entry.id))?;
+        let kept = chosen.groups.len() + 2; // a container and a lease pipe
+        self.check_kept(&books, &entry.tenant, kept as u64)?;
+        match books.ledger.apply(request(&chosen)) {
+            Ok(effects) => Ok((effects, chosen)),
+            Err(refusal) => Err(self.refused(caller, &books, refusal)),
+        }
+    }
+
+    fn carry_out(
+        &self,
+        entry: &Arc<Entry>,
+        mut files: MutexGuard<'_, Files>,
+        effects: &[Effect],
+        chosen: Chosen,
+        kind: EventKind,
+    ) -> Result<Grant, Error> {
+        let mut opened = Opened::default();
+        let done = self
+            .open(entry, &files, effects, &chosen, &mut opened)
+            .and_then(|()| self.hand_over(entry, &mut files, &chosen, &mut opened, kind));
+        if done.is_err() {
+            undo(entry, opened);
+            // The ledger knows this lease and that it is being acquired; it can't refuse.
+            let _ = self.books().ledger.apply(Request::Abort { lease: entry.id });
+        }
+        done
+    }
+
+    fn open(
+        &self,
+        entry: &Entry,
+        files: &Files,
+        effects: &[Effect],
+        chosen: &Chosen,
+        opened: &mut Opened,
+    ) -> Result<(), Error> {
+        let mut space = entry.space.as_ref().map(|space| space.lock());
+        for effect in effects {
+            match *effect {
+                Effect::OpenSpace => {
+                    if let Some(space) = space.as_deref_mut() {
+                        space::open(space, &self.kernel)?;
+                    }
+                }
+                Effect::OpenGroup(id) => opened.groups.push((id, self.open_group(id, chosen)?)),
+                Effect::Attach(id) => {
+                    let group = opened.groups.iter().find(|(number, _)| *number == id);
+                    if let (Some(space), Some((_, group))) = (space.as_deref_mut(), group) {
+                        space::enter(space, id, group, no_iommu(id, chosen))?;
+                    }
+                }
+                Effect::OpenDevice(id, bdf) => {
+                    // Opening can reset the device; nobody else's container need wait for that.
+                    drop(space.take());
+                    let fresh = opened.groups.iter().find(|(number, _)| *number == id);
+                    let group = fresh.map(|(_, group)| group).or_else(|| files.groups.get(&id));
+                    if let Some(group) = group {
+                        let name = chosen.names.get(&bdf).cloned();
+                        let name = name.unwrap_or_else(|| bdf.to_string());
+                        opened.devices.push((bdf, group.device(&name)?));
+                    }
+                }
+                Effect::Map { .. }
+                | Effect::Unmap { .. }
+                | Effect::UnmapAll
+                | Effect::Detach(_)
+                | Effect::Prove(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn open_group(&self, id: u32, chosen: &Chosen) -> Result<Group, Error> {
+        let node = match no_iommu(id, chosen) {
+            true => Node::NoIommuGroup(id),
+            false => Node::Group(id),
+        };
+        let group = Group::open(Arc::clone(&self.kernel), node)?;
+        if group.status()?.viable {
+            return Ok(group);
+        }
+        let now = host::Group::scan(&*self.kernel, id)?;
+        let blockers = now.map_or(Vec::new(), |group| group.blockers());
+        if blockers.is_empty() {
+            let why = "the kernel calls it not viable although no driver of the host has a device \
+                       of it: something else owns its DMA";
+            return Err(Error::Conflict { what: format!("group {id}"), why: why.into() });
+        }
+        Err(Error::NotViable { group: id, blockers })
+    }
+
+    /// Everything is open: what can still fail comes first, then the lease is its holder's.
+    fn hand_over(
+        &self,
+        entry: &Arc<Entry>,
+        files: &mut Files,
+        chosen: &Chosen,
+        opened: &mut Opened,
+        kind: EventKind,
+    ) -> Result<Grant, Error> {
+        let lease = self.books().ledger.lease(entry.id).cloned();
+        let lease = lease.ok_or_else(|| no_such_lease(entry.id))?;
+        let mut fds = Vec::new();
+        if kind == EventKind::Acquired && gives_container(&lease) {
+            fds.extend(Named::container(&lease, entry)?);
+        }
+        if lease.handout == Handout::Container {
+            for wanted in &chosen.groups {
+                let fresh = opened.groups.iter().find(|(id, _)| *id == wanted.id);
+                let group = fresh.map(|(_, group)| group).or_else(|| files.groups.get(&wanted.id));
+                if let Some(group) = group {
+                    fds.push(Named::group(wanted.id, lifeline::copy(group)?));
+                }
+            }
+        }
+        let (theirs, lease) = self.open_lifeline(entry, |books| {
+            books.ledger.apply(Request::Commit { lease: entry.id })?;
+            books.entries.insert(entry.id, Arc::clone(entry));
+            books.ledger.live(entry.id).cloned().ok_or(Refusal::NoSuchLease(entry.id))
+        })?;
+        if lease.handout == Handout::Group {
+            let groups = opened.groups.drain(..);
+            fds.extend(groups.map(|(id, group)| Named::group(id, group.into())));
+        }
+        files.groups.extend(opened.groups.drain(..));
+        files.names.extend(chosen.names.clone());
+        let given = opened.devices.drain(..);
+        fds.extend(given.map(|(bdf, device)| Named::device(bdf, device.into())));
+        fds.push(Named { kind: FdKind::Lease, name: String::new(), fd: theirs });
+        self.tell(&event(kind, &lease, devices(&lease, false)));
+        let (described, fds) = list(fds);
+        let reply = Acquired {
+            lease: entry.id.to_string(),
+            key: entry.key.to_hex(),
+            tenant: lease.tenant.clone(),
+            backend: Backend::Type1,
+            handout: lease.handout,
+            iommu: entry.space.as_ref().map_or("none", |space| iommu_name(space.iommu())).into(),
+            container: container_name(&lease),
+            devices: chosen.devices.iter().map(|(bdf, _)| bdf.to_string()).collect(),
+            fds: described,
+        };
+        Ok(Grant { reply, fds })
+    }
+}
+
+/// Closes what was opened, the last first. Nobody else has a copy yet, so closing a group takes it
+/// out of its container too, and nothing of this can fail.
+fn undo(entry: &Entry, opened: Opened) {
+    for device in opened.devices.into_iter().rev() {
+        drop(device);
+    }
+    let mut space = entry.space.as_ref().map(|space| space.lock());
+    for (id, group) in opened.groups.into_iter().rev() {
+        drop(group);
+        if let Some(space) = space.as_deref_mut() {
+            space::leave(space, id);
+        }
+    }
+    if let Some(space) = space.as_deref_mut() {
+        space::close_if_empty(space);
+    }
+}
+
+/// Whether the holder gets the container itself.
+pub(super) fn gives_container(lease: &Lease) -> bool {
+    let mutual = matches!(lease.space, Space::Shared { trust: ledger::Trust::Mutual, .. });
+    lease.handout == Handout::Container || mutual
+}
+
+fn no_iommu(id: u32, chosen: &Chosen) -> bool {
+    chosen.groups.iter().any(|group| group.id == id && group.noiommu)
+}
+
+fn iommu_name(kind: Option<IommuType>) -> &'static str {
+    match kind {
+        Some(IommuType::Type1) => "type1",
+        Some(IommuType::Type1v2) => "type1v2",
+        Some(IommuType::NoIommu) => "noiommu",
+        Some(IommuType::Other(_)) => "other",
+        None => "none",
+    }
+}

@@ -1,0 +1,156 @@
+//! GetFds, and the list that describes open files.
+
+use super::acquire::gives_container;
+use super::books::{Books, Entry, Files, Lifeline};
+use super::{Broker, Caller, LifelineId, lifeline, no_such_lease};
+use crate::kernel::{Group, Node};
+use crate::ledger::{Lease, Refusal};
+use crate::protocol::{Bdf, Error, Fd, FdKind, Fds, GetFds, Handout};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// An open file and what it is.
+pub(super) struct Named {
+    pub(super) kind: FdKind,
+    pub(super) name: String,
+    pub(super) fd: OwnedFd,
+}
+
+impl Named {
+    /// A copy of the container of a lease.
+    pub(super) fn container(lease: &Lease, entry: &Entry) -> Result<Option<Self>, Error> {
+        let container = entry.space.as_ref().and_then(|space| space.container());
+        let Some(container) = container else { return Ok(None) };
+        let (name, fd) = (super::container_name(lease), lifeline::copy(&*container)?);
+        Ok(Some(Self { kind: FdKind::Container, name, fd }))
+    }
+
+    pub(super) fn group(id: u32, fd: OwnedFd) -> Self {
+        Self { kind: FdKind::Group, name: id.to_string(), fd }
+    }
+
+    pub(super) fn device(bdf: Bdf, fd: OwnedFd) -> Self {
+        Self { kind: FdKind::Device, name: bdf.to_string(), fd }
+    }
+}
+
+/// The description of the files, and the files in its order.
+pub(super) fn list(named: Vec<Named>) -> (Vec<Fd>, Vec<OwnedFd>) {
+    let each = named.into_iter().enumerate();
+    each.map(|(index, Named { kind, name, fd })| (Fd { index, kind, name }, fd)).unzip()
+}
+
+impl Broker {
+    /// The open files of a lease once more, and a further lifeline: the same files where the broker
+    /// keeps them, else opened anew.
+    ///
+    /// # Errors
+    /// What the kernel says where it must be asked: EBUSY while somebody has the group open.
+    pub fn get_fds(&self, caller: &Caller, request: &GetFds) -> Result<(Fds, Vec<OwnedFd>), Error> {
+        let entry = self.authorize(caller, &request.lease, &request.key)?;
+        let files = entry.files();
+        let lease = self.live(&entry)?;
+        let mut fds = self.kept(&lease, &entry, &files)?;
+        match lease.handout {
+            Handout::Group => {
+                let books = self.books();
+                let groups: Vec<_> = books.ledger.groups_of(lease.id).map(|(id, _)| id).collect();
+                drop(books);
+                for id in groups {
+                    let group = Group::open(Arc::clone(&self.kernel), Node::Group(id))?;
+                    fds.push(Named::group(id, group.into()));
+                }
+            }
+            Handout::Devices => {
+                for handed in lease.devices.iter().filter(|handed| !handed.withheld) {
+                    if let Some(group) = files.groups.get(&handed.group) {
+                        let device = group.device(&files.name(handed.bdf))?;
+                        fds.push(Named::device(handed.bdf, device.into()));
+                    }
+                }
+            }
+            Handout::Container | Handout::Iommufd => {}
+        }
+        self.with_lifeline(&entry, fds)
+    }
+
+    /// As [`get_fds`](Self::get_fds) where that takes no kernel call that can block, else `None`:
+    /// then call that on a worker. Never blocks.
+    pub fn try_get_fds(
+        &self,
+        caller: &Caller,
+        request: &GetFds,
+    ) -> Option<Result<(Fds, Vec<OwnedFd>), Error>> {
+        let entry = match self.authorize(caller, &request.lease, &request.key) {
+            Ok(entry) => entry,
+            Err(error) => return Some(Err(error)),
+        };
+        let files = entry.files_now()?;
+        let lease = match self.live(&entry) {
+            Ok(lease) => lease,
+            Err(error) => return Some(Err(error)),
+        };
+        if lease.handout != Handout::Container {
+            return None;
+        }
+        let kept = self.kept(&lease, &entry, &files);
+        Some(kept.and_then(|fds| self.with_lifeline(&entry, fds)))
+    }
+
+    fn live(&self, entry: &Entry) -> Result<Lease, Error> {
+        self.books().ledger.live(entry.id).cloned().ok_or_else(|| no_such_lease(entry.id))
+    }
+
+    /// Copies of what the broker keeps of what the holder was given.
+    fn kept(&self, lease: &Lease, entry: &Entry, files: &Files) -> Result<Vec<Named>, Error> {
+        let mut fds = Vec::new();
+        if gives_container(lease) {
+            fds.extend(Named::container(lease, entry)?);
+        }
+        if lease.handout == Handout::Container {
+            for (id, group) in &files.groups {
+                fds.push(Named::group(*id, lifeline::copy(group)?));
+            }
+        }
+        Ok(fds)
+    }
+
+    fn with_lifeline(
+        &self,
+        entry: &Entry,
+        mut fds: Vec<Named>,
+    ) -> Result<(Fds, Vec<OwnedFd>), Error> {
+        let (theirs, ()) = self.open_lifeline(entry, |books| {
+            books.ledger.live(entry.id).map(drop).ok_or(Refusal::NoSuchLease(entry.id))
+        })?;
+        fds.push(Named { kind: FdKind::Lease, name: String::new(), fd: theirs });
+        let (fds, files) = list(fds);
+        Ok((Fds { fds }, files))
+    }
+
+    /// Makes a lifeline; it counts once `enter` has said yes, under the same lock. Returns the
+    /// holder's end.
+    pub(super) fn open_lifeline<T>(
+        &self,
+        entry: &Entry,
+        enter: impl FnOnce(&mut Books) -> Result<T, Refusal>,
+    ) -> Result<(OwnedFd, T), Error> {
+        let (theirs, ours) = lifeline::pipe()?;
+        let ours = Arc::new(ours);
+        let id: LifelineId = self.books().new_lifeline();
+        // The observer hears of it first: once it counts, anybody may end the lease.
+        self.observer.lifeline_opened(id, Arc::clone(&ours));
+        let mut books = self.books();
+        let entered = self
+            .check_kept(&books, &entry.tenant, 1)
+            .and_then(|()| enter(&mut books).map_err(|_| no_such_lease(entry.id)));
+        if entered.is_ok() {
+            books.lifelines.insert(id, Lifeline { lease: entry.id, write_end: ours });
+        }
+        drop(books);
+        if entered.is_err() {
+            self.observer.lifeline_closed(id);
+        }
+        entered.map(|entered| (theirs, entered))
+    }
+}

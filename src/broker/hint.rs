@@ -1,0 +1,135 @@
+//! Failed kernel calls as the client is told of them: with what to do next.
+
+use crate::kernel;
+use crate::protocol::Error;
+use nix::errno::Errno;
+
+impl From<kernel::Error> for Error {
+    fn from(error: kernel::Error) -> Self {
+        let mut hint = hint(&error);
+        let kernel::Error { call, object, errno, note } = error;
+        if let Some(note) = note {
+            hint = format!("{note}; {hint}");
+        }
+        let (errno, name) = (errno as i32, format!("{errno:?}"));
+        Self::Kernel { call: call.into(), object, errno, name, hint }
+    }
+}
+
+/// An error of a system call of ours that is not about VFIO.
+pub(super) fn system(call: &'static str, object: &str, errno: Errno) -> Error {
+    kernel::Error::new(call, object, errno).into()
+}
+
+/// What to do about it; the errno alone says too little.
+fn hint(error: &kernel::Error) -> String {
+    let object = &error.object;
+    let group = object.starts_with("/dev/vfio/") && object != "/dev/vfio/vfio";
+    match (error.call, error.errno) {
+        (_, Errno::EMFILE | Errno::ENFILE) => {
+            "the broker has no open files left: raise LimitNOFILE= of its service".into()
+        }
+        ("open", Errno::ENOENT) if !group => {
+            "VFIO is not loaded: modprobe vfio vfio_iommu_type1 vfio-pci".into()
+        }
+        ("open", Errno::ENOENT) => format!(
+            "no device of the group is on a VFIO driver any more, or {object} is not in the \
+             broker's /dev"
+        ),
+        ("open", Errno::EBUSY) => format!(
+            "a process outside of the broker has the group open, or a device of it by iommufd: \
+             fuser -v {object}"
+        ),
+        ("open", Errno::ENODEV) => {
+            "the group's devices have just left their VFIO drivers: see Topology".into()
+        }
+        ("open", Errno::EACCES | Errno::EPERM) if group && object.contains("noiommu") => {
+            "a group without an IOMMU wants CAP_SYS_RAWIO: the broker must have it".into()
+        }
+        ("open", Errno::EACCES | Errno::EPERM) => {
+            format!("the broker may not open {object}: it must run as root, with that node allowed")
+        }
+        ("VFIO_SET_IOMMU", Errno::EPERM) => {
+            "the host can't remap interrupts, so a guest could raise any interrupt of the host: \
+             enable interrupt remapping in firmware and kernel, or accept that with \
+             vfio_iommu_type1.allow_unsafe_interrupts=1 and the risk unsafe-interrupts in the \
+             policy"
+                .into()
+        }
+        ("VFIO_SET_IOMMU", Errno::ENODEV) => {
+            "no driver for this kind of IOMMU: modprobe vfio_iommu_type1".into()
+        }
+        ("VFIO_GROUP_SET_CONTAINER", Errno::EPERM) => {
+            "the group is not viable, the host can't remap interrupts, or groups with and without \
+             an IOMMU would be mixed: see Topology"
+                .into()
+        }
+        ("VFIO_GROUP_SET_CONTAINER", Errno::EINVAL | Errno::EBUSY) => {
+            "the group's reserved addresses overlap what is mapped in the container, or somebody \
+             else has attached it"
+                .into()
+        }
+        ("VFIO_GROUP_GET_DEVICE_FD", Errno::EACCES) => {
+            "the device's PF has a token: give it as vf_token".into()
+        }
+        ("VFIO_GROUP_GET_DEVICE_FD", Errno::EINVAL) => {
+            "the device takes no vf_token, or its group has lost its container".into()
+        }
+        ("VFIO_GROUP_GET_DEVICE_FD", Errno::ENODEV) => {
+            "the device is not on a VFIO driver any more: see Topology".into()
+        }
+        ("VFIO_GROUP_GET_DEVICE_FD", Errno::EPERM) => {
+            "a device without an IOMMU wants CAP_SYS_RAWIO: the broker must have it".into()
+        }
+        ("VFIO_IOMMU_MAP_DMA", Errno::ENOMEM) => {
+            "the memory can't be pinned: the broker's RLIMIT_MEMLOCK (LimitMEMLOCK=infinity in \
+             its service), its memory cgroup, or the host's memory is used up"
+                .into()
+        }
+        ("VFIO_IOMMU_MAP_DMA", Errno::EFAULT) => {
+            "the file has no such page: it was made shorter after it was handed over, or its huge \
+             pages are used up"
+                .into()
+        }
+        ("VFIO_IOMMU_MAP_DMA", Errno::ENOSPC) => {
+            "too many mappings in this container: map larger ranges, or raise \
+             vfio_iommu_type1.dma_entry_limit"
+                .into()
+        }
+        ("VFIO_IOMMU_MAP_DMA", Errno::EINVAL) => {
+            "the range is misaligned or outside of what the IOMMU can address".into()
+        }
+        ("VFIO_IOMMU_MAP_DMA", Errno::EEXIST) => {
+            "something that the broker does not know of is mapped there".into()
+        }
+        ("mmap", Errno::EACCES | Errno::EPERM) => {
+            "the file is not open for writing, or is sealed: open it read-write, or map with \
+             write = false"
+                .into()
+        }
+        ("mmap", Errno::ENOMEM) => "no huge pages are left, or no address space".into(),
+        (_, Errno::ENODEV) => "the device or its group is gone: see Topology".into(),
+        _ => "the broker's log has what came before; see Topology for the state of things".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_error_says_what_to_do_next() {
+        let says = |call, object: &str, errno| {
+            let Error::Kernel { hint, name, .. } = system(call, object, errno) else {
+                panic!("another error")
+            };
+            assert_eq!(name, format!("{errno:?}"));
+            hint
+        };
+        assert!(says("open", "/dev/vfio/vfio", Errno::ENOENT).contains("modprobe vfio"));
+        assert!(says("open", "/dev/vfio/26", Errno::EBUSY).contains("fuser -v /dev/vfio/26"));
+        let unsafe_interrupts = says("VFIO_SET_IOMMU", "container", Errno::EPERM);
+        assert!(unsafe_interrupts.contains("allow_unsafe_interrupts"));
+        assert!(says("VFIO_IOMMU_MAP_DMA", "container", Errno::ENOMEM).contains("RLIMIT_MEMLOCK"));
+    }
+}

@@ -1,0 +1,87 @@
+//! Leases and Topology: who has what, as far as the caller may know.
+
+use super::{Broker, Caller, container_name, devices};
+use crate::host::{self, Host};
+use crate::ledger::{self, GroupState as Stage, Ledger, Phase};
+use crate::policy::{Tenant, Verb};
+use crate::protocol::{Backend, Device, Error, Group, GroupState, Groups, Lease, LeaseList};
+
+impl Broker {
+    /// The leases the caller may see. Never blocks.
+    ///
+    /// # Errors
+    /// The caller is no tenant.
+    pub fn leases(&self, caller: &Caller) -> Result<LeaseList, Error> {
+        self.tenant(caller)?;
+        let books = self.books();
+        let live = books.ledger.leases().filter(|lease| lease.phase == Phase::Held);
+        let seen = live.filter(|lease| self.may_see(caller, &lease.tenant));
+        Ok(LeaseList { leases: seen.map(describe).collect() })
+    }
+
+    /// The groups the caller may see: those with a device it may have, or with the right to observe
+    /// all of them. Reads sysfs.
+    ///
+    /// # Errors
+    /// The caller is no tenant, or sysfs can't be read.
+    pub fn topology(&self, caller: &Caller) -> Result<Groups, Error> {
+        let tenant = self.tenant(caller)?;
+        let host = Host::scan(&*self.kernel)?;
+        let observes = self.policy.may(tenant, Verb::Observe).allowed;
+        let allowed = |group: &host::Group| self.any_allowed(tenant, group);
+        let ledger = self.books().ledger.clone();
+        let seen = host.groups.values().filter(|group| observes || allowed(group));
+        let groups = seen.map(|group| self.describe_group(caller, group, &ledger));
+        Ok(Groups { groups: groups.collect() })
+    }
+
+    fn any_allowed(&self, tenant: &Tenant, group: &host::Group) -> bool {
+        group.devices.iter().any(|device| self.policy.device(tenant, &device.facts).allowed)
+    }
+
+    fn describe_group(&self, caller: &Caller, group: &host::Group, ledger: &Ledger) -> Group {
+        let known = ledger.group(group.id);
+        let lease = known.and_then(|known| ledger.lease(known.lease));
+        let lease = lease.filter(|lease| self.may_see(caller, &lease.tenant));
+        let state = match known.map(|known| &known.state) {
+            None => GroupState::Free,
+            Some(Stage::Acquiring | Stage::Held) => GroupState::Held,
+            Some(Stage::Reclaiming) => GroupState::Reclaiming,
+            Some(Stage::Quarantined { .. }) => GroupState::Quarantined,
+        };
+        let device = |device: &host::Device| {
+            let bdf = device.bdf();
+            let has = |lease: &&ledger::Lease| lease.devices.iter().any(|h| h.bdf == bdf);
+            Device {
+                bdf: bdf.to_string(),
+                vendor: format!("{:04x}", device.facts.vendor),
+                device: format!("{:04x}", device.facts.device),
+                class: format!("{:06x}", device.facts.class),
+                driver: device.driver.clone(),
+                lease: lease.filter(has).map(|lease| lease.id.to_string()),
+            }
+        };
+        let blockers = group.blockers();
+        let devices = group.devices.iter().map(device).collect();
+        Group { id: group.id, viable: blockers.is_empty(), state, blockers, devices }
+    }
+}
+
+fn describe(lease: &ledger::Lease) -> Lease {
+    let mapped = lease.mapped();
+    Lease {
+        lease: lease.id.to_string(),
+        vm: lease.vm.clone(),
+        tenant: lease.tenant.clone(),
+        uid: lease.uid,
+        pid: lease.pid,
+        backend: Backend::Type1,
+        handout: lease.handout,
+        container: container_name(lease),
+        devices: devices(lease, false),
+        withheld: devices(lease, true),
+        mappings: mapped.map(|(count, _)| count),
+        mapped_bytes: mapped.map(|(_, bytes)| bytes),
+        since: lease.since,
+    }
+}

@@ -1,0 +1,358 @@
+//! From what an Acquire asks for to devices and groups, as far as the policy and the machine allow.
+
+use super::books::Books;
+use super::{Broker, Caller};
+use crate::host::{self, Device, Group, Host, Place};
+use crate::ledger::{Lease, LeaseId, Member, Space, Trust, WantedGroup};
+use crate::policy::{self, Risk, Tenant};
+use crate::protocol::{Acquire, Backend, Bdf, DeviceSpec, Error, Handout};
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
+/// What an Acquire comes to. Which device stands for "any of that kind" is decided last, together
+/// with entering it into the ledger.
+pub(super) struct Plan {
+    pub(super) handout: Handout,
+    pub(super) space: Space,
+    groups: BTreeMap<u32, Group>,
+    slots: Vec<Slot>,
+    withhold: Vec<(Bdf, u32)>,
+    vf_token: Option<String>,
+}
+
+enum Slot {
+    This(Bdf, u32),
+    AnyOf(DeviceSpec, Vec<(Bdf, u32)>),
+}
+
+/// A plan with its devices chosen.
+pub(super) struct Chosen {
+    pub(super) groups: Vec<WantedGroup>,
+    /// The devices to use, in the order of the request.
+    pub(super) devices: Vec<(Bdf, u32)>,
+    /// How the kernel is asked for those that want a token.
+    pub(super) names: BTreeMap<Bdf, String>,
+}
+
+impl Broker {
+    /// Checks a request against policy and machine. `lease` is the one it adds to.
+    pub(super) fn plan(
+        &self,
+        tenant: &Tenant,
+        request: &Acquire,
+        lease: Option<&Lease>,
+    ) -> Result<Plan, Error> {
+        let backend = self.policy.backend(tenant, request.backend)?;
+        if backend != Backend::Type1 {
+            let why = "this broker has no iommufd yet; ask for backend type1".into();
+            return Err(Error::Unsupported { what: "backend iommufd".into(), why });
+        }
+        let mut groups = BTreeMap::new();
+        let mut slots = Vec::new();
+        let mut host = None;
+        for spec in &request.devices {
+            slots.push(match spec {
+                DeviceSpec::Bdf { bdf } => Slot::This(*bdf, self.look(tenant, *bdf, &mut groups)?),
+                DeviceSpec::Mdev { .. } => {
+                    let why = "this broker has no mediated devices yet".into();
+                    return Err(Error::Unsupported { what: spec.to_string(), why });
+                }
+                DeviceSpec::VfOf { .. } | DeviceSpec::Kind { .. } => {
+                    let host = match &host {
+                        Some(host) => host,
+                        None => host.insert(Host::scan(&*self.kernel)?),
+                    };
+                    let those = host.devices().filter(|(_, device)| fits(spec, device));
+                    Slot::AnyOf(spec.clone(), those.map(|(g, d)| (d.bdf(), g.id)).collect())
+                }
+            });
+        }
+        let mut withhold = Vec::new();
+        for spec in request.withhold.as_deref().unwrap_or_default() {
+            let DeviceSpec::Bdf { bdf } = spec else {
+                return Err(Error::bad("withhold", "name each device by its address"));
+            };
+            withhold.push((*bdf, self.look(tenant, *bdf, &mut groups)?));
+        }
+        // What was scanned for itself is newer than what was scanned with everything.
+        let mut all = host.map_or(BTreeMap::new(), |host| host.groups);
+        all.append(&mut groups);
+        let noiommu = slots.iter().find_map(|slot| match slot {
+            Slot::This(_, group) => all.get(group).map(|group| group.noiommu),
+            Slot::AnyOf(_, those) => {
+                those.first().and_then(|(_, id)| all.get(id)).map(|group| group.noiommu)
+            }
+        });
+        let (handout, space) = match lease {
+            Some(lease) => same_form(lease, request)?,
+            None => self.form(tenant, request, noiommu == Some(true))?,
+        };
+        let vf_token = check_token(request.vf_token.as_deref(), handout)?;
+        let mut plan = Plan { handout, space, groups: all, slots, withhold, vf_token };
+        self.check(tenant, &mut plan)?;
+        Ok(plan)
+    }
+
+    /// Finds a device that was named, and reads its group.
+    fn look(
+        &self,
+        tenant: &Tenant,
+        bdf: Bdf,
+        groups: &mut BTreeMap<u32, Group>,
+    ) -> Result<u32, Error> {
+        let nowhere = || Error::NoSuchDevice { device: bdf.to_string() };
+        let id = match host::find(&*self.kernel, bdf)? {
+            Place::Group(id) => id,
+            Place::Nowhere => return Err(nowhere()),
+            Place::NoGroup => {
+                let device = Device::scan(&*self.kernel, bdf)?.ok_or_else(nowhere)?;
+                self.policy.device(tenant, &device.facts).ok().map_err(Error::from)?;
+                return Err(Error::Unsupported {
+                    what: bdf.to_string(),
+                    why: format!(
+                        "it is in no IOMMU group: switch the IOMMU on (VT-d or AMD-Vi in the \
+                         firmware, intel_iommu=on), or have no-IOMMU mode on \
+                         (vfio.enable_unsafe_noiommu_mode=1) and the device on vfio-pci ({})",
+                        device.blocker().fix
+                    ),
+                });
+            }
+        };
+        let group = match groups.entry(id) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
+                place.insert(Group::scan(&*self.kernel, id)?.ok_or_else(nowhere)?)
+            }
+        };
+        group.device(bdf).map(|_| id).ok_or_else(nowhere)
+    }
+
+    /// The handout and the address space of a new lease.
+    fn form(
+        &self,
+        tenant: &Tenant,
+        request: &Acquire,
+        noiommu: bool,
+    ) -> Result<(Handout, Space), Error> {
+        let only_devices = noiommu || request.container.is_some();
+        let asked = request.handout.or(only_devices.then_some(Handout::Devices));
+        let handout = self.policy.handout(tenant, asked)?;
+        let space = match &request.container {
+            Some(name) => {
+                let shared = self.policy.container(tenant, name)?;
+                let trust = match shared.trust {
+                    policy::Trust::Enforced => Trust::Enforced,
+                    policy::Trust::Mutual => Trust::Mutual,
+                };
+                Space::Shared { name: shared.name.clone(), trust }
+            }
+            None if handout == Handout::Group => Space::None,
+            None => Space::Own,
+        };
+        Ok((handout, space))
+    }
+
+    /// Each device, and each group it brings with it, against policy and machine; of those that
+    /// only might be taken, what does not pass is left out.
+    fn check(&self, tenant: &Tenant, plan: &mut Plan) -> Result<(), Error> {
+        let unsafe_interrupts = host::allows_unsafe_interrupts(&*self.kernel)?;
+        let check = |bdf: Bdf, id: u32, groups: &BTreeMap<u32, Group>, used: bool| {
+            let found = groups.get(&id).and_then(|group| group.device(bdf).map(|d| (group, d)));
+            let (group, device) =
+                found.ok_or_else(|| Error::NoSuchDevice { device: bdf.to_string() })?;
+            self.may_have(tenant, group, device, plan.handout, unsafe_interrupts, used)
+        };
+        for slot in &mut plan.slots {
+            match slot {
+                Slot::This(bdf, id) => check(*bdf, *id, &plan.groups, true)?,
+                Slot::AnyOf(spec, those) => {
+                    let none = Error::NoSuchDevice { device: spec.to_string() };
+                    let mut why = None;
+                    those.retain(|(bdf, id)| match check(*bdf, *id, &plan.groups, true) {
+                        Ok(()) => true,
+                        Err(error) => {
+                            why.get_or_insert(error);
+                            false
+                        }
+                    });
+                    if those.is_empty() {
+                        return Err(why.unwrap_or(none));
+                    }
+                }
+            }
+        }
+        for (bdf, id) in &plan.withhold {
+            check(*bdf, *id, &plan.groups, false)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the tenant may have a device in this form, and whether the machine can give it.
+    fn may_have(
+        &self,
+        tenant: &Tenant,
+        group: &Group,
+        device: &Device,
+        handout: Handout,
+        unsafe_interrupts: bool,
+        used: bool,
+    ) -> Result<(), Error> {
+        self.policy.device(tenant, &device.facts).ok()?;
+        // Whoever has the group's open file can open each of its devices, named or not.
+        if handout != Handout::Devices {
+            for other in group.devices.iter().filter(|other| other.on_vfio) {
+                self.policy.device(tenant, &other.facts).ok().map_err(|refusal| Error::Denied {
+                    rule: refusal.rule,
+                    reason: format!(
+                        "{}; it is in group {} with {}, and whoever is handed the group reaches \
+                         all of it; handout devices gives the named devices alone",
+                        refusal.reason,
+                        group.id,
+                        device.bdf()
+                    ),
+                })?;
+            }
+        }
+        if group.noiommu {
+            self.policy.risk(tenant, Risk::NoIommu).ok()?;
+        } else if unsafe_interrupts {
+            self.policy.risk(tenant, Risk::UnsafeInterrupts).ok()?;
+        }
+        let mut blockers = group.blockers();
+        if used && !device.on_vfio && blockers.iter().all(|b| b.bdf != device.bdf().to_string()) {
+            blockers.insert(0, device.blocker());
+        }
+        if blockers.is_empty() {
+            return Ok(());
+        }
+        Err(Error::NotViable { group: group.id, blockers })
+    }
+
+    /// Decides which devices stand for "any of that kind": the free ones with the lowest
+    /// addresses. The caller enters them into the ledger under the same lock.
+    pub(super) fn choose(
+        &self,
+        caller: &Caller,
+        books: &Books,
+        plan: &Plan,
+        lease: Option<LeaseId>,
+    ) -> Result<Chosen, Error> {
+        let named = plan.slots.iter().filter_map(|slot| match slot {
+            Slot::This(bdf, _) => Some(*bdf),
+            Slot::AnyOf(..) => None,
+        });
+        let mut taken: Vec<Bdf> = named.chain(plan.withhold.iter().map(|(bdf, _)| *bdf)).collect();
+        let free = |bdf: Bdf, id: u32| match books.ledger.group(id) {
+            None => true,
+            Some(group) if Some(group.lease) == lease => books
+                .ledger
+                .live(group.lease)
+                .is_some_and(|lease| lease.devices.iter().all(|handed| handed.bdf != bdf)),
+            Some(_) => false,
+        };
+        let mut devices = Vec::new();
+        for slot in &plan.slots {
+            devices.push(match slot {
+                Slot::This(bdf, id) => (*bdf, *id),
+                Slot::AnyOf(spec, those) => {
+                    let mut each = those.iter();
+                    let found = each.find(|(bdf, id)| !taken.contains(bdf) && free(*bdf, *id));
+                    let (bdf, id) =
+                        found.ok_or_else(|| self.busy(caller, spec.to_string(), None))?;
+                    taken.push(*bdf);
+                    (*bdf, *id)
+                }
+            });
+        }
+        Ok(plan.chosen(devices))
+    }
+}
+
+impl Plan {
+    fn chosen(&self, devices: Vec<(Bdf, u32)>) -> Chosen {
+        let mut wanted = BTreeMap::<u32, WantedGroup>::new();
+        let mut names = BTreeMap::new();
+        let used = devices.iter().map(|device| (device, true));
+        for ((bdf, id), used) in used.chain(self.withhold.iter().map(|device| (device, false))) {
+            let Some(group) = self.groups.get(id) else { continue };
+            let entry = wanted.entry(*id).or_insert_with(|| WantedGroup {
+                id: *id,
+                noiommu: group.noiommu,
+                members: members(group),
+                devices: Vec::new(),
+                withhold: Vec::new(),
+            });
+            if used {
+                entry.devices.push(*bdf)
+            } else {
+                entry.withhold.push(*bdf)
+            }
+            // A device that can have no token refuses one.
+            let takes_token = |d: &Device| d.facts.physfn.is_some() || d.sriov;
+            if let Some(token) = &self.vf_token
+                && group.device(*bdf).is_some_and(takes_token)
+            {
+                names.insert(*bdf, format!("{bdf} vf_token={token}"));
+            }
+        }
+        Chosen { groups: wanted.into_values().collect(), devices, names }
+    }
+}
+
+fn members(group: &Group) -> Vec<Member> {
+    let on_vfio = group.devices.iter().filter(|device| device.on_vfio);
+    on_vfio.map(|device| Member { bdf: device.bdf(), physfn: device.facts.physfn }).collect()
+}
+
+/// Whether a device is what a request asks for any of.
+fn fits(spec: &DeviceSpec, device: &Device) -> bool {
+    let facts = &device.facts;
+    let is = |text: &str, id: u16| u16::from_str_radix(text, 16) == Ok(id);
+    match spec {
+        DeviceSpec::Bdf { bdf } => facts.bdf == *bdf,
+        DeviceSpec::VfOf { vf_of } => facts.physfn == Some(*vf_of),
+        DeviceSpec::Kind { vendor, device } => is(vendor, facts.vendor) && is(device, facts.device),
+        DeviceSpec::Mdev { .. } => false,
+    }
+}
+
+/// What is added to a lease comes in the lease's own form; naming another one is a mistake that is
+/// better heard of.
+fn same_form(lease: &Lease, request: &Acquire) -> Result<(Handout, Space), Error> {
+    let conflict = |what: &str| {
+        let why = format!("lease {} was acquired with another one", lease.id);
+        Err(Error::Conflict { what: what.into(), why })
+    };
+    if request.vm != lease.vm {
+        return conflict("vm");
+    }
+    if request.handout.is_some_and(|handout| handout != lease.handout) {
+        return conflict("handout");
+    }
+    let shared = match &lease.space {
+        Space::Shared { name, .. } => Some(name),
+        Space::None | Space::Own => None,
+    };
+    if request.container.is_some() && request.container.as_ref() != shared {
+        return conflict("container");
+    }
+    Ok((lease.handout, lease.space.clone()))
+}
+
+/// A token is a UUID and nothing else: it becomes part of what the kernel parses.
+fn check_token(token: Option<&str>, handout: Handout) -> Result<Option<String>, Error> {
+    let Some(token) = token else { return Ok(None) };
+    let hyphens = [8, 13, 18, 23];
+    let form = |(at, byte): (usize, u8)| match hyphens.contains(&at) {
+        true => byte == b'-',
+        false => byte.is_ascii_hexdigit(),
+    };
+    if token.len() != 36 || !token.bytes().enumerate().all(form) {
+        return Err(Error::bad("vf_token", "a token is a UUID"));
+    }
+    if handout != Handout::Devices {
+        let why = "with this handout the holder opens the devices, and gives the token, itself";
+        return Err(Error::bad("vf_token", why));
+    }
+    Ok(Some(token.to_owned()))
+}

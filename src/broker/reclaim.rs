@@ -1,0 +1,235 @@
+//! The end of a lease: Release, hang-up, and taking back what it had until the kernel itself shows
+//! that nobody has anything of it.
+
+use super::books::{Books, Entry, Files};
+use super::lifeline::has_hung_up;
+use super::{Broker, Caller, Ended, LifelineId, devices, event, no_such_lease, now, space};
+use crate::kernel::{self, Group, Node, Unmap, UnmapFlags};
+use crate::ledger::{Effect, Lease, LeaseId, Request};
+use crate::protocol::{Error, EventKind, Release, Released};
+use nix::errno::Errno;
+use std::sync::MutexGuard;
+use std::time::Duration;
+
+impl Broker {
+    /// Ends a lease and reclaims its devices.
+    ///
+    /// # Errors
+    /// No such lease, or not its key. What can't be reclaimed is no error: `proved` is false then.
+    pub fn release(&self, caller: &Caller, request: &Release) -> Result<Released, Error> {
+        let entry = self.authorize(caller, &request.lease, &request.key)?;
+        let ended = self.end(self.books(), entry.id, EventKind::Released);
+        if !ended {
+            return Err(no_such_lease(entry.id));
+        }
+        self.take_back(&entry, entry.files(), &self.patience);
+        let proved = self.books().ledger.groups_of(entry.id).next().is_none();
+        Ok(Released { proved })
+    }
+
+    /// A lifeline reported EPOLLERR. Never blocks; where it was the lease's last one, the lease has
+    /// ended and [`reclaim`](Self::reclaim) is to be called on a worker. Checks for itself that the
+    /// pipe has hung up, so calling it once too often does no harm.
+    pub fn hung_up(&self, lifeline: LifelineId) -> Option<Ended> {
+        let mut books = self.books();
+        let found = books.lifelines.get(&lifeline).filter(|l| has_hung_up(&l.write_end));
+        let lease = found?.lease;
+        let gone = books.lifelines.remove(&lifeline);
+        let last = books.lifelines.values().all(|other| other.lease != lease);
+        let ended = last && self.end(books, lease, EventKind::Gone);
+        self.observer.lifeline_closed(lifeline);
+        drop(gone);
+        ended.then_some(Ended(lease))
+    }
+
+    /// Takes back what an ended lease had.
+    pub fn reclaim(&self, ended: Ended) {
+        let entry = self.books().entries.get(&ended.0).cloned();
+        if let Some(entry) = entry {
+            self.take_back(&entry, entry.files(), &self.patience);
+        }
+    }
+
+    /// Whether some group waits for its last holder to let go. Never blocks.
+    pub fn has_pending_reclaims(&self) -> bool {
+        self.books().ledger.has_ending()
+    }
+
+    /// Tries once more to reclaim what could not be reclaimed yet, without waiting for anybody.
+    pub fn retry_reclaims(&self) {
+        let books = self.books();
+        let ending = books.ledger.ending().filter_map(|id| books.entries.get(&id).cloned());
+        let ending: Vec<_> = ending.collect();
+        drop(books);
+        for entry in ending {
+            if let Some(files) = entry.files_now() {
+                self.take_back(&entry, files, &[]);
+            }
+        }
+    }
+
+    /// From here on nobody can use the lease. Whether it was live.
+    fn end(&self, mut books: MutexGuard<'_, Books>, id: LeaseId, kind: EventKind) -> bool {
+        let lease = books.ledger.live(id).cloned();
+        let ended = books.ledger.apply(Request::End { lease: id }).is_ok();
+        let Some(lease) = lease.filter(|_| ended) else { return false };
+        let lifelines = books.take_lifelines(id);
+        drop(books);
+        for (id, _) in &lifelines {
+            self.observer.lifeline_closed(*id);
+        }
+        drop(lifelines);
+        self.tell(&event(kind, &lease, devices(&lease, false)));
+        true
+    }
+
+    fn take_back(&self, entry: &Entry, mut files: MutexGuard<'_, Files>, patience: &[Duration]) {
+        let (before, effects) = {
+            let mut books = self.books();
+            let before = books.ledger.lease(entry.id).cloned();
+            let effects = books.ledger.apply(Request::Reclaim { lease: entry.id });
+            // Refused where somebody else has done it meanwhile.
+            let (Some(before), Ok(effects)) = (before, effects) else { return };
+            (before, effects)
+        };
+        let mut kept = None;
+        for effect in effects {
+            match effect {
+                Effect::Unmap { iova, size } => self.unmap_own(entry, iova, size),
+                Effect::UnmapAll => unmap_all(entry),
+                Effect::Detach(id) => match detach(entry, &mut files, id, patience) {
+                    Ok(()) => self.report(Request::Detached { group: id }),
+                    Err(error) => {
+                        kept = Some(id);
+                        self.stuck(id, &error);
+                    }
+                },
+                // While our own copy is open, opening it again shows nothing.
+                Effect::Prove(id) if kept == Some(id) => {}
+                Effect::Prove(id) => match prove(&self.kernel, node(id, &before), patience) {
+                    Ok(()) => self.report(Request::Freed { group: id }),
+                    Err(error) => self.stuck(id, &error),
+                },
+                Effect::OpenSpace
+                | Effect::OpenGroup(_)
+                | Effect::Attach(_)
+                | Effect::OpenDevice(..)
+                | Effect::Map { .. } => {}
+            }
+        }
+        self.close_entry(entry, &before);
+    }
+
+    /// A report on what is in the ledger; it can't refuse.
+    fn report(&self, request: Request) {
+        let _ = self.books().ledger.apply(request);
+    }
+
+    fn stuck(&self, group: u32, error: &kernel::Error) {
+        let reason = match (error.call, error.errno) {
+            ("open", Errno::EBUSY) => format!("some process still has {} open", error.object),
+            (_, Errno::EBUSY) => {
+                format!("some process still has a device of {} open", error.object)
+            }
+            _ => error.to_string(),
+        };
+        self.report(Request::Stuck { group, reason, at: now() });
+    }
+
+    fn unmap_own(&self, entry: &Entry, iova: u64, size: u64) {
+        let container = entry.space.as_ref().and_then(|space| space.container());
+        // Without a container there are no mappings.
+        let gone = container
+            .is_none_or(|container| container.unmap(&Unmap { flags: 0, iova, size }).is_ok());
+        self.report(Request::UnmapDone { lease: entry.id, iova, gone });
+    }
+
+    /// Forgets a lease of which nothing is left, and says what became of its devices.
+    fn close_entry(&self, entry: &Entry, before: &Lease) {
+        use crate::ledger::GroupState::Quarantined;
+        let mut books = self.books();
+        if books.ledger.lease(entry.id).is_none() {
+            books.entries.remove(&entry.id);
+        }
+        let (mut freed, mut stuck) = (Vec::new(), Vec::new());
+        for handed in &before.devices {
+            match books.ledger.group(handed.group).filter(|group| group.lease == entry.id) {
+                None => freed.push(handed.bdf.to_string()),
+                Some(group) if matches!(group.state, Quarantined { .. }) => {
+                    stuck.push(handed.bdf.to_string());
+                }
+                Some(_) => {}
+            }
+        }
+        drop(books);
+        for (kind, devices) in [(EventKind::Reclaimed, freed), (EventKind::Quarantined, stuck)] {
+            if !devices.is_empty() {
+                self.tell(&event(kind, before, devices));
+            }
+        }
+    }
+}
+
+fn node(id: u32, lease: &Lease) -> Node {
+    if lease.noiommu { Node::NoIommuGroup(id) } else { Node::Group(id) }
+}
+
+/// Frees memory at once, where a holder that is still there could otherwise keep it pinned. What
+/// fails here is undone by the kernel when the last group leaves.
+fn unmap_all(entry: &Entry) {
+    if let Some(container) = entry.space.as_ref().and_then(|space| space.container()) {
+        let _ = container.unmap(&Unmap { flags: UnmapFlags::ALL, iova: 0, size: 0 });
+    }
+}
+
+/// Takes a group out of its container and closes our copy. EBUSY as long as any process has a
+/// device of it open.
+fn detach(entry: &Entry, files: &mut Files, id: u32, patience: &[Duration]) -> kernel::Result<()> {
+    patiently(patience, || {
+        let mut space = entry.space.as_ref().map(|space| space.lock());
+        if let Some(group) = files.groups.get(&id) {
+            match group.unset_container() {
+                Ok(()) => {}
+                // Its holder took it out already, or its devices have left VFIO.
+                Err(error) if matches!(error.errno, Errno::EINVAL | Errno::ENODEV) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        files.groups.remove(&id);
+        if let Some(space) = space.as_deref_mut() {
+            space::leave(space, id);
+        }
+        Ok(())
+    })
+}
+
+/// Opens a group afresh: it works only while nobody has it open.
+fn prove(
+    kernel: &std::sync::Arc<dyn kernel::Kernel>,
+    node: Node,
+    patience: &[Duration],
+) -> kernel::Result<()> {
+    patiently(patience, || match Group::open(std::sync::Arc::clone(kernel), node.clone()) {
+        Ok(group) => {
+            drop(group);
+            Ok(())
+        }
+        // No device of it is on a VFIO driver any more: whatever somebody had is dead.
+        Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENODEV | Errno::ENXIO) => Ok(()),
+        Err(error) => Err(error),
+    })
+}
+
+/// Tries again while the answer is EBUSY.
+fn patiently(
+    patience: &[Duration],
+    mut attempt: impl FnMut() -> kernel::Result<()>,
+) -> kernel::Result<()> {
+    for wait in patience {
+        match attempt() {
+            Err(error) if error.errno == Errno::EBUSY => std::thread::sleep(*wait),
+            done => return done,
+        }
+    }
+    attempt()
+}
