@@ -12,6 +12,7 @@
 //! - `broker`: carries the ledger's decisions out on a kernel (feature `daemon`).
 //! - `users`: the users and groups of this machine (feature `daemon`).
 //! - [`protocol`]: what is said on the broker's socket.
+//! - [`sim`]: a simulated kernel behind the same layer, for tests.
 
 #[cfg(feature = "daemon")]
 pub mod broker;
@@ -30,5 +31,7 @@ pub mod ledger;
 #[cfg(feature = "daemon")]
 pub mod policy;
 pub mod protocol;
+#[cfg(feature = "sim")]
+pub mod sim;
 #[cfg(feature = "daemon")]
 pub mod users;

@@ -17,7 +17,7 @@ pub mod inherited;
 mod linux;
 mod memory;
 mod node;
-mod parse;
+pub(crate) mod parse;
 pub mod peer;
 #[cfg(feature = "async")]
 pub mod readiness;

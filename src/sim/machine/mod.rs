@@ -1,0 +1,217 @@
+//! VFIO as a state machine: open files in, errnos and new open files out. No I/O.
+//!
+//! One machine is one simulated kernel. Each call is decoded from the bytes a real one would have
+//! got, and its checks are made in the order in which the kernel makes them.
+
+mod call;
+mod caller;
+mod config;
+mod container;
+mod device;
+mod drivers;
+mod group;
+mod hot_reset;
+mod irqs;
+mod regions;
+mod token;
+mod type1;
+mod view;
+
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+mod tests;
+
+pub use call::{CallArg, Done, Event, FileId, Named, UserStruct};
+pub use caller::{Caller, Capability, Mm};
+pub(crate) use token::parse_uuid;
+pub(crate) use view::DeviceView;
+
+use super::profile::Profile;
+use super::stats::{Space, Stats};
+use super::topology::Topology;
+use crate::kernel::Node;
+use container::{Container, ContainerId};
+use device::DeviceState;
+use group::GroupState;
+use nix::errno::Errno;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// What an open file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum File {
+    Container(ContainerId),
+    /// The group, and which of its lives: a group dies with its last device on VFIO.
+    Group(u32, u32),
+    Device(usize),
+}
+
+/// A simulated kernel.
+#[derive(Debug)]
+pub struct Machine {
+    topology: Arc<Topology>,
+    owner: u32,
+    files: BTreeMap<FileId, File>,
+    containers: BTreeMap<ContainerId, Container>,
+    groups: BTreeMap<u32, GroupState>,
+    devices: Vec<DeviceState>,
+    locked: BTreeMap<Mm, u64>,
+    next: u64,
+}
+
+impl Machine {
+    /// A machine just booted. `owner` is the uid that the group nodes belong to.
+    pub fn new(topology: Topology, owner: u32) -> Self {
+        let topology = Arc::new(topology);
+        let devices: Vec<_> = topology
+            .devices()
+            .map(|(group, device)| DeviceState::new(device.clone(), group))
+            .collect();
+        let mut groups: BTreeMap<u32, GroupState> = topology
+            .groups
+            .iter()
+            .map(|group| (group.id, GroupState::new(group.clone())))
+            .collect();
+        for (index, device) in devices.iter().enumerate() {
+            if let Some(group) = groups.get_mut(&device.group) {
+                group.devices.push(index);
+            }
+        }
+        Self {
+            topology,
+            owner,
+            files: BTreeMap::new(),
+            containers: BTreeMap::new(),
+            groups,
+            devices,
+            locked: BTreeMap::new(),
+            next: 1,
+        }
+    }
+
+    /// The machine's description.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    fn profile(&self) -> Profile {
+        self.topology.kernel
+    }
+
+    fn new_file(&mut self, file: File) -> FileId {
+        let id = FileId(self.next);
+        self.next += 1;
+        self.files.insert(id, file);
+        id
+    }
+
+    /// open(2) on a node.
+    ///
+    /// # Errors
+    /// ENOENT no such node; EACCES not the nodes' owner; ENXIO nothing behind it any more; then
+    /// what the group says.
+    pub fn open(&mut self, node: &Node, caller: &dyn Caller) -> Result<FileId, Errno> {
+        match *node {
+            Node::Container => Ok(self.open_container()),
+            Node::Group(id) => self.open_group(id, false, caller),
+            Node::NoIommuGroup(id) => self.open_group(id, true, caller),
+        }
+    }
+
+    /// ioctl(2) on an open file.
+    ///
+    /// # Errors
+    /// What the kernel says; EBADF for a file that is not open.
+    pub fn ioctl(
+        &mut self,
+        file: FileId,
+        number: u32,
+        arg: &mut CallArg,
+        caller: &dyn Caller,
+    ) -> Result<Done, Errno> {
+        match *self.files.get(&file).ok_or(Errno::EBADF)? {
+            File::Container(id) => self.container_ioctl(id, number, arg, caller),
+            File::Group(id, life) => self.group_ioctl(id, life, number, arg, caller),
+            File::Device(index) => self.device_ioctl(index, number, arg),
+        }
+    }
+
+    /// pread(2) on an open file.
+    ///
+    /// # Errors
+    /// EINVAL not a device, no such region, outside of it; EIO memory decoding is off.
+    pub fn read(&mut self, file: FileId, len: usize, offset: u64) -> Result<Vec<u8>, Errno> {
+        match *self.files.get(&file).ok_or(Errno::EBADF)? {
+            File::Device(index) => self.device_read(index, len, offset),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+
+    /// pwrite(2) on an open file.
+    ///
+    /// # Errors
+    /// As [`Machine::read`].
+    pub fn write(&mut self, file: FileId, bytes: &[u8], offset: u64) -> Result<usize, Errno> {
+        match *self.files.get(&file).ok_or(Errno::EBADF)? {
+            File::Device(index) => self.device_write(index, bytes, offset),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+
+    /// The last close of an open file, in whichever process.
+    pub fn close(&mut self, file: FileId) {
+        match self.files.remove(&file) {
+            Some(File::Container(id)) => self.close_container(id),
+            Some(File::Group(id, life)) => self.close_group(id, life),
+            Some(File::Device(index)) => self.close_device(index),
+            None => {}
+        }
+    }
+
+    /// The path that an open file was opened by, or a device's address: for messages and faults.
+    pub fn name(&self, file: FileId) -> String {
+        match self.files.get(&file) {
+            Some(File::Container(_)) => Node::Container.to_string(),
+            Some(File::Group(id, _)) => self.node(*id).to_string(),
+            Some(File::Device(index)) => self
+                .devices
+                .get(*index)
+                .map(|device| device.facts.bdf.to_string())
+                .unwrap_or_default(),
+            None => String::new(),
+        }
+    }
+
+    /// What is open and mapped.
+    pub fn stats(&self) -> Stats {
+        let mut stats = Stats::default();
+        for file in self.files.values() {
+            match file {
+                File::Container(_) => stats.containers += 1,
+                File::Group(..) => stats.groups += 1,
+                File::Device(_) => stats.devices += 1,
+            }
+        }
+        for (id, container) in &self.containers {
+            let iommu = container.type1();
+            stats.spaces.push(Space {
+                id: id.0,
+                open: container.open,
+                groups: container.groups.clone(),
+                iommu: container.iommu_name(),
+                mappings: iommu.map_or(0, |iommu| iommu.mappings.len() as u64),
+                mapped_bytes: iommu.map_or(0, type1::Type1::mapped_bytes),
+                pinned_bytes: iommu.map_or(0, type1::Type1::charged_bytes),
+            });
+        }
+        stats.locked = self.locked.iter().map(|(mm, bytes)| (mm.pid, *bytes)).collect();
+        stats
+    }
+}
+
+/// The numbers of requests that need no name of their own in the kernel layer.
+mod number {
+    /// `VFIO_DEVICE_FEATURE`: the number of `VFIO_IOMMU_DIRTY_PAGES`, on a device.
+    pub(super) const DEVICE_FEATURE: u32 = crate::kernel::request::IOMMU_DIRTY_PAGES.number;
+}

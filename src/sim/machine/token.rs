@@ -1,0 +1,81 @@
+//! Device names and VF tokens: what `VFIO_GROUP_GET_DEVICE_FD` is given.
+
+use super::Machine;
+use nix::errno::Errno;
+
+/// A UUID of 36 characters at the start of `text`.
+pub(crate) fn parse_uuid(text: &[u8]) -> Option<[u8; 16]> {
+    const DASHES: [usize; 4] = [8, 13, 18, 23];
+    let text = std::str::from_utf8(text.get(..36)?).ok()?;
+    let placed = text
+        .bytes()
+        .enumerate()
+        .all(|(i, byte)| if DASHES.contains(&i) { byte == b'-' } else { byte.is_ascii_hexdigit() });
+    if !placed {
+        return None;
+    }
+    let digits = text.replace('-', "");
+    Some(u128::from_str_radix(&digits, 16).ok()?.to_be_bytes())
+}
+
+impl Machine {
+    /// Whether `text` means the device, with the token that it takes.
+    ///
+    /// # Errors
+    /// EINVAL an option that is unknown, there twice or superfluous; EACCES no token or a wrong
+    /// one.
+    pub(super) fn matches(&mut self, index: usize, text: &[u8]) -> Result<bool, Errno> {
+        let Some(device) = self.devices.get(index).filter(|device| device.on_vfio) else {
+            return Ok(false);
+        };
+        let Some(mut rest) = text.strip_prefix(device.facts.bdf.to_string().as_bytes()) else {
+            return Ok(false);
+        };
+        if rest.first().is_some_and(|&byte| byte != b' ') {
+            return Ok(false);
+        }
+        let mut token = None;
+        while let Some(&byte) = rest.first() {
+            if byte == b' ' {
+                rest = &rest[1..];
+                continue;
+            }
+            let value = rest.strip_prefix(b"vf_token=").filter(|_| token.is_none());
+            let value = value.filter(|value| value.len() >= 36).ok_or(Errno::EINVAL)?;
+            token = Some(parse_uuid(value).ok_or(Errno::EINVAL)?);
+            rest = &value[36..];
+        }
+        self.check_token(index, token)?;
+        Ok(true)
+    }
+
+    fn check_token(&mut self, index: usize, token: Option<[u8; 16]>) -> Result<(), Errno> {
+        let Some(device) = self.devices.get(index) else { return Err(Errno::ENODEV) };
+        if let Some(pf) = device.facts.physfn {
+            let pf = self.devices.iter().find(|device| device.facts.bdf == pf && device.on_vfio);
+            return match (pf, token) {
+                (None, None) => Ok(()),
+                (None, Some(_)) => Err(Errno::EINVAL),
+                (Some(_), None) => Err(Errno::EACCES),
+                (Some(pf), Some(token)) if token == pf.token => Ok(()),
+                (Some(_), Some(_)) => Err(Errno::EACCES),
+            };
+        }
+        if !device.is_pf() {
+            return if token.is_some() { Err(Errno::EINVAL) } else { Ok(()) };
+        }
+        if self.open_vfs(index) > 0 {
+            return if token == Some(device.token) { Ok(()) } else { Err(Errno::EACCES) };
+        }
+        if let (Some(token), Some(device)) = (token, self.devices.get_mut(index)) {
+            device.token = token;
+        }
+        Ok(())
+    }
+
+    /// How many VFs of a PF are open.
+    fn open_vfs(&self, pf: usize) -> usize {
+        let Some(pf) = self.devices.get(pf).map(|device| device.facts.bdf) else { return 0 };
+        self.devices.iter().filter(|vf| vf.facts.physfn == Some(pf) && vf.opens > 0).count()
+    }
+}

@@ -1,0 +1,77 @@
+//! What sysfs and fault rules want to know of a machine.
+
+use super::{File, FileId, Machine};
+use crate::kernel::request;
+use crate::sim::bdf::Bdf;
+use crate::sim::topology::Device;
+
+/// A device as sysfs shows it.
+#[derive(Debug)]
+pub(crate) struct DeviceView<'a> {
+    pub(crate) facts: &'a Device,
+    pub(crate) group: u32,
+    pub(crate) driver: Option<&'a str>,
+    pub(crate) on_vfio: bool,
+    pub(crate) open: bool,
+    pub(crate) vfs: Vec<Bdf>,
+    pub(crate) config: &'a [u8],
+}
+
+impl Machine {
+    /// All devices, in the order of the topology.
+    pub(crate) fn views(&self) -> impl Iterator<Item = DeviceView<'_>> {
+        let mut vfs: std::collections::BTreeMap<Bdf, Vec<Bdf>> = std::collections::BTreeMap::new();
+        for device in &self.devices {
+            if let Some(pf) = device.facts.physfn {
+                vfs.entry(pf).or_default().push(device.facts.bdf);
+            }
+        }
+        self.devices.iter().map(move |device| DeviceView {
+            facts: &device.facts,
+            group: device.group,
+            driver: device.driver.as_deref(),
+            on_vfio: device.on_vfio,
+            open: device.opens > 0,
+            vfs: vfs.get(&device.facts.bdf).cloned().unwrap_or_default(),
+            config: device.config.bytes(),
+        })
+    }
+
+    /// A group's name under `/dev/vfio`.
+    pub(crate) fn node_name(&self, group: u32) -> String {
+        let node = self.node(group).to_string();
+        node.rsplit('/').next().unwrap_or_default().to_owned()
+    }
+
+    /// A request's name in the header; containers and devices share numbers.
+    pub(crate) fn call_name(&self, file: FileId, number: u32) -> &'static str {
+        use request::*;
+        const CONTAINER: [Request; 7] = [
+            GET_API_VERSION,
+            CHECK_EXTENSION,
+            SET_IOMMU,
+            IOMMU_GET_INFO,
+            IOMMU_MAP_DMA,
+            IOMMU_UNMAP_DMA,
+            IOMMU_DIRTY_PAGES,
+        ];
+        const GROUP: [Request; 4] =
+            [GROUP_GET_STATUS, GROUP_SET_CONTAINER, GROUP_UNSET_CONTAINER, GROUP_GET_DEVICE_FD];
+        const DEVICE: [Request; 7] = [
+            DEVICE_GET_INFO,
+            DEVICE_GET_REGION_INFO,
+            DEVICE_GET_IRQ_INFO,
+            DEVICE_SET_IRQS,
+            DEVICE_RESET,
+            DEVICE_GET_PCI_HOT_RESET_INFO,
+            DEVICE_PCI_HOT_RESET,
+        ];
+        let known: &[Request] = match self.files.get(&file) {
+            Some(File::Container(_)) => &CONTAINER,
+            Some(File::Group(..)) => &GROUP,
+            Some(File::Device(_)) => &DEVICE,
+            None => &[],
+        };
+        known.iter().find(|request| request.number == number).map_or("", |request| request.name)
+    }
+}

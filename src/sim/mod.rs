@@ -1,0 +1,184 @@
+//! A simulated kernel: VFIO groups, containers, type1 and vfio-pci devices, and their sysfs,
+//! without hardware, without a hypervisor and without root.
+//!
+//! A [`Sim`] is a thread that plays the kernel of a [`Topology`]. Its open files are real fds: they
+//! travel over Unix sockets, they are inherited, and the last close in any process releases them.
+//! An ioctl is a message on the fd, so any process that holds one can make it, through [`Wire`] or
+//! in any other language. `docs/sim.md` has the format of both, and what is not simulated.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use vfio_broker::kernel::{Container, Group, IommuType, Node};
+//! use vfio_broker::sim::{Sim, Topology};
+//!
+//! let topology = Topology::from_toml(
+//!     r#"
+//!     kernel = "6.12"
+//!     [[group]]
+//!     id = 26
+//!     [[group.device]]
+//!     bdf = "0000:65:00.0"
+//!     vendor = 0x8086
+//!     device = 0x10d3
+//!     driver = "vfio-pci"
+//!     "#,
+//! )?;
+//! let sim = Sim::start(topology)?;
+//! let group = Group::open(sim.kernel(), Node::Group(26))?;
+//! let container = Container::open(sim.kernel())?;
+//! group.set_container(&container)?;
+//! container.set_iommu(IommuType::Type1v2)?;
+//! let device = group.device("0000:65:00.0")?;
+//! assert_eq!(device.pci_ids()?, (0x8086, 0x10d3));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod answer;
+mod bdf;
+mod client;
+mod fault;
+mod incoming;
+pub mod machine;
+mod process;
+mod profile;
+mod server;
+mod stats;
+mod sysfs;
+pub mod topology;
+mod wire;
+
+#[cfg(test)]
+mod tests;
+
+pub use bdf::Bdf;
+pub use client::Wire;
+pub use fault::{Effect, Fault};
+pub use profile::Profile;
+pub use stats::{Space, Stats};
+pub use topology::{Topology, TopologyError};
+
+use crate::kernel::Kernel;
+use machine::Machine;
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
+use nix::unistd::{Uid, pipe2};
+use server::Server;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+/// A running simulation. Dropping it ends the thread; fds that are still about then fail with EIO.
+#[derive(Debug)]
+pub struct Sim {
+    /// The write end of a pipe: the thread ends when it is closed.
+    stop: Option<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+    wire: Arc<Wire>,
+    control: PathBuf,
+    _directory: Option<tempfile::TempDir>,
+}
+
+impl Sim {
+    /// Starts a simulation with its control socket in a new directory that only this user can
+    /// reach, and that is removed with it.
+    ///
+    /// # Errors
+    /// What making the directory, the socket or the thread said.
+    pub fn start(topology: Topology) -> io::Result<Self> {
+        let directory = tempfile::Builder::new().prefix("vfio-sim.").tempdir()?;
+        let mut sim = Self::start_in(topology, directory.path())?;
+        sim._directory = Some(directory);
+        Ok(sim)
+    }
+
+    /// Starts a simulation with its control socket, `control.sock`, in a directory that exists.
+    /// Whoever can connect to it rules the simulation.
+    ///
+    /// # Errors
+    /// EADDRINUSE there is one already; what making the socket or the thread said.
+    pub fn start_in(topology: Topology, directory: &Path) -> io::Result<Self> {
+        let control = directory.join("control.sock");
+        let listener = listen_at(&control)?;
+        let (stopped, stop) = pipe2(OFlag::O_CLOEXEC)?;
+        let machine = Machine::new(topology, Uid::current().as_raw());
+        let server = Server::new(machine, listener, stopped)?;
+        let thread = std::thread::Builder::new().name("vfio-sim".into());
+        let thread = thread.spawn(move || server.run())?;
+        let wire = Arc::new(Wire::connect(&control)?);
+        Ok(Self { stop: Some(stop), thread: Some(thread), wire, control, _directory: None })
+    }
+
+    /// The simulated kernel, for this process.
+    pub fn kernel(&self) -> Arc<dyn Kernel> {
+        Arc::clone(&self.wire) as Arc<dyn Kernel>
+    }
+
+    /// The same, with the simulation's own calls.
+    pub fn wire(&self) -> Arc<Wire> {
+        Arc::clone(&self.wire)
+    }
+
+    /// Where other processes connect to ([`Wire::connect`]).
+    pub fn control_path(&self) -> &Path {
+        &self.control
+    }
+
+    /// Adds a fault.
+    ///
+    /// # Errors
+    /// EINVAL: it could never hit.
+    pub fn fault(&self, fault: Fault) -> Result<(), Errno> {
+        self.wire.fault(&fault)
+    }
+
+    /// Forgets all faults; what was held back is answered.
+    ///
+    /// # Errors
+    /// EIO: the simulation is gone.
+    pub fn clear_faults(&self) -> Result<(), Errno> {
+        self.wire.clear_faults()
+    }
+
+    /// What is open and mapped.
+    ///
+    /// # Errors
+    /// EIO: the simulation is gone.
+    pub fn stats(&self) -> Result<Stats, Errno> {
+        self.wire.stats()
+    }
+
+    /// Binds a device to a driver, or to none.
+    ///
+    /// # Errors
+    /// See [`Machine::set_driver`].
+    pub fn set_driver(&self, bdf: &str, driver: Option<&str>) -> Result<(), Errno> {
+        self.wire.set_driver(bdf, driver)
+    }
+}
+
+impl Drop for Sim {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        let _ = std::fs::remove_file(&self.control);
+    }
+}
+
+fn listen_at(path: &Path) -> io::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&fd, Backlog::new(128)?)?;
+    // The standard library's listener accepts from any kind of Unix socket.
+    let listener = UnixListener::from(fd);
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}

@@ -1,0 +1,433 @@
+//! The simulation's one thread: it waits on every simulated open file and every control
+//! connection, and answers calls one at a time.
+
+use super::answer::Answers;
+use super::fault::Faults;
+use super::incoming::{Call, Disposer, Incoming};
+use super::machine::{CallArg, FileId, Machine, UserStruct};
+use super::sysfs::Sysfs;
+use super::wire::{Answer, ArgKind, MAX_MESSAGE, Op, Request};
+use crate::fdpass::{self, ReceiveError};
+use crate::kernel::Node;
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, setsockopt, socketpair, sockopt,
+};
+use nix::sys::stat::fstat;
+use std::collections::HashMap;
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::time::Duration;
+
+const STOP: u64 = 0;
+const LISTENER: u64 = 1;
+const FIRST: u64 = 2;
+
+/// How many messages one fd may have answered before others get their turn.
+const TURN: usize = 32;
+
+/// How long to wait before accepting again when there were no fds left.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Something that messages come from.
+struct Source {
+    fd: OwnedFd,
+    /// The simulated open file, `None` for a control connection.
+    file: Option<FileId>,
+}
+
+/// The server's state; [`Server::run`] is its thread.
+pub(super) struct Server {
+    machine: Machine,
+    sysfs: Option<Sysfs>,
+    faults: Faults,
+    epoll: Epoll,
+    /// The simulated open files again, for hang-ups alone.
+    hangups: Epoll,
+    stop: OwnedFd,
+    listener: UnixListener,
+    paused: bool,
+    sources: HashMap<u64, Source>,
+    tokens: HashMap<FileId, u64>,
+    incoming: Incoming,
+    answers: Answers,
+    next: u64,
+    buf: Vec<u8>,
+}
+
+impl Server {
+    /// A server that ends when the write end of `stop` is closed.
+    pub(super) fn new(
+        machine: Machine,
+        listener: UnixListener,
+        stop: OwnedFd,
+    ) -> Result<Self, Errno> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let hangups = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        epoll.add(&stop, EpollEvent::new(EpollFlags::EPOLLIN, STOP))?;
+        epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
+        Ok(Self {
+            machine,
+            sysfs: None,
+            faults: Faults::default(),
+            epoll,
+            hangups,
+            stop,
+            listener,
+            paused: false,
+            sources: HashMap::new(),
+            tokens: HashMap::new(),
+            incoming: Incoming::new(Disposer::start()),
+            answers: Answers::default(),
+            next: FIRST,
+            buf: vec![0; MAX_MESSAGE],
+        })
+    }
+
+    /// Serves until it is stopped.
+    pub(super) fn run(mut self) {
+        let mut events = [EpollEvent::empty(); 64];
+        loop {
+            let found = match self.epoll.wait(&mut events, self.timeout()) {
+                Ok(found) => found,
+                Err(Errno::EINTR) => 0,
+                Err(_) => return,
+            };
+            for event in events.iter().take(found) {
+                match event.data() {
+                    STOP => return,
+                    LISTENER => self.accept(),
+                    token if self.answers.is_held(token) => {
+                        self.answers.forget(token);
+                    }
+                    token => self.serve(token, event.events()),
+                }
+            }
+            self.answers.send_due();
+            if self.paused && found == 0 {
+                self.pause(false);
+            }
+        }
+    }
+
+    fn timeout(&self) -> EpollTimeout {
+        let pause = self.paused.then_some(PAUSE);
+        let next = self.answers.next_due().into_iter().chain(pause).min();
+        // Rounded up, so that it is due when the time is over.
+        let next = next.and_then(|it| EpollTimeout::try_from(it + Duration::from_millis(1)).ok());
+        next.unwrap_or(EpollTimeout::NONE)
+    }
+
+    fn accept(&mut self) {
+        for _ in 0..TURN {
+            match self.listener.accept() {
+                Ok((stream, _)) => {
+                    let fd = OwnedFd::from(stream);
+                    if setsockopt(&fd, sockopt::PassCred, &true).is_ok() {
+                        let _ = self.add(fd, None);
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                // Out of fds: the listener would report itself again and again.
+                Err(_) => return self.pause(true),
+            }
+        }
+    }
+
+    fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+        let flags = if paused { EpollFlags::empty() } else { EpollFlags::EPOLLIN };
+        let _ = self.epoll.modify(&self.listener, &mut EpollEvent::new(flags, LISTENER));
+    }
+
+    fn add(&mut self, fd: OwnedFd, file: Option<FileId>) -> Result<(), Errno> {
+        let token = self.next;
+        self.next += 1;
+        self.epoll.add(&fd, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
+        if let Some(file) = file {
+            self.hangups.add(&fd, EpollEvent::new(EpollFlags::empty(), token))?;
+            self.tokens.insert(file, token);
+        }
+        self.sources.insert(token, Source { fd, file });
+        Ok(())
+    }
+
+    /// Answers what has come in on one fd.
+    fn serve(&mut self, token: u64, flags: EpollFlags) {
+        for _ in 0..TURN {
+            match self.receive(token) {
+                Ok(Some((call, len))) => {
+                    // What was closed before this call was made has to be closed first.
+                    self.reap(token);
+                    self.answer(token, call, len);
+                }
+                Ok(None) if flags.contains(EpollFlags::EPOLLHUP) => return self.remove(token),
+                Ok(None) => return self.half_closed(token),
+                Err(ReceiveError::Errno(Errno::EAGAIN)) => return,
+                // A message that could not be taken: its reply socket is closed, so that the
+                // caller is told.
+                Err(ReceiveError::Truncated { .. }) => {}
+                Err(ReceiveError::Errno(_)) => return self.remove(token),
+            }
+        }
+    }
+
+    /// Receives one message; `None` at the end.
+    fn receive(&mut self, token: u64) -> Result<Option<(Call, usize)>, ReceiveError> {
+        let Some(source) = self.sources.get(&token) else {
+            return Err(ReceiveError::Errno(Errno::EAGAIN));
+        };
+        let flags = MsgFlags::MSG_DONTWAIT;
+        let received = fdpass::receive(source.fd.as_fd(), &mut self.buf, fdpass::MAX_FDS, flags)?;
+        // An empty message has a sender, the end has none.
+        if received.len == 0 && received.sender.is_none() && received.fds.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some((Call { sender: received.sender, fds: received.fds }, received.len)))
+    }
+
+    /// Somebody has shut down the writing side of a shared fd, but it is still open.
+    fn half_closed(&mut self, token: u64) {
+        match self.sources.get(&token) {
+            Some(source) if source.file.is_some() => {
+                let mut event = EpollEvent::new(EpollFlags::empty(), token);
+                let _ = self.epoll.modify(&source.fd, &mut event);
+            }
+            _ => self.remove(token),
+        }
+    }
+
+    /// Releases the files that have been closed, in every process, up to now.
+    fn reap(&mut self, except: u64) {
+        let mut events = [EpollEvent::empty(); 64];
+        loop {
+            let found = self.hangups.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
+            let mut released = 0;
+            for event in events.iter().take(found) {
+                let token = event.data();
+                if token == except {
+                    continue;
+                }
+                // Calls that were made before the close are still waiting.
+                while let Ok(Some((call, len))) = self.receive(token) {
+                    self.answer(token, call, len);
+                }
+                self.remove(token);
+                released += 1;
+            }
+            if released == 0 {
+                return;
+            }
+        }
+    }
+
+    fn remove(&mut self, token: u64) {
+        let Some(source) = self.sources.remove(&token) else { return };
+        if let Some(file) = source.file {
+            self.tokens.remove(&file);
+            self.incoming.forget(file);
+            self.machine.close(file);
+            self.sysfs = None;
+        }
+        if self.paused {
+            self.pause(false);
+        }
+    }
+
+    /// Carries out one message and sends the answer.
+    fn answer(&mut self, token: u64, mut call: Call, len: usize) {
+        let Some(reply) = self.incoming.take_reply(&mut call) else { return };
+        let request = self.buf.get(..len).and_then(Request::decode);
+        let file = self.sources.get(&token).and_then(|source| source.file);
+        let Some(request) = request.filter(|request| request.op.is_on_file() == file.is_some())
+        else {
+            return self.answers.send(reply, &Answer::failed(Errno::EINVAL), None);
+        };
+        let (name, object) = self.describe(file, &request);
+        let effect = self.faults.count(&name, &object);
+        if let Some(super::fault::Effect::Fail(errno)) = effect {
+            let errno = Errno::from_raw(errno);
+            self.incoming.dispose(call);
+            return self.answers.send(reply, &Answer::failed(errno), None);
+        }
+        let (answer, fd) = match self.carry_out(file, request, call, &reply) {
+            Ok(done) => done,
+            Err(errno) => (Answer::failed(errno), None),
+        };
+        match effect {
+            None => self.answers.send(reply, &answer, fd),
+            Some(effect) => {
+                let token = self.next;
+                self.next += 1;
+                self.answers.hold(&self.epoll, token, effect, reply, &answer, fd);
+            }
+        }
+    }
+
+    /// What faults call a call and its object.
+    fn describe(&self, file: Option<FileId>, request: &Request) -> (String, String) {
+        let text = String::from_utf8_lossy(&request.bytes).into_owned();
+        match (file, request.op) {
+            (Some(file), Op::Ioctl) => {
+                (self.machine.call_name(file, request.number).into(), self.machine.name(file))
+            }
+            (Some(file), Op::Pread) => ("pread".into(), self.machine.name(file)),
+            (Some(file), Op::Pwrite) => ("pwrite".into(), self.machine.name(file)),
+            (_, Op::Open) => ("open".into(), text),
+            (_, Op::SysfsRead | Op::SysfsList | Op::SysfsLink) => ("sysfs".into(), text),
+            _ => (String::new(), String::new()),
+        }
+    }
+
+    fn carry_out(
+        &mut self,
+        file: Option<FileId>,
+        request: Request,
+        call: Call,
+        reply: &OwnedFd,
+    ) -> Result<(Answer, Option<OwnedFd>), Errno> {
+        let caller = call.caller().ok_or(Errno::EPERM)?;
+        let named = self.incoming.name(&request, call, reply)?;
+        let Some(file) = file else { return self.control(&request, &caller) };
+        match request.op {
+            Op::Pread => {
+                let bytes = self.machine.read(file, request.len as usize, request.value)?;
+                let value = i32::try_from(bytes.len()).unwrap_or(i32::MAX);
+                return Ok((Answer { value, bytes, ..Answer::default() }, None));
+            }
+            Op::Pwrite => {
+                let written = self.machine.write(file, &request.bytes, request.value)?;
+                let value = i32::try_from(written).unwrap_or(i32::MAX);
+                return Ok((Answer { value, ..Answer::default() }, None));
+            }
+            _ => {}
+        }
+        let mut arg = match request.kind {
+            ArgKind::Value => CallArg::Value(request.value),
+            ArgKind::BadPointer => CallArg::BadPointer,
+            ArgKind::Text => CallArg::Text(request.bytes),
+            ArgKind::Fd => CallArg::File(named.into_iter().next().and_then(|(_, it)| it)),
+            ArgKind::Struct => CallArg::Struct(UserStruct {
+                bytes: request.bytes,
+                fds: named,
+                out: request.out.map(|(_, out)| out),
+            }),
+        };
+        let result = self.machine.ioctl(file, request.number, &mut arg, &caller);
+        let mut answer = Answer::default();
+        if let CallArg::Struct(user) = arg {
+            (answer.bytes, answer.out) = (user.bytes, user.out.unwrap_or_default());
+        }
+        let mut fd = None;
+        match result {
+            Ok(done) => {
+                answer.value = done.value;
+                fd = done.file.map(|file| self.hand_out(file)).transpose()?;
+            }
+            Err(errno) => answer.errno = errno as i32,
+        }
+        Ok((answer, fd))
+    }
+
+    /// Makes the fd of a new open file. Where that fails the file is closed again.
+    fn hand_out(&mut self, file: FileId) -> Result<OwnedFd, Errno> {
+        self.sysfs = None;
+        let made = self.make_fd(file);
+        if made.is_err() {
+            self.incoming.forget(file);
+            self.machine.close(file);
+        }
+        made
+    }
+
+    fn make_fd(&mut self, file: FileId) -> Result<OwnedFd, Errno> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        setsockopt(&ours, sockopt::PassCred, &true)?;
+        self.incoming.know(fstat(&theirs)?.st_ino, file);
+        self.add(ours, Some(file))?;
+        Ok(theirs)
+    }
+
+    fn control(
+        &mut self,
+        request: &Request,
+        caller: &super::process::Process,
+    ) -> Result<(Answer, Option<OwnedFd>), Errno> {
+        let text = || std::str::from_utf8(&request.bytes).map_err(|_| Errno::ENOENT);
+        let bytes = match request.op {
+            Op::Open => {
+                let node = parse_node(text()?).ok_or(Errno::ENOENT)?;
+                let file = self.machine.open(&node, caller)?;
+                let fd = self.hand_out(file)?;
+                return Ok((Answer::default(), Some(fd)));
+            }
+            Op::SysfsRead => self.tree().read(text()?)?,
+            Op::SysfsList => self.tree().list(text()?)?.join("\n").into_bytes(),
+            Op::SysfsLink => self.tree().target(text()?)?.into_bytes(),
+            Op::AddFault => {
+                let fault = serde_json::from_slice(&request.bytes).map_err(|_| Errno::EINVAL)?;
+                if !self.faults.add(fault) {
+                    return Err(Errno::EINVAL);
+                }
+                Vec::new()
+            }
+            Op::ClearFaults => {
+                self.faults.clear();
+                self.answers.send_all();
+                Vec::new()
+            }
+            Op::Stats => {
+                let mut stats = self.machine.stats();
+                stats.held = self.answers.held();
+                let first = usize::try_from(request.value).unwrap_or(usize::MAX);
+                stats.spaces = stats.spaces.into_iter().skip(first).take(STATS_PAGE).collect();
+                serde_json::to_vec(&stats).map_err(|_| Errno::EIO)?
+            }
+            Op::SetDriver => {
+                let text = text()?;
+                let (bdf, driver) = match text.split_once(' ') {
+                    Some((bdf, driver)) => (bdf, Some(driver)),
+                    None => (text, None),
+                };
+                let bdf = bdf.parse().map_err(|_| Errno::ENODEV)?;
+                self.sysfs = None;
+                self.machine.set_driver(bdf, driver)?;
+                Vec::new()
+            }
+            Op::Ioctl | Op::Pread | Op::Pwrite => return Err(Errno::EINVAL),
+        };
+        Ok((Answer { bytes, ..Answer::default() }, None))
+    }
+
+    fn tree(&mut self) -> &Sysfs {
+        let machine = &self.machine;
+        self.sysfs.get_or_insert_with(|| Sysfs::of(machine))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Whoever waits for an answer is told that there will be none.
+        let _ = &self.stop;
+        self.answers.drop_all();
+    }
+}
+
+/// How many containers one answer to a request for counts has.
+pub(super) const STATS_PAGE: usize = 256;
+
+fn parse_node(path: &str) -> Option<Node> {
+    let name = path.strip_prefix("/dev/vfio/")?;
+    if name == "vfio" {
+        return Some(Node::Container);
+    }
+    // Only as the kernel writes numbers: no sign, no leading zeros.
+    let number = |text: &str| text.parse().ok().filter(|it: &u32| it.to_string() == text);
+    match name.strip_prefix("noiommu-") {
+        Some(rest) => number(rest).map(Node::NoIommuGroup),
+        None => number(name).map(Node::Group),
+    }
+}

@@ -1,0 +1,221 @@
+//! The simulated `/sys`: what the broker reads of it, built from the machine's state.
+
+use super::machine::{DeviceView, Machine};
+use nix::errno::Errno;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// An entry of the tree.
+#[derive(Clone, Debug)]
+enum Entry {
+    Directory(BTreeSet<String>),
+    File(Vec<u8>),
+    Link(String),
+}
+
+/// A tree of files, by path without a leading slash.
+#[derive(Debug, Default)]
+pub(crate) struct Sysfs(BTreeMap<String, Entry>);
+
+/// How many links a path may lead through, as in the kernel.
+const MOST_LINKS: u32 = 40;
+
+impl Sysfs {
+    /// The tree of a machine as it is now.
+    pub(crate) fn of(machine: &Machine) -> Self {
+        let mut tree = Self::default();
+        for directory in ["bus/pci/devices", "bus/pci/drivers", "class/vfio", "class/vfio-dev"] {
+            tree.directory(directory);
+        }
+        tree.directory("kernel/iommu_groups");
+        let topology = machine.topology();
+        let flag = |on: bool| if on { "Y\n" } else { "N\n" };
+        tree.file(
+            "module/vfio_iommu_type1/parameters/allow_unsafe_interrupts",
+            flag(topology.allow_unsafe_interrupts),
+        );
+        tree.file(
+            "module/vfio_iommu_type1/parameters/dma_entry_limit",
+            &format!("{}\n", topology.dma_entry_limit),
+        );
+        tree.file("module/vfio/parameters/enable_unsafe_noiommu_mode", flag(topology.noiommu));
+        for group in &topology.groups {
+            let path = format!("kernel/iommu_groups/{}", group.id);
+            tree.directory(&format!("{path}/devices"));
+            if group.noiommu {
+                tree.file(&format!("{path}/name"), "vfio-noiommu\n");
+            }
+            tree.file(&format!("{path}/type"), &format!("{}\n", group.kind));
+            let mut reserved: Vec<_> = topology.reserved.iter().chain(&group.reserved).collect();
+            reserved.sort_by_key(|region| region.start);
+            let lines = reserved.iter().map(|region| {
+                format!("0x{:016x} 0x{:016x} {}\n", region.start, region.end, region.kind)
+            });
+            tree.file(&format!("{path}/reserved_regions"), &lines.collect::<String>());
+            if machine.has_node(group.id) {
+                tree.vfio_class("vfio", &machine.node_name(group.id));
+            }
+        }
+        for (index, device) in machine.views().enumerate() {
+            tree.device(index, &device);
+        }
+        tree
+    }
+
+    fn device(&mut self, index: usize, view: &DeviceView<'_>) {
+        let device = view.facts;
+        let bdf = device.bdf.to_string();
+        let home = format!("devices/pci{:04x}:{:02x}", device.bdf.segment, device.bdf.bus());
+        let path = format!("{home}/{bdf}");
+        self.link(&format!("bus/pci/devices/{bdf}"), &format!("../../../{path}"));
+        let mut file = |name: &str, text: String| self.file(&format!("{path}/{name}"), &text);
+        let subsystem = (
+            device.subsystem_vendor.unwrap_or(device.vendor),
+            device.subsystem_device.unwrap_or(device.device),
+        );
+        file("vendor", format!("0x{:04x}\n", device.vendor));
+        file("device", format!("0x{:04x}\n", device.device));
+        file("subsystem_vendor", format!("0x{:04x}\n", subsystem.0));
+        file("subsystem_device", format!("0x{:04x}\n", subsystem.1));
+        file("class", format!("0x{:06x}\n", device.class));
+        file("revision", format!("0x{:02x}\n", device.revision));
+        file("numa_node", format!("{}\n", device.numa_node));
+        file("driver_override", "(null)\n".into());
+        file("enable", format!("{}\n", u8::from(view.open)));
+        let class = device.class.to_be_bytes();
+        let modalias = format!(
+            "pci:v{:08X}d{:08X}sv{:08X}sd{:08X}bc{:02X}sc{:02X}i{:02X}\n",
+            device.vendor, device.device, subsystem.0, subsystem.1, class[1], class[2], class[3]
+        );
+        file("modalias", modalias);
+        if let Some(boot) = device.boot_vga.or((class[1] == 3).then_some(false)) {
+            file("boot_vga", format!("{}\n", u8::from(boot)));
+        }
+        if device.reset {
+            file("reset", String::new());
+            file("reset_method", "flr\n".into());
+        }
+        if device.total_vfs > 0 {
+            file("sriov_totalvfs", format!("{}\n", device.total_vfs));
+            file("sriov_numvfs", format!("{}\n", view.vfs.len()));
+            file("sriov_drivers_autoprobe", "1\n".into());
+        }
+        self.insert(&format!("{path}/config"), Entry::File(view.config.to_vec()));
+        for (nth, vf) in view.vfs.iter().enumerate() {
+            let target = format!("../../devices/pci{:04x}:{:02x}/{vf}", vf.segment, vf.bus());
+            self.link(&format!("{path}/virtfn{nth}"), &format!("../{target}"));
+        }
+        if let Some(pf) = device.physfn {
+            let target = format!("../../../devices/pci{:04x}:{:02x}/{pf}", pf.segment, pf.bus());
+            self.link(&format!("{path}/physfn"), &target);
+        }
+        let group = format!("kernel/iommu_groups/{}", view.group);
+        self.link(&format!("{path}/iommu_group"), &format!("../../../{group}"));
+        self.link(&format!("{group}/devices/{bdf}"), &format!("../../../../{path}"));
+        self.link(&format!("{path}/subsystem"), "../../../bus/pci");
+        if let Some(driver) = view.driver {
+            let home = format!("bus/pci/drivers/{driver}");
+            self.link(&format!("{path}/driver"), &format!("../../../{home}"));
+            self.link(&format!("{home}/{bdf}"), &format!("../../../../{path}"));
+        }
+        if view.on_vfio {
+            let name = format!("vfio{index}");
+            let home = format!("{path}/vfio-dev/{name}");
+            self.directory(&home);
+            self.link(&format!("class/vfio-dev/{name}"), &format!("../../{home}"));
+        }
+    }
+
+    fn vfio_class(&mut self, class: &str, name: &str) {
+        let path = format!("devices/virtual/{class}/{name}");
+        self.directory(&path);
+        self.link(&format!("class/{class}/{name}"), &format!("../../{path}"));
+    }
+
+    fn directory(&mut self, path: &str) {
+        if !self.0.contains_key(path) {
+            self.insert(path, Entry::Directory(BTreeSet::new()));
+        }
+    }
+
+    fn file(&mut self, path: &str, text: &str) {
+        self.insert(path, Entry::File(text.as_bytes().to_vec()));
+    }
+
+    fn link(&mut self, path: &str, target: &str) {
+        self.insert(path, Entry::Link(target.to_owned()));
+    }
+
+    fn insert(&mut self, path: &str, entry: Entry) {
+        let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
+        if !path.is_empty() {
+            self.directory(parent);
+            if let Some(Entry::Directory(names)) = self.0.get_mut(parent) {
+                names.insert(name.to_owned());
+            }
+        }
+        self.0.insert(path.to_owned(), entry);
+    }
+
+    /// Reads a file.
+    ///
+    /// # Errors
+    /// ENOENT, ENOTDIR, EISDIR, ELOOP.
+    pub(crate) fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
+        match self.find(path, true)? {
+            Entry::File(bytes) => Ok(bytes.clone()),
+            _ => Err(Errno::EISDIR),
+        }
+    }
+
+    /// The names in a directory, sorted.
+    ///
+    /// # Errors
+    /// ENOENT, ENOTDIR, ELOOP.
+    pub(crate) fn list(&self, path: &str) -> Result<Vec<String>, Errno> {
+        match self.find(path, true)? {
+            Entry::Directory(names) => Ok(names.iter().cloned().collect()),
+            _ => Err(Errno::ENOTDIR),
+        }
+    }
+
+    /// Where a link points to.
+    ///
+    /// # Errors
+    /// ENOENT, ENOTDIR, EINVAL not a link, ELOOP.
+    pub(crate) fn target(&self, path: &str) -> Result<String, Errno> {
+        match self.find(path, false)? {
+            Entry::Link(target) => Ok(target.clone()),
+            _ => Err(Errno::EINVAL),
+        }
+    }
+
+    /// Walks a path as the kernel does; a link at its end is followed where `follow` says so.
+    fn find(&self, path: &str, follow: bool) -> Result<&Entry, Errno> {
+        let mut todo: Vec<String> = path.split('/').rev().map(str::to_owned).collect();
+        let mut here: Vec<String> = Vec::new();
+        let mut links = 0;
+        while let Some(name) = todo.pop() {
+            match name.as_str() {
+                "" | "." => continue,
+                ".." => {
+                    here.pop();
+                    continue;
+                }
+                _ => here.push(name),
+            }
+            match self.0.get(&here.join("/")).ok_or(Errno::ENOENT)? {
+                Entry::Link(target) if follow || !todo.is_empty() => {
+                    links += 1;
+                    if links > MOST_LINKS {
+                        return Err(Errno::ELOOP);
+                    }
+                    here.pop();
+                    todo.extend(target.split('/').rev().map(str::to_owned));
+                }
+                Entry::File(_) if !todo.is_empty() => return Err(Errno::ENOTDIR),
+                _ => {}
+            }
+        }
+        self.0.get(&here.join("/")).ok_or(Errno::ENOENT)
+    }
+}

@@ -1,0 +1,274 @@
+//! The simulation from outside: fds, processes, ordering, faults, and clients that misbehave.
+
+use super::*;
+use crate::fdpass;
+use crate::kernel::{
+    Arg, Container, Device, DirtyOp, DmaMap, Error, Extension, Group, IommuType, IrqAction,
+    IrqData, Kernel, Mapped, Node, Unmap, UnmapFlags, request,
+};
+use nix::sys::eventfd::EventFd;
+use nix::sys::socket::{MsgFlags, SockFlag, socketpair};
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+fn topology(name: &str) -> Topology {
+    let path = format!("{}/tests/topologies/{name}.toml", env!("CARGO_MANIFEST_DIR"));
+    Topology::from_toml(&std::fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn start(name: &str) -> Sim {
+    Sim::start(topology(name)).unwrap()
+}
+
+/// The network card of the workstation, ready for use.
+struct Ready {
+    group: Group,
+    container: Container,
+    device: Device,
+}
+
+fn ready(sim: &Sim) -> Ready {
+    let group = Group::open(sim.kernel(), Node::Group(15)).unwrap();
+    let container = Container::open(sim.kernel()).unwrap();
+    group.set_container(&container).unwrap();
+    container.set_iommu(IommuType::Type1v2).unwrap();
+    let device = group.device("0000:03:00.0").unwrap();
+    Ready { group, container, device }
+}
+
+fn errno<T: std::fmt::Debug>(result: Result<T, Error>) -> Errno {
+    result.unwrap_err().errno
+}
+
+#[test]
+fn all_topologies_start() {
+    for name in ["workstation", "sriov", "noiommu", "large"] {
+        let sim = start(name);
+        let groups = sim.kernel().sysfs_list("kernel/iommu_groups").unwrap();
+        assert_eq!(groups.len(), topology(name).groups.len());
+        for (group, device) in topology(name).devices() {
+            let path = format!("bus/pci/devices/{}", device.bdf);
+            let link = sim.kernel().sysfs_link(&format!("{path}/iommu_group")).unwrap();
+            assert!(link.ends_with(&format!("/{group}")), "{link}");
+        }
+    }
+    assert_eq!(topology("large").groups.len(), 512);
+}
+
+#[test]
+fn a_device_is_reached_through_its_group() {
+    let sim = start("workstation");
+    let Ready { group, container, device } = ready(&sim);
+    assert_eq!(device.pci_ids().unwrap(), (0x8086, 0x15f3));
+    let info = device.info().unwrap();
+    assert_eq!((info.regions, info.irqs), (9, 5));
+    assert_eq!(device.region(0).unwrap().size, 0x100000);
+    assert!(container.check_extension(Extension::Iommu(IommuType::Type1v2)).unwrap());
+    let (_fd, memory) = Mapped::memfd(8192).unwrap();
+    let map = DmaMap { flags: DmaMap::READ, vaddr: memory.vaddr(), iova: 0x10000, size: 8192 };
+    container.map(&map).unwrap();
+    assert_eq!(errno(container.map(&map)), Errno::EEXIST);
+    assert_eq!(sim.stats().unwrap().spaces[0].pinned_bytes, 8192);
+    assert_eq!(errno(group.unset_container()), Errno::EBUSY);
+    drop(device);
+    group.unset_container().unwrap();
+    assert_eq!(sim.stats().unwrap().spaces[0].mappings, 0);
+}
+
+#[test]
+fn a_close_is_seen_by_the_next_call() {
+    let sim = start("workstation");
+    for _ in 0..200 {
+        let Ready { group, container, device } = ready(&sim);
+        drop(device);
+        group.unset_container().unwrap();
+        drop((group, container));
+        assert!(sim.stats().unwrap().is_idle());
+    }
+}
+
+#[test]
+fn a_device_holds_its_group_and_the_group_its_mappings() {
+    let sim = start("workstation");
+    let Ready { group, container, device } = ready(&sim);
+    let (_fd, memory) = Mapped::memfd(4096).unwrap();
+    let map = DmaMap { flags: DmaMap::READ, vaddr: memory.vaddr(), iova: 0, size: 4096 };
+    container.map(&map).unwrap();
+    drop((group, container));
+    let busy = Group::open(sim.kernel(), Node::Group(15));
+    assert_eq!(errno(busy), Errno::EBUSY);
+    assert_eq!(sim.stats().unwrap().spaces[0].mappings, 1);
+    drop(device);
+    assert!(sim.stats().unwrap().is_idle());
+}
+
+#[test]
+fn irqs_are_signalled() {
+    let sim = start("workstation");
+    let Ready { device, .. } = ready(&sim);
+    let event = EventFd::new().unwrap();
+    let data = IrqData::Eventfd(&[None, Some(event.as_fd())]);
+    device.set_irqs(2, 0, IrqAction::Trigger, data).unwrap();
+    device.set_irqs(2, 1, IrqAction::Trigger, IrqData::None { count: 1 }).unwrap();
+    assert_eq!(event.read().unwrap(), 1);
+    let wrong = IrqData::Eventfd(&[Some(device.as_fd())]);
+    assert_eq!(errno(device.set_irqs(2, 0, IrqAction::Trigger, wrong)), Errno::EINVAL);
+}
+
+#[test]
+fn more_fds_than_one_message_takes() {
+    let sim = start("sriov");
+    let group = Group::open(sim.kernel(), Node::Group(100)).unwrap();
+    let container = Container::open(sim.kernel()).unwrap();
+    group.set_container(&container).unwrap();
+    container.set_iommu(IommuType::Type1v2).unwrap();
+    let device = group.device("0000:65:01.0").unwrap();
+    let events: Vec<_> = (0..17).map(|_| EventFd::new().unwrap()).collect();
+    let data: Vec<_> = events.iter().map(|event| Some(event.as_fd())).collect();
+    device.set_irqs(2, 0, IrqAction::Trigger, IrqData::Eventfd(&data)).unwrap();
+    device.set_irqs(2, 0, IrqAction::Trigger, IrqData::None { count: 17 }).unwrap();
+    for event in &events {
+        assert_eq!(event.read().unwrap(), 1);
+    }
+}
+
+#[test]
+fn a_dirty_bitmap_comes_back() {
+    let sim = start("workstation");
+    let Ready { container, group: _group, device: _device } = ready(&sim);
+    let (_fd, memory) = Mapped::memfd(3 * 4096).unwrap();
+    let map = DmaMap { flags: DmaMap::WRITE, vaddr: memory.vaddr(), iova: 0x1000, size: 3 * 4096 };
+    container.map(&map).unwrap();
+    container.dirty_pages(DirtyOp::Start).unwrap();
+    let mut bitmap = [0; 8];
+    let get = DirtyOp::Get { iova: 0, size: 16 * 4096, pgsize: 4096, bitmap: &mut bitmap };
+    container.dirty_pages(get).unwrap();
+    assert_eq!(bitmap, [0b1110, 0, 0, 0, 0, 0, 0, 0]);
+    let all = Unmap { flags: UnmapFlags::ALL, ..Unmap::default() };
+    assert_eq!(container.unmap(&all).unwrap(), 3 * 4096);
+}
+
+#[test]
+fn drivers_come_and_go() {
+    let sim = start("workstation");
+    let bare = Group::open(sim.kernel(), Node::Group(15)).unwrap();
+    assert!(bare.status().unwrap().viable);
+    sim.set_driver("0000:03:00.0", None).unwrap();
+    assert_eq!(errno(bare.status()), Errno::ENODEV);
+    assert_eq!(errno(Group::open(sim.kernel(), Node::Group(15))), Errno::ENOENT);
+    sim.set_driver("0000:03:00.0", Some("vfio-pci")).unwrap();
+    let Ready { device, .. } = ready(&sim);
+    assert_eq!(errno(bare.status()), Errno::ENODEV);
+    assert_eq!(sim.set_driver("0000:03:00.0", None), Err(Errno::EBUSY));
+    drop(device);
+    sim.set_driver("0000:05:00.1", Some("vfio-pci")).unwrap();
+    let group = Group::open(sim.kernel(), Node::Group(17)).unwrap();
+    assert!(!group.status().unwrap().viable);
+    let container = Container::open(sim.kernel()).unwrap();
+    assert_eq!(errno(group.set_container(&container)), Errno::EPERM);
+}
+
+#[test]
+fn fds_work_in_a_process_that_has_nothing_else() {
+    let sim = start("workstation");
+    let Ready { group, container, device } = ready(&sim);
+    let (here, there) = socketpair(
+        nix::sys::socket::AddressFamily::Unix,
+        SockType::Stream,
+        None,
+        SockFlag::empty(),
+    )
+    .unwrap();
+    let fds = [container.as_fd(), device.as_fd()];
+    fdpass::send(here.as_fd(), b"x", &fds, MsgFlags::empty()).unwrap();
+    let mut got = fdpass::receive(there.as_fd(), &mut [0; 1], 2, MsgFlags::empty()).unwrap();
+    let wire: Arc<dyn Kernel> = Arc::new(Wire::detached());
+    let passed = Device::from_fd(Arc::clone(&wire), "passed", got.fds.pop().unwrap());
+    drop((device, container));
+    assert_eq!(passed.pci_ids().unwrap(), (0x8086, 0x15f3));
+    assert_eq!(wire.open(&Node::Container).unwrap_err(), Errno::ENOSYS);
+    drop(passed);
+    group.unset_container().unwrap();
+}
+
+#[test]
+fn faults_hit_and_are_cleared() {
+    let sim = start("workstation");
+    let open = || Group::open(sim.kernel(), Node::Group(15));
+    sim.fault(Fault::fail("open", Errno::EIO).on("/dev/vfio/15")).unwrap();
+    assert_eq!(errno(open()), Errno::EIO);
+    sim.fault(Fault::slow("open", Duration::from_millis(80))).unwrap();
+    let before = Instant::now();
+    drop(open().unwrap());
+    assert!(before.elapsed() >= Duration::from_millis(80));
+    sim.fault(Fault::never("VFIO_GROUP_GET_STATUS")).unwrap();
+    let group = open().unwrap();
+    std::thread::scope(|scope| {
+        let stuck = scope.spawn(|| group.status().unwrap());
+        while sim.stats().unwrap().held == 0 {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        sim.clear_faults().unwrap();
+        assert!(stuck.join().unwrap().viable);
+    });
+}
+
+#[test]
+fn garbage_does_no_harm() {
+    let sim = start("workstation");
+    let group = Group::open(sim.kernel(), Node::Group(15)).unwrap();
+    let (mine, theirs) = socketpair(
+        nix::sys::socket::AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .unwrap();
+    let (pipe, _other) = nix::unistd::pipe().unwrap();
+    for len in [0, 1, 39, 40, 41, 5000] {
+        let message = vec![b'V'; len];
+        for fds in [&[][..], &[theirs.as_fd()], &[pipe.as_fd()], &[theirs.as_fd(); 16]] {
+            fdpass::send(group.as_fd(), &message, fds, MsgFlags::empty()).unwrap();
+        }
+    }
+    // A flood whose answers nobody reads: the reply socket is full long before the end.
+    let call = wire::Request {
+        number: request::GROUP_GET_STATUS.number,
+        ..wire::Request::new(wire::Op::Ioctl)
+    };
+    for _ in 0..5000 {
+        fdpass::send(group.as_fd(), &call.encode(), &[theirs.as_fd()], MsgFlags::empty()).unwrap();
+    }
+    assert!(group.status().unwrap().viable);
+    drop(mine);
+    // Shutting a shared fd down for writing keeps it open; for both it is closed.
+    use nix::sys::socket::{Shutdown, shutdown};
+    shutdown(group.as_fd().as_raw_fd(), Shutdown::Write).unwrap();
+    assert_eq!(errno(group.status()), Errno::EIO);
+    assert_eq!(sim.stats().unwrap().groups, 1);
+    shutdown(group.as_fd().as_raw_fd(), Shutdown::Both).unwrap();
+    assert_eq!(sim.stats().unwrap().groups, 0);
+}
+
+#[test]
+fn a_file_that_is_no_simulated_one_is_told_apart() {
+    let sim = start("workstation");
+    let (pipe, _other) = nix::unistd::pipe().unwrap();
+    let group = Group::open(sim.kernel(), Node::Group(15)).unwrap();
+    let foreign = Container::from_fd(sim.kernel(), pipe);
+    assert_eq!(errno(foreign.api_version()), Errno::ENOTTY);
+    assert_eq!(errno(group.set_container(&foreign)), Errno::EBADFD);
+    let bad = group.raw(request::GROUP_SET_CONTAINER, Arg::BadPointer);
+    assert_eq!(errno(bad), Errno::EFAULT);
+}
+
+#[test]
+fn thousands_of_open_files() {
+    let sim = start("large");
+    let containers: Vec<_> = (0..3000).map(|_| Container::open(sim.kernel()).unwrap()).collect();
+    assert_eq!(sim.stats().unwrap().spaces.len(), 3000);
+    let before = Instant::now();
+    drop(containers);
+    assert!(sim.stats().unwrap().is_idle());
+    assert!(before.elapsed() < Duration::from_secs(5));
+}
