@@ -90,11 +90,6 @@ impl Answers {
             send(held.reply, &held.message, held.fd);
         }
     }
-
-    /// Drops all of them: their callers see the end of their reply sockets.
-    pub(super) fn drop_all(&mut self) {
-        self.0.clear();
-    }
 }
 
 fn encode(answer: &Answer, fd: Option<&OwnedFd>) -> Vec<u8> {

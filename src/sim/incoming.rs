@@ -15,9 +15,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
 
-/// What came with a message.
+/// A message and what came with it.
 #[derive(Debug)]
 pub(super) struct Call {
+    /// `None` where it is not of the right form.
+    pub(super) request: Option<Request>,
     pub(super) sender: Option<UnixCredentials>,
     pub(super) fds: Vec<OwnedFd>,
 }
@@ -46,8 +48,9 @@ impl Incoming {
         self.inodes.insert(inode, file);
     }
 
-    pub(super) fn forget(&mut self, file: FileId) {
-        self.inodes.retain(|_, known| *known != file);
+    /// Forgets it, before its inode can be another's.
+    pub(super) fn forget(&mut self, inode: u64) {
+        self.inodes.remove(&inode);
     }
 
     /// Takes the reply socket from a message. Without a Unix socket to answer to, nothing is done.

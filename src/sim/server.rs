@@ -36,6 +36,8 @@ struct Source {
     fd: OwnedFd,
     /// The simulated open file, `None` for a control connection.
     file: Option<FileId>,
+    /// The inode of the end that was given out.
+    inode: u64,
 }
 
 /// The server's state; [`Server::run`] is its thread.
@@ -46,11 +48,11 @@ pub(super) struct Server {
     epoll: Epoll,
     /// The simulated open files again, for hang-ups alone.
     hangups: Epoll,
-    stop: OwnedFd,
+    /// Kept open: the write end closing is what ends the thread.
+    _stop: OwnedFd,
     listener: UnixListener,
     paused: bool,
     sources: HashMap<u64, Source>,
-    tokens: HashMap<FileId, u64>,
     incoming: Incoming,
     answers: Answers,
     next: u64,
@@ -74,11 +76,10 @@ impl Server {
             faults: Faults::default(),
             epoll,
             hangups,
-            stop,
+            _stop: stop,
             listener,
             paused: false,
             sources: HashMap::new(),
-            tokens: HashMap::new(),
             incoming: Incoming::new(Disposer::start()),
             answers: Answers::default(),
             next: FIRST,
@@ -126,7 +127,7 @@ impl Server {
                 Ok((stream, _)) => {
                     let fd = OwnedFd::from(stream);
                     if setsockopt(&fd, sockopt::PassCred, &true).is_ok() {
-                        let _ = self.add(fd, None);
+                        let _ = self.add(fd, None, 0);
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
@@ -142,15 +143,14 @@ impl Server {
         let _ = self.epoll.modify(&self.listener, &mut EpollEvent::new(flags, LISTENER));
     }
 
-    fn add(&mut self, fd: OwnedFd, file: Option<FileId>) -> Result<(), Errno> {
+    fn add(&mut self, fd: OwnedFd, file: Option<FileId>, inode: u64) -> Result<(), Errno> {
         let token = self.next;
         self.next += 1;
         self.epoll.add(&fd, EpollEvent::new(EpollFlags::EPOLLIN, token))?;
-        if let Some(file) = file {
+        if file.is_some() {
             self.hangups.add(&fd, EpollEvent::new(EpollFlags::empty(), token))?;
-            self.tokens.insert(file, token);
         }
-        self.sources.insert(token, Source { fd, file });
+        self.sources.insert(token, Source { fd, file, inode });
         Ok(())
     }
 
@@ -158,10 +158,10 @@ impl Server {
     fn serve(&mut self, token: u64, flags: EpollFlags) {
         for _ in 0..TURN {
             match self.receive(token) {
-                Ok(Some((call, len))) => {
+                Ok(Some(call)) => {
                     // What was closed before this call was made has to be closed first.
                     self.reap(token);
-                    self.answer(token, call, len);
+                    self.answer(token, call);
                 }
                 Ok(None) if flags.contains(EpollFlags::EPOLLHUP) => return self.remove(token),
                 Ok(None) => return self.half_closed(token),
@@ -175,7 +175,7 @@ impl Server {
     }
 
     /// Receives one message; `None` at the end.
-    fn receive(&mut self, token: u64) -> Result<Option<(Call, usize)>, ReceiveError> {
+    fn receive(&mut self, token: u64) -> Result<Option<Call>, ReceiveError> {
         let Some(source) = self.sources.get(&token) else {
             return Err(ReceiveError::Errno(Errno::EAGAIN));
         };
@@ -185,7 +185,8 @@ impl Server {
         if received.len == 0 && received.sender.is_none() && received.fds.is_empty() {
             return Ok(None);
         }
-        Ok(Some((Call { sender: received.sender, fds: received.fds }, received.len)))
+        let request = self.buf.get(..received.len).and_then(Request::decode);
+        Ok(Some(Call { request, sender: received.sender, fds: received.fds }))
     }
 
     /// Somebody has shut down the writing side of a shared fd, but it is still open.
@@ -211,8 +212,8 @@ impl Server {
                     continue;
                 }
                 // Calls that were made before the close are still waiting.
-                while let Ok(Some((call, len))) = self.receive(token) {
-                    self.answer(token, call, len);
+                while let Ok(Some(call)) = self.receive(token) {
+                    self.answer(token, call);
                 }
                 self.remove(token);
                 released += 1;
@@ -226,10 +227,8 @@ impl Server {
     fn remove(&mut self, token: u64) {
         let Some(source) = self.sources.remove(&token) else { return };
         if let Some(file) = source.file {
-            self.tokens.remove(&file);
-            self.incoming.forget(file);
+            self.incoming.forget(source.inode);
             self.machine.close(file);
-            self.sysfs = None;
         }
         if self.paused {
             self.pause(false);
@@ -237,11 +236,11 @@ impl Server {
     }
 
     /// Carries out one message and sends the answer.
-    fn answer(&mut self, token: u64, mut call: Call, len: usize) {
+    fn answer(&mut self, token: u64, mut call: Call) {
         let Some(reply) = self.incoming.take_reply(&mut call) else { return };
-        let request = self.buf.get(..len).and_then(Request::decode);
         let file = self.sources.get(&token).and_then(|source| source.file);
-        let Some(request) = request.filter(|request| request.op.is_on_file() == file.is_some())
+        let Some(request) =
+            call.request.take().filter(|request| request.op.is_on_file() == file.is_some())
         else {
             return self.answers.send(reply, &Answer::failed(Errno::EINVAL), None);
         };
@@ -333,10 +332,8 @@ impl Server {
 
     /// Makes the fd of a new open file. Where that fails the file is closed again.
     fn hand_out(&mut self, file: FileId) -> Result<OwnedFd, Errno> {
-        self.sysfs = None;
         let made = self.make_fd(file);
         if made.is_err() {
-            self.incoming.forget(file);
             self.machine.close(file);
         }
         made
@@ -346,8 +343,9 @@ impl Server {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         setsockopt(&ours, sockopt::PassCred, &true)?;
-        self.incoming.know(fstat(&theirs)?.st_ino, file);
-        self.add(ours, Some(file))?;
+        let inode = fstat(&theirs)?.st_ino;
+        self.add(ours, Some(file), inode)?;
+        self.incoming.know(inode, file);
         Ok(theirs)
     }
 
@@ -405,14 +403,6 @@ impl Server {
     fn tree(&mut self) -> &Sysfs {
         let machine = &self.machine;
         self.sysfs.get_or_insert_with(|| Sysfs::of(machine))
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Whoever waits for an answer is told that there will be none.
-        let _ = &self.stop;
-        self.answers.drop_all();
     }
 }
 

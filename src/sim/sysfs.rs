@@ -80,7 +80,6 @@ impl Sysfs {
         file("revision", format!("0x{:02x}\n", device.revision));
         file("numa_node", format!("{}\n", device.numa_node));
         file("driver_override", "(null)\n".into());
-        file("enable", format!("{}\n", u8::from(view.open)));
         let class = device.class.to_be_bytes();
         let modalias = format!(
             "pci:v{:08X}d{:08X}sv{:08X}sd{:08X}bc{:02X}sc{:02X}i{:02X}\n",

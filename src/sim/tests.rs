@@ -272,3 +272,45 @@ fn thousands_of_open_files() {
     assert!(sim.stats().unwrap().is_idle());
     assert!(before.elapsed() < Duration::from_secs(5));
 }
+
+/// Run as the body of another process by [`a_killed_process_lets_go`], through this test binary.
+#[test]
+fn holder() {
+    let Some(path) = std::env::var_os("VFIO_SIM_HOLDER") else { return };
+    let wire: Arc<dyn Kernel> = Arc::new(Wire::connect(Path::new(&path)).unwrap());
+    let group = Group::open(Arc::clone(&wire), Node::Group(15)).unwrap();
+    let container = Container::open(wire).unwrap();
+    group.set_container(&container).unwrap();
+    container.set_iommu(IommuType::Type1v2).unwrap();
+    let _device = group.device("0000:03:00.0").unwrap();
+    let (_fd, memory) = Mapped::memfd(8192).unwrap();
+    let map = DmaMap { flags: DmaMap::READ, vaddr: memory.vaddr(), iova: 0, size: 8192 };
+    container.map(&map).unwrap();
+    std::thread::sleep(Duration::from_secs(60));
+}
+
+#[test]
+fn a_killed_process_lets_go() {
+    let sim = start("workstation");
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "sim::tests::holder"])
+        .env("VFIO_SIM_HOLDER", sim.control_path())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let wait = |done: &dyn Fn(&Stats) -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !done(&sim.stats().unwrap()) {
+            assert!(Instant::now() < deadline, "{:?}", sim.stats());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    };
+    wait(&|stats| stats.spaces.first().is_some_and(|space| space.mappings == 1));
+    let pid = i32::try_from(child.id()).unwrap();
+    assert_eq!(sim.stats().unwrap().locked, [(pid, 8192)].into());
+    assert_eq!(errno(Group::open(sim.kernel(), Node::Group(15))), Errno::EBUSY);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    wait(&Stats::is_idle);
+    Group::open(sim.kernel(), Node::Group(15)).unwrap();
+}

@@ -1,1 +1,178 @@
+//! The state machine alone: a caller made of plain values, and what the kernel says to it.
 
+use super::*;
+use crate::kernel::request;
+
+/// A caller whose memory is everything below 2^47 except for page 0.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Someone {
+    pub(super) pid: i32,
+    pub(super) capable: bool,
+    pub(super) memlock: u64,
+}
+
+impl Someone {
+    pub(super) const ROOT: Someone = Someone { pid: 1, capable: true, memlock: 0 };
+}
+
+impl Caller for Someone {
+    fn mm(&self) -> Mm {
+        Mm { pid: self.pid, started: 0 }
+    }
+
+    fn uid(&self) -> u32 {
+        0
+    }
+
+    fn capable(&self, _: Capability) -> bool {
+        self.capable
+    }
+
+    fn memlock(&self) -> u64 {
+        self.memlock
+    }
+
+    fn accessible(&self, start: u64, len: u64, _: bool) -> u64 {
+        if start < 4096 { 0 } else { len.min((1u64 << 47).saturating_sub(start)) }
+    }
+}
+
+pub(super) fn machine(kernel: Profile) -> Machine {
+    let text = r#"
+        kernel = "6.12"
+        aperture = [0, 0x7fffffffff]
+        dma_entry_limit = 5
+        [[group]]
+        id = 1
+        repeat = 3
+        step = "device"
+        [[group.device]]
+        bdf = "0000:01:00.0"
+        vendor = 0x8086
+        device = 0x10d3
+        driver = "vfio-pci"
+    "#;
+    Machine::new(Topology::from_toml(text).unwrap().with_kernel(kernel), 0)
+}
+
+pub(super) fn words(fields: &[u64]) -> CallArg {
+    // argsz and flags share the first of the fields that are 64 bits wide.
+    CallArg::Struct(UserStruct::new(fields.iter().flat_map(|it| it.to_ne_bytes()).collect()))
+}
+
+pub(super) fn map_arg(flags: u64, vaddr: u64, iova: u64, size: u64) -> CallArg {
+    words(&[32 | flags << 32, vaddr, iova, size])
+}
+
+pub(super) fn unmap_arg(flags: u64, iova: u64, size: u64) -> CallArg {
+    words(&[24 | flags << 32, iova, size])
+}
+
+/// A container with group 1 in it and an IOMMU set.
+fn ready(machine: &mut Machine, kind: u64) -> (FileId, FileId) {
+    let root = &Someone::ROOT;
+    let group = machine.open(&Node::Group(1), root).unwrap();
+    let container = machine.open(&Node::Container, root).unwrap();
+    let mut named = CallArg::File(Some(Named::File(container)));
+    machine.ioctl(group, request::GROUP_SET_CONTAINER.number, &mut named, root).unwrap();
+    let mut kind = CallArg::Value(kind);
+    machine.ioctl(container, request::SET_IOMMU.number, &mut kind, root).unwrap();
+    (group, container)
+}
+
+fn map(machine: &mut Machine, file: FileId, mut arg: CallArg, caller: &Someone) -> Errno {
+    let done = machine.ioctl(file, request::IOMMU_MAP_DMA.number, &mut arg, caller);
+    done.err().unwrap_or(Errno::UnknownErrno)
+}
+
+/// Returns the bytes that were unmapped.
+fn unmap(machine: &mut Machine, file: FileId, mut arg: CallArg) -> Result<u64, Errno> {
+    let number = request::IOMMU_UNMAP_DMA.number;
+    machine.ioctl(file, number, &mut arg, &Someone::ROOT)?;
+    let CallArg::Struct(user) = arg else { panic!() };
+    Ok(user.u64(16))
+}
+
+const OK: Errno = Errno::UnknownErrno;
+const PAGE: u64 = 4096;
+const READ: u64 = 1;
+
+#[test]
+fn the_checks_of_map_come_in_order() {
+    for kernel in Profile::ALL {
+        let machine = &mut machine(kernel);
+        let (_group, file) = ready(machine, 3);
+        let root = &Someone::ROOT;
+        let overflow = if kernel == Profile::V7_2 { Errno::EOVERFLOW } else { Errno::EINVAL };
+        let top = u64::MAX - PAGE + 1;
+        for (arg, expected) in [
+            (map_arg(8, PAGE, 0, PAGE), Errno::EINVAL),
+            (map_arg(READ, PAGE, 0, 0), Errno::EINVAL),
+            (map_arg(READ, PAGE, top, 2 * PAGE), overflow),
+            (map_arg(READ, top, 0, 2 * PAGE), overflow),
+            (map_arg(0, PAGE, 0, PAGE), Errno::EINVAL),
+            (map_arg(READ, PAGE + 1, 0, PAGE), Errno::EINVAL),
+            (map_arg(READ, PAGE, 0, PAGE), OK),
+            (map_arg(READ, PAGE, 0, PAGE), Errno::EEXIST),
+            (map_arg(READ, PAGE, 0xfee0_0000, PAGE), Errno::EINVAL),
+            (map_arg(READ, PAGE, 1 << 40, PAGE), Errno::EINVAL),
+            (map_arg(READ, 0, 2 * PAGE, PAGE), Errno::EFAULT),
+            (map_arg(4, PAGE, 2 * PAGE, PAGE), Errno::ENOENT),
+            (map_arg(4, PAGE, 0, PAGE), Errno::EINVAL),
+        ] {
+            assert_eq!(map(machine, file, arg, root), expected);
+        }
+        for nth in 1..5 {
+            assert_eq!(map(machine, file, map_arg(READ, PAGE, nth * PAGE, PAGE), root), OK);
+        }
+        let full = map_arg(READ, PAGE, 16 * PAGE, PAGE);
+        assert_eq!(map(machine, file, full, root), Errno::ENOSPC);
+    }
+}
+
+#[test]
+fn version_one_and_two_unmap_differently() {
+    let parts = |machine: &mut Machine, file| {
+        assert_eq!(map(machine, file, map_arg(READ, PAGE, 0, 4 * PAGE), &Someone::ROOT), OK);
+        let middle = unmap(machine, file, unmap_arg(0, PAGE, PAGE));
+        let start = unmap(machine, file, unmap_arg(0, 0, PAGE));
+        (middle, start)
+    };
+    let mut first = machine(Profile::V6_12);
+    let (_group, file) = ready(&mut first, 1);
+    assert_eq!(parts(&mut first, file), (Ok(0), Ok(4 * PAGE)));
+    let mut second = machine(Profile::V6_12);
+    let (_group, file) = ready(&mut second, 3);
+    assert_eq!(parts(&mut second, file), (Err(Errno::EINVAL), Err(Errno::EINVAL)));
+    assert_eq!(unmap(&mut second, file, unmap_arg(2, 0, 0)), Ok(4 * PAGE));
+    assert_eq!(unmap(&mut second, file, unmap_arg(2, 0, 0)), Ok(0));
+}
+
+#[test]
+fn a_limit_comes_before_a_hole() {
+    let machine = &mut machine(Profile::V6_12);
+    let (_group, file) = ready(machine, 3);
+    let poor = &Someone { pid: 7, capable: false, memlock: 3 * PAGE };
+    let end = (1 << 47) - 4 * PAGE;
+    assert_eq!(map(machine, file, map_arg(READ, end, 0, 5 * PAGE), poor), Errno::ENOMEM);
+    assert_eq!(map(machine, file, map_arg(READ, end + PAGE, 0, 5 * PAGE), poor), Errno::EFAULT);
+    assert!(machine.stats().locked.is_empty());
+    assert_eq!(map(machine, file, map_arg(READ, PAGE, 0, 3 * PAGE), poor), OK);
+    assert_eq!(map(machine, file, map_arg(READ, PAGE, 1 << 20, PAGE), poor), Errno::ENOMEM);
+    assert_eq!(map(machine, file, map_arg(READ, PAGE, 1 << 20, PAGE), &Someone::ROOT), OK);
+    assert_eq!(machine.stats().locked, [(1, PAGE), (7, 3 * PAGE)].into());
+}
+
+#[test]
+fn a_new_address_moves_the_charge() {
+    let machine = &mut machine(Profile::V6_12);
+    let (_group, file) = ready(machine, 3);
+    let heir = &Someone { pid: 9, capable: false, memlock: PAGE };
+    assert_eq!(map(machine, file, map_arg(READ, PAGE, 0, 2 * PAGE), &Someone::ROOT), OK);
+    assert_eq!(unmap(machine, file, unmap_arg(4, 0, 2 * PAGE)), Ok(2 * PAGE));
+    assert_eq!(unmap(machine, file, unmap_arg(4, 0, 2 * PAGE)), Err(Errno::EINVAL));
+    assert_eq!(map(machine, file, map_arg(4, PAGE, 0, 2 * PAGE), heir), Errno::ENOMEM);
+    let heir = &Someone { memlock: 2 * PAGE, ..*heir };
+    assert_eq!(map(machine, file, map_arg(4, PAGE, 0, 2 * PAGE), heir), OK);
+    assert_eq!(machine.stats().locked, [(9, 2 * PAGE)].into());
+}

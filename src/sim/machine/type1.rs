@@ -83,6 +83,13 @@ impl Type1 {
         found.map(|(iova, _)| *iova)
     }
 
+    /// Whether every mapping ends before the next one begins.
+    #[cfg(test)]
+    pub(super) fn no_overlap(&self) -> bool {
+        let ends = self.mappings.iter().map(|(iova, mapping)| iova + (mapping.size - 1));
+        ends.zip(self.mappings.keys().skip(1)).all(|(end, next)| end < *next)
+    }
+
     /// Whether a range would cut a mapping in two at either end.
     fn bisects(&self, first: u64, last: u64) -> bool {
         let cut_at_start = self.first_in(first, first).is_some_and(|iova| iova != first);

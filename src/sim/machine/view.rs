@@ -12,7 +12,6 @@ pub(crate) struct DeviceView<'a> {
     pub(crate) group: u32,
     pub(crate) driver: Option<&'a str>,
     pub(crate) on_vfio: bool,
-    pub(crate) open: bool,
     pub(crate) vfs: Vec<Bdf>,
     pub(crate) config: &'a [u8],
 }
@@ -31,7 +30,6 @@ impl Machine {
             group: device.group,
             driver: device.driver.as_deref(),
             on_vfio: device.on_vfio,
-            open: device.opens > 0,
             vfs: vfs.get(&device.facts.bdf).cloned().unwrap_or_default(),
             config: device.config.bytes(),
         })
