@@ -37,8 +37,8 @@ topology_devices() {
     lab_device igb-vf0     0000:02:10.0 8086:10ca vfio-pci ""
     lab_device igb-vf1     0000:02:10.2 8086:10ca none     ""
 
-    # an empty port: `device_add …,bus=hotplug` on /dev/virtio-ports/lab.qmp
-    lab_bus pcie-root-port,id=hotplug,chassis=3,slot=3,addr=0a.0
+    # an empty port: `device_add …,bus=free` on /dev/virtio-ports/lab.qmp
+    lab_bus pcie-root-port,id=free,chassis=3,slot=3,addr=0a.0
 }
 
 # A name is a machine and what its kernel is told.
