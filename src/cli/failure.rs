@@ -20,7 +20,7 @@ pub(super) struct Failure {
 }
 
 const FAILED: u8 = 1;
-const DENIED: u8 = 3;
+pub(super) const DENIED: u8 = 3;
 const BUSY: u8 = 4;
 const NO_BROKER: u8 = 5;
 

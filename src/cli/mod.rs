@@ -6,6 +6,7 @@ mod failure;
 mod leases;
 mod man;
 mod pci_names;
+mod policy;
 mod style;
 mod topology;
 mod watch;
@@ -41,6 +42,7 @@ enum Command {
     Leases(leases::Args),
     Topology(topology::Args),
     Watch(watch::Args),
+    Policy(policy::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
@@ -71,6 +73,10 @@ pub fn main() -> ExitCode {
         Command::Leases(args) => leases::run(&context, &args),
         Command::Topology(args) => topology::run(&context, &args),
         Command::Watch(args) => watch::run(&context, &args),
+        Command::Policy(args) => match policy::run(&context, &args) {
+            Ok(code) => return code,
+            Err(failure) => Err(failure),
+        },
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),
     };

@@ -42,9 +42,7 @@ pub(super) fn check(report: &mut Report<'_>, tenants: &[Found]) {
 fn takes(earlier: &Who, uid: Option<u32>, later: &Who) -> bool {
     let user = match (&earlier.users, uid) {
         (None, uid) => uid != Some(OVERFLOW_ID),
-        (Some(users), Some(uid)) => {
-            users.contains(&uid) && (uid != OVERFLOW_ID || earlier.accepts_overflow)
-        }
+        (Some(users), Some(uid)) => users.contains(&uid),
         (Some(_), None) => false,
     };
     user && within(&later.groups, &earlier.groups, |a, b| a == b)

@@ -74,11 +74,12 @@ impl Parser<'_> {
             subsystem: section.get("subsystem").and_then(|v| self.pci_id(v, "subsystem")),
             serial: section.get("serial").and_then(|v| self.serial(v)),
         };
-        self.check_device(&section, &rule, used).then_some(rule)
+        self.check_device(&section, used);
+        Some(rule)
     }
 
     /// Whether the keys make sense together.
-    fn check_device(&mut self, section: &Section<'_, '_>, rule: &DeviceRule, used: Use) -> bool {
+    fn check_device(&mut self, section: &Section<'_, '_>, used: Use) {
         let given = |key| section.get(key).is_some();
         let mut wrong = |message: &str, help: &str| {
             self.report.error(section.span.clone(), message).help(help);
@@ -96,11 +97,6 @@ impl Parser<'_> {
                 "leave the rest out, or deny by id",
             );
         }
-        let read = [rule.bdf.is_some(), rule.vf_of.is_some(), rule.id.is_some()];
-        let narrowed = [rule.subsystem.is_some(), rule.serial.is_some()];
-        let all = read == ["bdf", "vf_of", "id"].map(given)
-            && narrowed == ["subsystem", "serial"].map(given);
-        all && read.contains(&true)
     }
 
     fn plain_device(

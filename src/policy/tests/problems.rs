@@ -73,6 +73,7 @@ fn mistakes_are_found_where_they_are() {
         ("unit = \"*.service\"", 8, 11, "can't be a unit", "no patterns"),
         ("label = \"svirt_t\"", 9, 9, "can't be a label", "user:role:type"),
         ("label = \"a:b:\"", 9, 6, "can't be a label", ""),
+        ("unit = [\"é.service\", \"x\"]", 22, 3, "can't be a unit", ""),
         ("anyone = false", 10, 5, "says nothing", "leave it out"),
         ("rights = [\"aquire\"]", 11, 8, "can't be \"aquire\"", "`acquire`"),
         ("rights = [\"observe\", \"observe\"]", 22, 9, "twice", ""),
@@ -164,6 +165,12 @@ fn what_is_not_toml_says_where() {
     assert_eq!(lines, [2, 3, 4], "{problems}");
     let problems = bad(&format!("a = {}", "[".repeat(100_000)));
     assert!(!problems.is_empty());
+}
+
+#[test]
+fn the_overflow_uid_is_written_as_a_number() {
+    let problems = bad(&with("user = \"nobody\"\naccept = [\"overflow-uid\"]"));
+    assert!(problems.to_string().contains("65534 is not one user"), "{problems}");
 }
 
 #[test]

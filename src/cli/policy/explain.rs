@@ -1,0 +1,201 @@
+//! `vfio-broker policy explain`: may this user have that device, and which rule says so. A dry run:
+//! it reads the file and this machine, and asks no broker.
+
+use super::explanation::{Explanation, Found};
+use super::{Context, Failure, load, path_or_default};
+use crate::cli::failure::DENIED;
+use crate::cli::style::{print, print_json};
+use crate::host::{self, Group, Place};
+use crate::kernel::{self, Kernel, Linux};
+use crate::policy::{Names, OVERFLOW_ID, Peer, Policy};
+use crate::protocol::Bdf;
+use crate::sim::{Sim, Topology};
+use crate::users::SystemUsers;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+/// Say whether a user may have a device, and which rule decides
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Who asks: a uid, or a user's name
+    #[arg(long, value_name = "UID", value_parser = uid)]
+    uid: u32,
+    /// The device's PCI address, as in 0000:65:00.0
+    #[arg(long, value_name = "BDF")]
+    device: Bdf,
+    /// A group that it is in, its own first [default: the user's groups on this machine]
+    #[arg(long, value_name = "GID")]
+    gid: Vec<u32>,
+    /// The system unit that it runs in
+    #[arg(long, value_name = "NAME")]
+    unit: Option<String>,
+    /// Its SELinux label
+    #[arg(long, value_name = "LABEL")]
+    label: Option<String>,
+    /// The policy [default: /etc/vfio-broker/policy.toml]
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
+    /// Ask about the simulated machine of this file instead of this one
+    #[arg(long, value_name = "TOPOLOGY.toml")]
+    sim: Option<PathBuf>,
+}
+
+fn uid(text: &str) -> Result<u32, String> {
+    let known = || SystemUsers.uid(text).ok_or_else(|| format!("there is no user {text:?}"));
+    text.parse().or_else(|_| known())
+}
+
+pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
+    let path = path_or_default(&args.policy);
+    let policy = load(path)?.map_err(|problems| {
+        Failure::new(format!("the policy {} can't be used:\n\n{problems}\n", path.display()))
+    })?;
+    // The simulation lasts as long as this.
+    let sim = args.sim.as_deref().map(simulation).transpose()?;
+    let kernel = sim.as_ref().map_or_else(|| Arc::new(Linux) as Arc<dyn Kernel>, Sim::kernel);
+    let explanation = explain(&policy, &peer(args), args.device, kernel.as_ref())
+        .map_err(|error| Failure::new(format!("can't look at the device: {error}")))?;
+    if context.json {
+        print_json(&explanation)?;
+    } else {
+        print(&explanation.text(context.style))?;
+    }
+    Ok(if explanation.allowed { ExitCode::SUCCESS } else { ExitCode::from(DENIED) })
+}
+
+fn simulation(path: &Path) -> Result<Sim, Failure> {
+    let failed = |why: String| {
+        Failure::new(format!("can't simulate the machine of {}: {why}", path.display()))
+    };
+    let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+    let topology = Topology::from_toml(&text).map_err(|error| failed(error.to_string()))?;
+    Sim::start(topology).map_err(|error| failed(error.to_string()))
+}
+
+/// The caller that is asked about.
+fn peer(args: &Args) -> Peer {
+    let groups =
+        if args.gid.is_empty() { SystemUsers.groups_of(args.uid) } else { args.gid.clone() };
+    Peer {
+        uid: args.uid,
+        gid: groups.first().copied().unwrap_or(OVERFLOW_ID),
+        groups,
+        pid: 0,
+        unit: args.unit.clone(),
+        label: args.label.clone(),
+    }
+}
+
+fn explain(
+    policy: &Policy,
+    peer: &Peer,
+    bdf: Bdf,
+    kernel: &dyn Kernel,
+) -> kernel::Result<Explanation> {
+    let group = match host::find(kernel, bdf)? {
+        Place::Nowhere => return Ok(Explanation::new(policy, peer, bdf, &Found::Nowhere)),
+        Place::NoGroup => return Ok(Explanation::new(policy, peer, bdf, &Found::NoGroup)),
+        Place::Group(id) => Group::scan(kernel, id)?,
+    };
+    let found = match group.as_ref().and_then(|group| Some((group, group.device(bdf)?))) {
+        Some((group, device)) => {
+            let unsafe_interrupts = host::allows_unsafe_interrupts(kernel)?;
+            Found::InGroup { group, device, unsafe_interrupts }
+        }
+        // It has gone since.
+        None => Found::Nowhere,
+    };
+    Ok(Explanation::new(policy, peer, bdf, &found))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const POLICY: &str = r#"version = 1
+[[tenant]]
+name = "root"
+user = 0
+rights = ["observe"]
+[[tenant]]
+name = "alice"
+user = 1000
+devices = [{ bdf = "0000:65:00.0", id = "8086:10d3" }, "8086:10d4"]
+deny = ["0000:65:00.1"]
+[[tenant]]
+name = "kvm"
+group = 36
+devices = ["8086:10d3"]
+"#;
+
+    const MACHINE: &str = r#"
+kernel = "6.12"
+[[group]]
+id = 26
+[[group.device]]
+bdf = "0000:65:00.0"
+vendor = 0x8086
+device = 0x10d3
+driver = "vfio-pci"
+[[group.device]]
+bdf = "0000:65:00.1"
+vendor = 0x8086
+device = 0x10d4
+driver = "e1000e"
+"#;
+
+    fn ask(peer: Peer, device: &str) -> Explanation {
+        let policy = Policy::parse("policy.toml", POLICY, &SystemUsers).unwrap();
+        let sim = Sim::start(Topology::from_toml(MACHINE).unwrap()).unwrap();
+        explain(&policy, &peer, device.parse().unwrap(), sim.kernel().as_ref()).unwrap()
+    }
+
+    fn peer(uid: u32) -> Peer {
+        Peer { uid, gid: uid, groups: vec![36], pid: 0, unit: None, label: None }
+    }
+
+    fn text(explanation: &Explanation) -> String {
+        explanation.text(crate::cli::style::Style::plain())
+    }
+
+    #[test]
+    fn a_yes_says_by_which_rule_and_what_is_in_the_way() {
+        let answer = ask(peer(1000), "0000:65:00.0");
+        assert!(answer.allowed);
+        let text = text(&answer);
+        for words in [
+            "uid 1000 acquires 0000:65:00.0: allowed",
+            "not tenant \"root\" (line 2)",
+            "rule: tenant \"alice\" devices[0], policy.toml:9",
+            "handouts: container",
+            "group 26 is not viable: 0000:65:00.1 is on e1000e",
+            "0000:65:00.1 is in the same group; tenant \"alice\" may not name it",
+            "tenant \"kvm\" in line 11 is for this caller too",
+        ] {
+            assert!(text.contains(words), "{words}\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_no_says_by_which_rule() {
+        let denied = ask(peer(1000), "0000:65:00.1");
+        assert!(!denied.allowed);
+        assert!(text(&denied).contains("rule: tenant \"alice\" deny[0], policy.toml:10"));
+        let looks = text(&ask(peer(0), "0000:65:00.0"));
+        assert!(looks.contains("tenant \"root\" lacks the right acquire"), "{looks}");
+        let stranger = Peer { groups: vec![], ..peer(4711) };
+        let stranger = ask(stranger, "0000:65:00.0");
+        assert!(!stranger.allowed && stranger.tenant.is_none());
+        assert!(text(&stranger).contains("rule: default deny, policy.toml"));
+        assert_eq!(stranger.passed_over.len(), 3);
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_not_called_allowed() {
+        let answer = ask(peer(1000), "0000:66:00.0");
+        assert!(!answer.allowed);
+        let text = text(&answer);
+        assert!(text.contains("not known") && text.contains("there is no device"), "{text}");
+    }
+}

@@ -1,0 +1,225 @@
+//! What a policy says about one caller and one device, and what else stands in the way.
+
+use super::check::words;
+use crate::host::{Device, Group};
+use crate::policy::{Decision, Peer, Policy, Risk, Tenant, Trust, Verb};
+use crate::protocol::{Backend, Bdf, Handout};
+use serde::Serialize;
+
+/// What is known of the device.
+pub(super) enum Found<'h> {
+    /// Nothing: it is not there.
+    Nowhere,
+    /// It is there, in no IOMMU group.
+    NoGroup,
+    /// It is in this group.
+    InGroup {
+        group: &'h Group,
+        device: &'h Device,
+        /// The host lets devices be used without interrupt remapping.
+        unsafe_interrupts: bool,
+    },
+}
+
+/// All of the answer.
+#[derive(Debug, Serialize)]
+pub(super) struct Explanation {
+    pub(super) uid: u32,
+    pub(super) device: Bdf,
+    /// Whether the policy lets the caller acquire the device.
+    pub(super) allowed: bool,
+    pub(super) tenant: Option<String>,
+    /// Tenants before that one, and why they are not for the caller; all of them if none is.
+    pub(super) passed_over: Vec<PassedOver>,
+    /// The decisions that are needed, the first no at the end.
+    pub(super) decisions: Vec<Step>,
+    pub(super) handouts: Vec<Handout>,
+    pub(super) backends: Vec<Backend>,
+    pub(super) containers: Vec<Container>,
+    /// What would stop it although the policy does not.
+    pub(super) obstacles: Vec<String>,
+    /// What is good to know.
+    pub(super) notes: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct PassedOver {
+    tenant: String,
+    line: usize,
+    reason: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Step {
+    /// What was asked.
+    pub(super) about: String,
+    #[serde(flatten)]
+    pub(super) decision: Decision,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Container {
+    name: String,
+    trust: Trust,
+}
+
+impl Explanation {
+    /// Asks the policy everything that the broker would ask it.
+    pub(super) fn new(policy: &Policy, peer: &Peer, device: Bdf, found: &Found<'_>) -> Self {
+        let mut explanation = Self {
+            uid: peer.uid,
+            device,
+            allowed: false,
+            tenant: None,
+            passed_over: passed_over(policy, peer),
+            decisions: Vec::new(),
+            handouts: Vec::new(),
+            backends: Vec::new(),
+            containers: Vec::new(),
+            obstacles: Vec::new(),
+            notes: Vec::new(),
+        };
+        match policy.tenant(peer) {
+            Ok(tenant) => explanation.of_tenant(policy, tenant, peer, found),
+            Err(refusal) => {
+                let (rule, reason) = (refusal.rule, refusal.reason);
+                let decision = Decision { allowed: false, rule, reason };
+                explanation.decisions.push(Step { about: "tenant".into(), decision });
+            }
+        }
+        explanation.of_host(found);
+        explanation
+    }
+
+    fn of_tenant(&mut self, policy: &Policy, tenant: &Tenant, peer: &Peer, found: &Found<'_>) {
+        self.tenant = Some(tenant.name.clone());
+        self.handouts = tenant.handouts().to_vec();
+        self.backends = tenant.backends().to_vec();
+        let may_join = policy.containers().iter().filter(|c| c.members.contains(&tenant.name));
+        let shown =
+            |c: &crate::policy::SharedContainer| Container { name: c.name.clone(), trust: c.trust };
+        self.containers = may_join.map(shown).collect();
+        self.decide("right", policy.may(tenant, Verb::Acquire));
+        if let Found::InGroup { group, device, unsafe_interrupts } = found {
+            self.decide("device", policy.device(tenant, &device.facts));
+            if group.noiommu {
+                self.decide("risk", policy.risk(tenant, Risk::NoIommu));
+            }
+            if *unsafe_interrupts {
+                self.decide("risk", policy.risk(tenant, Risk::UnsafeInterrupts));
+            }
+            self.of_companions(policy, tenant, group, device);
+            self.allowed = self.decisions.iter().all(|step| step.decision.allowed);
+        }
+        let mut later = policy.tenants().iter().skip_while(|t| t.name != tenant.name).skip(1);
+        if let Some(other) = later.find(|other| other.mismatch(peer).is_none()) {
+            self.notes.push(format!(
+                "tenant {:?} in line {} is for this caller too, and does not count: the first \
+                 does",
+                other.name,
+                other.line()
+            ));
+        }
+    }
+
+    /// The rest of the group: what blocks it must be named too, to use it or to withhold it.
+    fn of_companions(&mut self, policy: &Policy, tenant: &Tenant, group: &Group, device: &Device) {
+        for other in group.devices.iter().filter(|d| d.bdf() != device.bdf() && !d.is_bridge()) {
+            let decision = policy.device(tenant, &other.facts);
+            let may = if decision.allowed { "may" } else { "may not" };
+            self.notes.push(format!(
+                "{} is in the same group; tenant {:?} {may} name it, to use or to withhold it",
+                other.bdf(),
+                tenant.name
+            ));
+        }
+        if tenant.managed {
+            self.notes.push("its driver is changed when it is acquired, and put back after".into());
+        }
+        if device.sriov {
+            self.notes.push("it can have VFs: it and they go to one tenant at a time".into());
+        }
+    }
+
+    fn of_host(&mut self, found: &Found<'_>) {
+        let bdf = self.device;
+        match found {
+            Found::Nowhere => self.obstacles.push(format!(
+                "there is no device {bdf} on this host, so the policy can't be asked about its ids"
+            )),
+            Found::NoGroup => self.obstacles.push(format!(
+                "{bdf} is in no IOMMU group: is the IOMMU on (intel_iommu=on, or in the firmware)?"
+            )),
+            Found::InGroup { device, .. } if device.is_bridge() => {
+                self.obstacles.push(format!("{bdf} is a bridge: VFIO takes none"));
+            }
+            Found::InGroup { group, device, .. } => {
+                let blockers = group.blockers();
+                let blocks = blockers.iter().any(|blocker| blocker.bdf == bdf.to_string());
+                if !device.on_vfio && !blocks {
+                    let fix = device.blocker().fix;
+                    let driver = device.driver.as_deref().unwrap_or("no driver");
+                    self.obstacles.push(format!("{bdf} is on {driver}, not VFIO's: {fix}"));
+                }
+                self.obstacles.extend(blockers.iter().map(|blocker| {
+                    let (bdf, driver, fix) = (&blocker.bdf, &blocker.driver, &blocker.fix);
+                    format!("group {} is not viable: {bdf} is on {driver}: {fix}", group.id)
+                }));
+            }
+        }
+    }
+
+    fn decide(&mut self, about: &str, decision: Decision) {
+        self.decisions.push(Step { about: about.into(), decision });
+    }
+
+    /// For a person.
+    pub(super) fn text(&self, style: crate::cli::style::Style) -> String {
+        let mut text = String::new();
+        let mut line = |line: String| text += &(line + "\n");
+        let (uid, device) = (self.uid, self.device);
+        let verdict = match (self.allowed, self.decisions.iter().any(|s| !s.decision.allowed)) {
+            (true, _) => style.green("allowed"),
+            (false, true) => style.red("denied"),
+            (false, false) => style.yellow("not known"),
+        };
+        line(format!("uid {uid} acquires {device}: {}", style.bold(&verdict)));
+        for passed in &self.passed_over {
+            let PassedOver { tenant, line: at, reason } = passed;
+            line(style.dim(&format!("  not tenant {tenant:?} (line {at}): {reason}")));
+        }
+        if let Some(tenant) = &self.tenant {
+            line(format!("  is tenant {tenant:?}"));
+        }
+        for Step { decision: Decision { allowed, rule, reason }, .. } in &self.decisions {
+            let sign = if *allowed { style.green("yes") } else { style.red("no ") };
+            line(format!("  {sign} {reason}"));
+            line(format!("      {}", style.dim(&format!("rule: {rule}"))));
+        }
+        if self.tenant.is_some() {
+            line(format!("  handouts: {} (the first unless asked)", words(&self.handouts)));
+            line(format!("  backends: {}", words(&self.backends)));
+            let each = self.containers.iter();
+            let each: Vec<_> =
+                each.map(|c| format!("{} ({})", c.name, words(&[c.trust]))).collect();
+            let each = if each.is_empty() { "none".into() } else { each.join(", ") };
+            line(format!("  shared containers: {each}"));
+        }
+        for obstacle in &self.obstacles {
+            line(format!("  {} {obstacle}", style.red("!")));
+        }
+        for note in &self.notes {
+            line(format!("  {} {note}", style.dim("-")));
+        }
+        text
+    }
+}
+
+/// The tenants before the one that `peer` is.
+fn passed_over(policy: &Policy, peer: &Peer) -> Vec<PassedOver> {
+    let each = policy.tenants().iter().map_while(|tenant| {
+        let reason = tenant.mismatch(peer)?;
+        Some(PassedOver { tenant: tenant.name.clone(), line: tenant.line(), reason })
+    });
+    each.collect()
+}
