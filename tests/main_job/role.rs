@@ -1,0 +1,184 @@
+//! What a client process does. It says each thing it did in one line, and waits for a line where
+//! the story has to happen in an order.
+
+use crate::edu::Edu;
+use nix::errno::Errno;
+use std::error::Error;
+use std::fs;
+use std::io::stdin;
+use std::process::ExitCode;
+use vfio_broker::client::{self, Acquire, Client, DmaRange, Lease};
+use vfio_broker::kernel::{Device, DmaMap, Mapped, Unmap};
+use vfio_broker::protocol::Handout;
+
+pub const FLAG: &str = "--role";
+
+#[derive(Clone, Copy)]
+pub enum Role {
+    /// `vmm BDF BYTES`: gets container and group, and does what a VMM does with them.
+    Vmm,
+    /// `ask BDF`: acquires and says what came of it.
+    Ask,
+    /// `member CONTAINER BDF IOVA FOREIGN-IOVA`: joins a shared container, has its own range and
+    /// tries somebody else's.
+    Member,
+}
+
+impl Role {
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Vmm => "vmm",
+            Role::Ask => "ask",
+            Role::Member => "member",
+        }
+    }
+}
+
+type Done = Result<(), Box<dyn Error>>;
+
+pub fn play(words: Vec<String>) -> ExitCode {
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    let done = match words[..] {
+        ["vmm", bdf, bytes] => vmm(bdf, bytes.parse().unwrap()),
+        ["ask", bdf] => ask(bdf),
+        ["member", container, bdf, iova, foreign] => {
+            member(container, bdf, iova.parse().unwrap(), foreign.parse().unwrap())
+        }
+        _ => panic!("no such role: {words:?}"),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("failed: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Waits until the story wants to go on.
+fn wait() {
+    let mut line = String::new();
+    stdin().read_line(&mut line).unwrap();
+}
+
+fn ask(bdf: &str) -> Done {
+    match Client::connect()?.acquire(Acquire::new("other").device(bdf)) {
+        Ok(lease) => println!("got lease {}", lease.id()),
+        Err(error) => println!("refused: {error}"),
+    }
+    Ok(())
+}
+
+fn vmm(bdf: &str, bytes: usize) -> Done {
+    println!("uid {}, {}, /dev/vfio: {}", nix::unistd::geteuid(), capabilities(), own_open());
+    let mut broker = Client::connect()?;
+    let lease = broker.acquire(Acquire::new("web1").device(bdf))?;
+    let (container, group) = (lease.container()?, lease.group()?);
+    println!("got lease {}: container and {}", lease.id(), group.node());
+    let status = group.status()?;
+    println!("group viable {}, attached {}", status.viable, status.attached);
+
+    let (_fd, memory) = Mapped::memfd(bytes)?;
+    let (vaddr, size) = (memory.vaddr(), memory.size() as u64);
+    let flags = DmaMap::READ | DmaMap::WRITE;
+    if let Err(error) = container.map(&DmaMap { flags, vaddr, iova: 0x1000_0000, size }) {
+        println!("not mapped: {error}");
+        return Ok(());
+    }
+    println!("mapped {} MiB at 0x10000000", size >> 20);
+    let device = lease.device(bdf)?;
+    let (vendor, id) = device.pci_ids()?;
+    println!("device {bdf} is {vendor:04x}:{id:04x} by its configuration space");
+    device.reset()?;
+    println!("reset {bdf}");
+    wait();
+    let unmapped = container.unmap(&Unmap { flags: 0, iova: 0x1000_0000, size })?;
+    println!("unmapped {} MiB", unmapped >> 20);
+    // All copies are closed before the lease is given back, so that it is proved at once.
+    drop((device, group, container));
+    println!("released, proved: {}", broker.release(lease)?);
+    Ok(())
+}
+
+fn capabilities() -> String {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("CapEff")).unwrap();
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// What happens when this process opens VFIO by itself.
+fn own_open() -> String {
+    let Some(group) = fs::read_dir("/dev/vfio").ok().and_then(|mut dir| {
+        dir.find_map(|entry| entry.ok().filter(|entry| entry.file_name() != "vfio"))
+    }) else {
+        return "not there".to_owned();
+    };
+    let open = fs::OpenOptions::new().read(true).write(true).open(group.path());
+    match open {
+        Ok(_) => "OPEN TO ALL".to_owned(),
+        Err(error) => format!("{:?}", Errno::from_raw(error.raw_os_error().unwrap_or(0))),
+    }
+}
+
+const RANGE: u64 = 1 << 20;
+
+fn member(container: &str, bdf: &str, iova: u64, foreign: u64) -> Done {
+    let mut broker = Client::connect()?;
+    let order = Acquire::new(format!("member-{iova:x}")).device(bdf).handout(Handout::Devices);
+    let lease = broker.acquire(order.container(container))?;
+    println!("joined {container:?} with {bdf}, lease {}", lease.id());
+    let (memory_fd, memory) = Mapped::memfd(RANGE as usize)?;
+    let mut space = Space { broker, lease, mutual: container == "mutual", memory, memory_fd };
+    space.map(iova)?;
+    println!("mapped {RANGE} bytes at {iova:#x}");
+    let device = space.lease.device(bdf)?;
+    wait();
+    loop {
+        space.dma(&device, iova)?;
+        match space.map(foreign) {
+            Ok(()) => println!("DMA done; mapped the foreign range {foreign:#x} too"),
+            Err(error) => println!("DMA done; the foreign range {foreign:#x}: {error}"),
+        }
+        wait();
+    }
+}
+
+/// A member's view of the shared address space.
+struct Space {
+    broker: Client,
+    lease: Lease,
+    /// Whether the member maps by itself, with the container's fd.
+    mutual: bool,
+    memory: Mapped,
+    memory_fd: std::os::fd::OwnedFd,
+}
+
+impl Space {
+    fn map(&mut self, iova: u64) -> Result<(), client::Error> {
+        if !self.mutual {
+            return self.broker.map_dma(&self.lease, &self.memory_fd, DmaRange::new(iova, RANGE));
+        }
+        let vaddr = self.memory.vaddr();
+        let flags = DmaMap::READ | DmaMap::WRITE;
+        Ok(self.lease.container()?.map(&DmaMap { flags, vaddr, iova, size: RANGE })?)
+    }
+
+    /// Has the device copy a page of this member's memory to another page of it. A simulated
+    /// device does no DMA; there it is only asked who it is.
+    fn dma(&self, device: &Device, iova: u64) -> Done {
+        if std::env::var_os("LAB_KERNEL").is_none() {
+            device.pci_ids()?;
+            return Ok(());
+        }
+        let pattern: Vec<u8> = (0..4096u32).map(|i| (i * 7 + iova as u32 / 4096) as u8).collect();
+        self.memory.write(0, &pattern).ok_or("outside")?;
+        self.memory.write(8192, &[0; 4096]).ok_or("outside")?;
+        Edu::start(device)?.copy(iova as u32, iova as u32 + 8192, 4096)?;
+        let mut copied = vec![0; 4096];
+        self.memory.read(8192, &mut copied).ok_or("outside")?;
+        if copied != pattern {
+            return Err("what the device wrote is not what it read".into());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,193 @@
+//! The story, step by step. Each step starts with nothing leased and ends so.
+
+use crate::role::Role;
+use crate::world::*;
+use std::fs;
+
+const MIB: u64 = 1 << 20;
+/// What a login gives: systemd's and the kernel's default RLIMIT_MEMLOCK.
+const DEFAULT_MEMLOCK: u64 = 8 * MIB;
+
+type Step = fn(&World);
+
+pub const STEPS: [(&str, Step); 6] = [
+    ("an ordinary user does what a VMM does", a_vmm_without_rights),
+    ("the default memlock is too small, and the error says so", too_little_memlock),
+    ("others are refused, and are told what they may know", others_are_refused),
+    ("two share an enforced container", |world| two_share(world, "enforced")),
+    ("two share a mutual container", |world| two_share(world, "mutual")),
+    ("everything is as it was", nothing_is_left),
+];
+
+fn a_vmm_without_rights(world: &World) {
+    // One lease before counting: what the daemon opens once and keeps is open then.
+    let mut first = world.client(CAROL, DEFAULT_MEMLOCK, Role::Ask, &[NIC]);
+    first.expect(&["got lease"]);
+    first.ends();
+    free_again(world);
+    let before = settled(world);
+    let mut alice = world.client(ALICE, 80 * MIB, Role::Vmm, &[NIC, &(64 * MIB).to_string()]);
+    alice.expect(&["uid 2001", "CapEff: 0000000000000000"]);
+    alice.expect(&["got lease", "container and /dev/vfio/"]);
+    alice.expect(&["viable true, attached true"]);
+    alice.expect(&["mapped 64 MiB"]);
+    let said = alice.says();
+    let ids = if world.real { sysfs_ids(NIC) } else { "8086:10d3".to_owned() };
+    assert!(said.contains(&ids), "sysfs says {ids}");
+    alice.expect(&["reset"]);
+    alice.go_on();
+    alice.expect(&["unmapped 64 MiB"]);
+    alice.expect(&["proved: true"]);
+    alice.ends();
+    until("the daemon's files are as before", || open_files(world) == before);
+    println!("    the daemon has {before} open files, as before");
+}
+
+fn too_little_memlock(world: &World) {
+    // The simulated kernel has a limit of its own, see `world`.
+    let bytes = if world.real { 64 * MIB } else { 128 * MIB };
+    let words = [NIC, &bytes.to_string()];
+    let mut alice = world.client(ALICE, DEFAULT_MEMLOCK, Role::Vmm, &words);
+    for _ in 0..3 {
+        alice.says();
+    }
+    let bytes = bytes.to_string();
+    alice.expect(&["not mapped", "VFIO_IOMMU_MAP_DMA", "ENOMEM", &bytes, "RLIMIT_MEMLOCK"]);
+    alice.ends();
+    free_again(world);
+}
+
+fn others_are_refused(world: &World) {
+    let mut alice = world.client(ALICE, 80 * MIB, Role::Vmm, &[NIC, &(64 * MIB).to_string()]);
+    for _ in 0..6 {
+        alice.says();
+    }
+    let mut mallory = world.client(MALLORY, DEFAULT_MEMLOCK, Role::Ask, &[NIC]);
+    mallory.expect(&["refused", "denied"]);
+    mallory.ends();
+    let mut carol = world.client(CAROL, DEFAULT_MEMLOCK, Role::Ask, &[NIC]);
+    let said = carol.expect(&["refused", "busy"]);
+    assert!(!said.contains(&alice.pid().to_string()), "carol may not observe");
+    carol.ends();
+    let mut bob = world.client(BOB, DEFAULT_MEMLOCK, Role::Ask, &[NIC]);
+    bob.expect(&["refused", "busy", &format!("pid {}", alice.pid()), "web1"]);
+    bob.ends();
+    // Killed with the 64 MiB mapped.
+    alice.kill();
+    free_again(world);
+    let mut carol = world.client(CAROL, DEFAULT_MEMLOCK, Role::Ask, &[NIC]);
+    carol.expect(&["got lease"]);
+    carol.ends();
+    free_again(world);
+}
+
+fn two_share(world: &World, container: &str) {
+    let (low, high) = (16 * MIB, 32 * MIB);
+    let (low_word, high_word) = (low.to_string(), high.to_string());
+    let refusal = if container == "enforced" { "overlap" } else { "EEXIST" };
+    let own = [container, EDU0, &low_word, &high_word];
+    let mut left = world.client(LEFT, DEFAULT_MEMLOCK, Role::Member, &own);
+    left.expect(&["joined"]);
+    left.expect(&["mapped"]);
+    let own = [container, EDU1, &high_word, &low_word];
+    let mut right = world.client(RIGHT, DEFAULT_MEMLOCK, Role::Member, &own);
+    right.expect(&["joined"]);
+    right.expect(&["mapped"]);
+    show_leases(world);
+
+    for member in [&mut left, &mut right] {
+        member.go_on();
+        member.expect(&["DMA done; the foreign range", refusal]);
+    }
+
+    let before = world.observer().leases().unwrap();
+    right.kill();
+    until("the lease has ended", || world.observer().leases().unwrap().len() == 1);
+    until("its group is free", || group_is_free(world, EDU1));
+    let after = world.observer().leases().unwrap();
+    let mapped = |leases: &[vfio_broker::protocol::Lease]| -> Option<u64> {
+        leases.iter().map(|lease| lease.mapped_bytes).sum()
+    };
+    println!(
+        "    killed one with SIGKILL: mapped bytes {:?} before, {:?} after",
+        mapped(&before),
+        mapped(&after)
+    );
+    left.go_on();
+    if container == "enforced" {
+        assert_eq!((mapped(&before), mapped(&after)), (Some(2 * MIB), Some(MIB)));
+        // The kernel itself has forgotten the range: it can be mapped anew.
+        left.expect(&["DMA done; mapped the foreign range"]);
+    } else {
+        assert_eq!((mapped(&before), mapped(&after)), (None, None));
+        // Mappings made with the container's fd belong to nobody, and so they stay.
+        left.expect(&["DMA done; the foreign range", "EEXIST"]);
+    }
+    let third = (64 * MIB).to_string();
+    let own = [container, EDU1, &third, &low_word];
+    let mut again = world.client(RIGHT, DEFAULT_MEMLOCK, Role::Member, &own);
+    again.expect(&["joined"]);
+    again.expect(&["mapped"]);
+    again.go_on();
+    again.expect(&["DMA done", refusal]);
+    left.go_on();
+    left.expect(&["DMA done"]);
+    left.kill();
+    again.kill();
+    free_again(world);
+}
+
+fn nothing_is_left(world: &World) {
+    free_again(world);
+    for device in [NIC, EDU0, EDU1] {
+        until("every group is free", || group_is_free(world, device));
+    }
+    println!("    no leases, groups free, the daemon has {} open files", open_files(world));
+}
+
+fn free_again(world: &World) {
+    until("no lease is left", || world.observer().leases().unwrap().is_empty());
+    until("the device is free", || group_is_free(world, NIC));
+}
+
+fn group_is_free(world: &World, bdf: &str) -> bool {
+    let groups = world.observer().topology().unwrap();
+    let group = groups.iter().find(|group| group.devices.iter().any(|device| device.bdf == bdf));
+    group.unwrap().state == vfio_broker::protocol::GroupState::Free
+}
+
+fn show_leases(world: &World) {
+    for lease in world.observer().leases().unwrap() {
+        println!(
+            "    lease {} of {} (pid {}): {} in {:?}, mapped {:?}",
+            lease.lease,
+            lease.tenant,
+            lease.pid,
+            lease.devices.join(" "),
+            lease.container,
+            lease.mapped_bytes
+        );
+    }
+}
+
+/// The daemon's open files once connections that have just been closed are gone.
+fn settled(world: &World) -> usize {
+    let mut lowest = usize::MAX;
+    for _ in 0..20 {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+        lowest = lowest.min(open_files(world));
+    }
+    lowest
+}
+
+fn open_files(world: &World) -> usize {
+    fs::read_dir(format!("/proc/{}/fd", world.daemon_pid())).unwrap().count()
+}
+
+fn sysfs_ids(bdf: &str) -> String {
+    let read = |name: &str| {
+        let text = fs::read_to_string(format!("/sys/bus/pci/devices/{bdf}/{name}")).unwrap();
+        text.trim().trim_start_matches("0x").to_owned()
+    };
+    format!("{}:{}", read("vendor"), read("device"))
+}
