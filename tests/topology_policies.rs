@@ -1,5 +1,5 @@
 //! The policies beside the topologies: whoever runs them may have something that can be acquired as
-//! the machine stands, and is denied something.
+//! the machine stands, and is denied something. And the policies in the documentation are good.
 
 #![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, clippy::panic)]
@@ -74,4 +74,32 @@ fn noiommu() {
 #[test]
 fn large() {
     check("large");
+}
+
+/// The user names of the examples; their numbers do not matter.
+struct Anybody;
+
+impl vfio_broker::policy::Names for Anybody {
+    fn uid(&self, user: &str) -> Option<u32> {
+        Some(if user == "root" { 0 } else { 1000 })
+    }
+
+    fn gid(&self, _: &str) -> Option<u32> {
+        Some(36)
+    }
+}
+
+#[test]
+fn examples_in_the_documentation_are_good() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/policy.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let examples: Vec<&str> =
+        text.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert!(examples.len() >= 6, "the examples have gone");
+    for example in examples {
+        let policy = Policy::parse("docs/policy.md", example, &Anybody)
+            .unwrap_or_else(|problems| panic!("{problems}"));
+        let expected = usize::from(example.contains("anyone = true"));
+        assert_eq!(policy.warnings().iter().count(), expected, "{}", policy.warnings());
+    }
 }

@@ -169,7 +169,7 @@ driver = "e1000e"
             "not tenant \"root\" (line 2)",
             "rule: tenant \"alice\" devices[0], policy.toml:9",
             "handouts: container",
-            "group 26 is not viable: 0000:65:00.1 is on e1000e",
+            "group 26 is not viable: 0000:65:00.1 is on e1000e: modprobe",
             "0000:65:00.1 is in the same group; tenant \"alice\" may not name it",
             "tenant \"kvm\" in line 11 is for this caller too",
         ] {
@@ -181,7 +181,9 @@ driver = "e1000e"
     fn a_no_says_by_which_rule() {
         let denied = ask(peer(1000), "0000:65:00.1");
         assert!(!denied.allowed);
-        assert!(text(&denied).contains("rule: tenant \"alice\" deny[0], policy.toml:10"));
+        let denied = text(&denied);
+        assert!(denied.contains("rule: tenant \"alice\" deny[0], policy.toml:10"), "{denied}");
+        assert!(!denied.contains("driver_override"), "no advice to take it anyway: {denied}");
         let looks = text(&ask(peer(0), "0000:65:00.0"));
         assert!(looks.contains("tenant \"root\" lacks the right acquire"), "{looks}");
         let stranger = Peer { groups: vec![], ..peer(4711) };

@@ -3,7 +3,7 @@
 use super::check::words;
 use crate::host::{Device, Group};
 use crate::policy::{Decision, Peer, Policy, Risk, Tenant, Trust, Verb};
-use crate::protocol::{Backend, Bdf, Handout};
+use crate::protocol::{Backend, Bdf, Blocker, Handout};
 use serde::Serialize;
 
 /// What is known of the device.
@@ -156,15 +156,16 @@ impl Explanation {
             Found::InGroup { group, device, .. } => {
                 let blockers = group.blockers();
                 let blocks = blockers.iter().any(|blocker| blocker.bdf == bdf.to_string());
-                if !device.on_vfio && !blocks {
-                    let fix = device.blocker().fix;
-                    let driver = device.driver.as_deref().unwrap_or("no driver");
-                    self.obstacles.push(format!("{bdf} is on {driver}, not VFIO's: {fix}"));
-                }
-                self.obstacles.extend(blockers.iter().map(|blocker| {
-                    let (bdf, driver, fix) = (&blocker.bdf, &blocker.driver, &blocker.fix);
-                    format!("group {} is not viable: {bdf} is on {driver}: {fix}", group.id)
-                }));
+                let own = (!device.on_vfio && !blocks).then(|| device.blocker());
+                let allowed = self.allowed;
+                // How to take a device from the host is told to those who may have it only.
+                let told = |what: &str, Blocker { bdf, driver, fix }: Blocker| {
+                    let fix = if allowed { format!(": {fix}") } else { String::new() };
+                    format!("{what}: {bdf} is on {driver}{fix}")
+                };
+                self.obstacles.extend(own.map(|own| told("not on a VFIO driver", own)));
+                let group = format!("group {} is not viable", group.id);
+                self.obstacles.extend(blockers.into_iter().map(|each| told(&group, each)));
             }
         }
     }
