@@ -146,8 +146,12 @@ driver = "e1000e"
 "#;
 
     fn ask(peer: Peer, device: &str) -> Explanation {
-        let policy = Policy::parse("policy.toml", POLICY, &SystemUsers).unwrap();
-        let sim = Sim::start(Topology::from_toml(MACHINE).unwrap()).unwrap();
+        ask_of(POLICY, MACHINE, peer, device)
+    }
+
+    fn ask_of(policy: &str, machine: &str, peer: Peer, device: &str) -> Explanation {
+        let policy = Policy::parse("policy.toml", policy, &SystemUsers).unwrap();
+        let sim = Sim::start(Topology::from_toml(machine).unwrap()).unwrap();
         explain(&policy, &peer, device.parse().unwrap(), sim.kernel().as_ref()).unwrap()
     }
 
@@ -170,7 +174,7 @@ driver = "e1000e"
             "rule: tenant \"alice\" devices[0], policy.toml:9",
             "handouts: container",
             "group 26 is not viable: 0000:65:00.1 is on e1000e: modprobe",
-            "0000:65:00.1 is in the same group; tenant \"alice\" may not name it",
+            "0000:65:00.1 is in the same group, and may not be named",
             "tenant \"kvm\" in line 11 is for this caller too",
         ] {
             assert!(text.contains(words), "{words}\n{text}");
@@ -191,6 +195,19 @@ driver = "e1000e"
         assert!(!stranger.allowed && stranger.tenant.is_none());
         assert!(text(&stranger).contains("rule: default deny, policy.toml"));
         assert_eq!(stranger.passed_over.len(), 3);
+    }
+
+    #[test]
+    fn a_denied_companion_on_vfio_denies_the_group_but_not_the_device_alone() {
+        let machine = MACHINE.replace("e1000e", "vfio-pci");
+        let ask = |policy: &str| ask_of(policy, &machine, peer(1000), "0000:65:00.0");
+        let denied = ask(POLICY);
+        assert!(!denied.allowed);
+        assert!(text(&denied).contains("handout devices, which would not"), "{}", text(&denied));
+        let alone = POLICY.replace("deny =", "handouts = [\"container\", \"devices\"]\ndeny =");
+        let alone = ask(&alone);
+        assert!(alone.allowed);
+        assert!(text(&alone).contains("only handout devices is possible"), "{}", text(&alone));
     }
 
     #[test]

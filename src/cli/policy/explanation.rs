@@ -122,16 +122,30 @@ impl Explanation {
         }
     }
 
-    /// The rest of the group: what blocks it must be named too, to use it or to withhold it.
+    /// The rest of the group: whoever is handed the group's open file reaches all of it.
     fn of_companions(&mut self, policy: &Policy, tenant: &Tenant, group: &Group, device: &Device) {
         for other in group.devices.iter().filter(|d| d.bdf() != device.bdf() && !d.is_bridge()) {
-            let decision = policy.device(tenant, &other.facts);
-            let may = if decision.allowed { "may" } else { "may not" };
-            self.notes.push(format!(
-                "{} is in the same group; tenant {:?} {may} name it, to use or to withhold it",
-                other.bdf(),
-                tenant.name
-            ));
+            let (bdf, decision) = (other.bdf(), policy.device(tenant, &other.facts));
+            let alone = tenant.handouts().contains(&Handout::Devices);
+            if decision.allowed {
+                self.notes.push(format!(
+                    "{bdf} is in the same group, and may be named too, to use or to withhold it"
+                ));
+            } else if !other.on_vfio {
+                self.notes.push(format!("{bdf} is in the same group, and may not be named"));
+            } else if alone {
+                self.notes.push(format!(
+                    "{bdf} is in the same group, and denied: whoever is handed the group reaches \
+                     it, so only handout devices is possible"
+                ));
+            } else {
+                let reason = format!(
+                    "{}; whoever is handed the group reaches it too, and handout devices, which \
+                     would not, is not among this tenant's",
+                    decision.reason
+                );
+                self.decide("companion", Decision { reason, ..decision });
+            }
         }
         if tenant.managed {
             self.notes.push("its driver is changed when it is acquired, and put back after".into());
