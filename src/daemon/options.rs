@@ -21,6 +21,10 @@ pub struct Options {
     #[arg(long, value_name = "TOPOLOGY.toml")]
     pub sim: Option<PathBuf>,
 
+    /// Where the simulated kernel's own socket is made: whoever can reach it rules the simulation
+    #[arg(long, value_name = "DIRECTORY", requires = "sim", hide = true)]
+    pub sim_control: Option<PathBuf>,
+
     /// How the log on standard error is written
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,

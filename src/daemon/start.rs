@@ -10,6 +10,7 @@ use crate::host::Host;
 use crate::kernel::readiness::watch;
 use crate::kernel::{Kernel, Linux};
 use crate::policy::{POLICY_PATH, Policy, Problems};
+use crate::sim::{Sim, Topology};
 use crate::users::SystemUsers;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -90,7 +91,8 @@ impl StartError {
 pub fn run(options: &Options) -> Result<(), StartError> {
     log::start(options.log_format);
     let files = raise_file_limit().map_err(StartError::set_up("the limit of open files"))?;
-    let kernel = kernel(options)?;
+    // Ends when this does.
+    let (kernel, _sim) = kernel(options)?;
     let policy = Arc::new(policy(options, &*kernel)?);
     let observer = DaemonObserver::new().map_err(StartError::set_up("epoll for lease pipes"))?;
     let observer = Arc::new(observer);
@@ -177,18 +179,27 @@ fn sim_policy(kernel: &dyn Kernel) -> Result<String, StartError> {
     ))
 }
 
-fn kernel(options: &Options) -> Result<Arc<dyn Kernel>, StartError> {
+/// The kernel, and the simulation behind it if it is one.
+fn kernel(options: &Options) -> Result<(Arc<dyn Kernel>, Option<Sim>), StartError> {
     if let Some(topology) = &options.sim {
-        return simulated(topology);
+        let sim = simulated(topology, options.sim_control.as_deref())?;
+        return Ok((sim.kernel(), Some(sim)));
     }
     match Path::new("/dev/vfio/vfio").exists() {
-        true => Ok(Arc::new(Linux)),
+        true => Ok((Arc::new(Linux), None)),
         false => Err(StartError::NoVfio),
     }
 }
 
-fn simulated(topology: &Path) -> Result<Arc<dyn Kernel>, StartError> {
-    Err(StartError::Sim(format!("{}: there is no simulated kernel yet", topology.display())))
+fn simulated(file: &Path, control: Option<&Path>) -> Result<Sim, StartError> {
+    let at = |error: &dyn std::fmt::Display| StartError::Sim(format!("{}: {error}", file.display()));
+    let text = std::fs::read_to_string(file).map_err(|error| at(&error))?;
+    let topology = Topology::from_toml(&text).map_err(|error| at(&error))?;
+    let started = match control {
+        Some(directory) => Sim::start_in(topology, directory),
+        None => Sim::start(topology),
+    };
+    started.map_err(|error| at(&error))
 }
 
 /// Raises the limit of open files as far as it goes; returns how far.
