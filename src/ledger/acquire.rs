@@ -116,6 +116,9 @@ impl Ledger {
     }
 
     fn check_groups(&self, lease: &Lease, wanted: &[WantedGroup]) -> Result<(), Refusal> {
+        if wanted.is_empty() {
+            return Err(bad("devices", "at least one is needed".into()));
+        }
         let mut named = BTreeSet::new();
         for group in wanted {
             for bdf in group.devices.iter().chain(&group.withhold) {
@@ -130,11 +133,11 @@ impl Ledger {
                     why: "groups with and without an IOMMU can't be in one lease".into(),
                 });
             }
-            // A group of which everything is withheld is one nobody uses: fine in a lease that
-            // has it already, pointless otherwise.
-            if group.devices.is_empty() && !self.groups.contains_key(&group.id) {
-                let what = format!("nothing of group {} is to be used", group.id);
-                return Err(bad("withhold", what));
+            // Withholding more of a group that one has is fine, taking one to use nothing of it is
+            // not.
+            let has = self.groups.contains_key(&group.id) && !group.withhold.is_empty();
+            if group.devices.is_empty() && !has {
+                return Err(bad("devices", format!("nothing of group {} is to be used", group.id)));
             }
             self.check_functions(lease, group)?;
         }

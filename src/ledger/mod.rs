@@ -20,6 +20,9 @@ pub use request::{Acquire, Effect, Extend, Quota, Refusal, Request, WantedGroup}
 
 use std::collections::BTreeMap;
 
+#[cfg(test)]
+mod tests;
+
 /// Everything that is held, is being acquired, or is not known to be free again.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ledger {
