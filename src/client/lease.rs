@@ -294,7 +294,20 @@ fn copy(fd: &OwnedFd) -> Result<OwnedFd> {
         .map_err(|error| Error::System { call: "fcntl F_DUPFD_CLOEXEC", errno: errno(error) })
 }
 
-/// The kernel that an open file belongs to.
-fn kernel_of(_fd: BorrowedFd<'_>) -> Arc<dyn Kernel> {
+/// The kernel that an open file belongs to: a simulated one is a socket, a real one never is.
+fn kernel_of(fd: BorrowedFd<'_>) -> Arc<dyn Kernel> {
+    #[cfg(feature = "sim")]
+    if is_socket(fd) {
+        return Arc::new(crate::sim::Wire::detached());
+    }
+    let _ = fd;
     Arc::new(kernel::Linux)
+}
+
+#[cfg(feature = "sim")]
+fn is_socket(fd: BorrowedFd<'_>) -> bool {
+    use nix::sys::stat::{SFlag, fstat};
+    fstat(fd).is_ok_and(|stat| {
+        SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFSOCK
+    })
 }

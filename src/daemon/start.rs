@@ -192,7 +192,8 @@ fn kernel(options: &Options) -> Result<(Arc<dyn Kernel>, Option<Sim>), StartErro
 }
 
 fn simulated(file: &Path, control: Option<&Path>) -> Result<Sim, StartError> {
-    let at = |error: &dyn std::fmt::Display| StartError::Sim(format!("{}: {error}", file.display()));
+    let at =
+        |error: &dyn std::fmt::Display| StartError::Sim(format!("{}: {error}", file.display()));
     let text = std::fs::read_to_string(file).map_err(|error| at(&error))?;
     let topology = Topology::from_toml(&text).map_err(|error| at(&error))?;
     let started = match control {

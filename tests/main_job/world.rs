@@ -73,7 +73,7 @@ members = ["left", "right"]
 "#;
 
 /// How much a client may pin in the simulated kernel, where the test may not raise limits.
-const SIMULATED_MEMLOCK: &str = "72MiB";
+const SIMULATED_MEMLOCK: u64 = 72 << 20;
 
 pub struct World {
     /// For people: which kernel this is.
@@ -236,7 +236,7 @@ fn simulated_topology() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/topologies/lab.toml");
     let text = fs::read_to_string(path).unwrap();
     assert!(!text.contains("\nmemlock"), "lab.toml sets memlock, as this test does");
-    format!("memlock = \"{SIMULATED_MEMLOCK}\"\n{text}")
+    format!("memlock = {SIMULATED_MEMLOCK}\n{text}")
 }
 
 fn real_kernel() -> String {
