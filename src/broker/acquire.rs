@@ -13,7 +13,8 @@ use crate::kernel::{Device, Group, IommuType, Node};
 use crate::ledger::{self, Effect, Lease, Refusal, Request, Space};
 use crate::policy::{Tenant, Verb};
 use crate::protocol::{Acquire, Acquired, Backend, Bdf, Error, EventKind, FdKind, Handout};
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// What the kernel has given so far, in its order.
 #[derive(Default)]
@@ -100,15 +101,25 @@ impl Broker {
         caller: &Caller,
         entry: &Entry,
         plan: &Plan,
-        request: impl FnOnce(&Chosen) -> Request,
+        request: impl Fn(&Chosen) -> Request,
     ) -> Result<(Vec<Effect>, Chosen), Error> {
         let mut books = self.books();
-        let chosen = self.choose(caller, &books, plan, Some(entry.id))?;
-        let kept = chosen.groups.len() + 2; // a container and a lease pipe
-        self.check_kept(&books, &entry.tenant, kept as u64)?;
-        match books.ledger.apply(request(&chosen)) {
-            Ok(effects) => Ok((effects, chosen)),
-            Err(refusal) => Err(self.refused(caller, &books, refusal)),
+        // A VM that is started again finds its devices being taken back from its last run: that is
+        // over soon, one way or the other.
+        let deadline = Instant::now() + self.patience.iter().sum();
+        loop {
+            let chosen = self.choose(caller, &books, plan, Some(entry.id))?;
+            let kept = chosen.groups.len() + 2; // a container and a lease pipe
+            self.check_kept(&books, &entry.tenant, kept as u64)?;
+            let left = deadline.saturating_duration_since(Instant::now());
+            match books.ledger.apply(request(&chosen)) {
+                Ok(effects) => return Ok((effects, chosen)),
+                Err(Refusal::NotYet { .. }) if !left.is_zero() => {
+                    let waited = self.changed.wait_timeout(books, left);
+                    books = waited.unwrap_or_else(PoisonError::into_inner).0;
+                }
+                Err(refusal) => return Err(self.refused(caller, &books, refusal)),
+            }
         }
     }
 

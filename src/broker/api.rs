@@ -31,8 +31,8 @@ pub struct LifelineId(pub(crate) u64);
 #[must_use = "give it to Broker::reclaim on a worker"]
 pub struct Ended(pub(crate) crate::ledger::LeaseId);
 
-/// What the broker tells the daemon. Called without any of the broker's locks, on the thread that
-/// made the call; must not block and must not call the broker.
+/// What the broker tells the daemon, on the thread that made the call. It must not block and must
+/// not call the broker, which may hold the lease's lock.
 pub trait Observer: Send + Sync {
     /// A lease pipe has been made: watch this write end for EPOLLERR, then call
     /// [`Broker::hung_up`](super::Broker::hung_up).

@@ -60,6 +60,10 @@ impl Broker {
             Refusal::Quarantined { device, since, reason, .. } => {
                 Error::Quarantined { device: device.to_string(), since, reason }
             }
+            Refusal::NotYet { what, since } => {
+                let reason = "its last lease has just ended and the kernel is being asked".into();
+                Error::Quarantined { device: what, since, reason }
+            }
             Refusal::Conflict { what, why } => Error::Conflict { what, why },
             Refusal::OverLimit { limit, most, asked } => {
                 Error::OverLimit { limit: limit.into(), most, asked }

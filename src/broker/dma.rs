@@ -4,12 +4,12 @@ use super::authority::quota;
 use super::books::Entry;
 use super::hint::system;
 use super::memory::{Memory, page_size};
+use super::space::Space;
 use super::{Broker, Caller, no_such_lease};
 use crate::kernel::{Container, DmaMap, IommuInfo, Mapped, Unmap};
-use crate::ledger::{Effect, Lease, Request, Space};
+use crate::ledger::{Effect, Lease, Request, Space as Kind};
 use crate::protocol::{Empty, Error, Handout, MapDma, UnmapDma, Unmapped};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 
 impl Broker {
     /// Maps memory for a lease. Closes `memory`, which can block too.
@@ -27,12 +27,14 @@ impl Broker {
         let memory = Memory::check(memory)?;
         memory.check_range(request.offset, request.size)?;
         let _files = entry.files();
-        let (container, info) = self.mapped_space(&entry)?;
+        let space = self.own_space(&entry)?;
+        let (Some(container), Some(info)) = (space.container(), space.info()?) else {
+            return Err(no_such_lease(entry.id));
+        };
         check_iommu(request, &info)?;
         let MapDma { iova, size, .. } = *request;
         self.enter_mapping(
             caller,
-            &entry,
             Request::Map {
                 lease: entry.id,
                 iova,
@@ -54,10 +56,11 @@ impl Broker {
     pub fn unmap_dma(&self, caller: &Caller, request: &UnmapDma) -> Result<Unmapped, Error> {
         let entry = self.authorize(caller, &request.lease, &request.key)?;
         let _files = entry.files();
-        let (container, _) = self.mapped_space(&entry)?;
+        let container = self.own_space(&entry)?.container();
+        let container = container.ok_or_else(|| no_such_lease(entry.id))?;
         let UnmapDma { iova, size, .. } = *request;
         let request = Request::Unmap { lease: entry.id, iova, size };
-        let effects = self.enter_mapping(caller, &entry, request)?;
+        let effects = self.enter_mapping(caller, request)?;
         let (mut unmapped, mut failed) = (0, None);
         for effect in effects {
             let Effect::Unmap { iova, size } = effect else { continue };
@@ -72,30 +75,19 @@ impl Broker {
         failed.map_or(Ok(Unmapped { unmapped }), |error| Err(error.into()))
     }
 
-    fn enter_mapping(
-        &self,
-        caller: &Caller,
-        entry: &Entry,
-        request: Request,
-    ) -> Result<Vec<Effect>, Error> {
+    fn enter_mapping(&self, caller: &Caller, request: Request) -> Result<Vec<Effect>, Error> {
         let mut books = self.books();
-        let lease = books.ledger.live(entry.id).ok_or_else(|| no_such_lease(entry.id))?;
-        holder_maps(lease).map_or(Ok(()), Err)?;
         books.ledger.apply(request).map_err(|refusal| self.refused(caller, &books, refusal))
     }
 
-    /// The container that the broker maps in for a lease, and what can be mapped there.
-    fn mapped_space(&self, entry: &Entry) -> Result<(Arc<Container>, Arc<IommuInfo>), Error> {
+    /// The address space of a lease, if the broker maps in it.
+    fn own_space<'a>(&self, entry: &'a Entry) -> Result<&'a Space, Error> {
         let lease = self.books().ledger.live(entry.id).cloned();
         let lease = lease.ok_or_else(|| no_such_lease(entry.id))?;
         if let Some(error) = holder_maps(&lease) {
             return Err(error);
         }
-        let Some(space) = &entry.space else { return Err(no_such_lease(entry.id)) };
-        match (space.container(), space.info()?) {
-            (Some(container), Some(info)) => Ok((container, info)),
-            _ => Err(no_such_lease(entry.id)),
-        }
+        entry.space.as_deref().ok_or_else(|| no_such_lease(entry.id))
     }
 }
 
@@ -103,7 +95,7 @@ impl Broker {
 fn holder_maps(lease: &Lease) -> Option<Error> {
     let why = match (lease.handout, &lease.space) {
         _ if lease.noiommu => "there is no IOMMU: devices use physical addresses",
-        (Handout::Devices, Space::Shared { .. }) if !lease.broker_maps() => {
+        (Handout::Devices, Kind::Shared { .. }) if !lease.broker_maps() => {
             "members of a mutual container map by themselves, with the container they were given: \
              the broker could not tell whose mappings are whose"
         }

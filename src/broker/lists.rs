@@ -46,7 +46,7 @@ impl Broker {
         let state = match known.map(|known| &known.state) {
             None => GroupState::Free,
             Some(Stage::Acquiring | Stage::Held) => GroupState::Held,
-            Some(Stage::Reclaiming) => GroupState::Reclaiming,
+            Some(Stage::Reclaiming { .. }) => GroupState::Reclaiming,
             Some(Stage::Quarantined { .. }) => GroupState::Quarantined,
         };
         let device = |device: &host::Device| {

@@ -27,7 +27,7 @@ use crate::ledger::{Lease, LeaseId};
 use crate::policy::Policy;
 use crate::protocol::{Event, EventKind};
 use books::Books;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// How long a reclaim waits for what is still open, in steps: a process that is killed closes its
@@ -44,6 +44,8 @@ pub struct Broker {
     observer: Arc<dyn Observer>,
     patience: Vec<Duration>,
     books: Mutex<Books>,
+    /// Something has been reclaimed, or can't be yet.
+    changed: Condvar,
 }
 
 impl Broker {
@@ -64,8 +66,8 @@ impl Broker {
         observer: Arc<dyn Observer>,
         patience: Vec<Duration>,
     ) -> Arc<Self> {
-        let books = Mutex::default();
-        Arc::new(Self { kernel, policy, observer, patience, books })
+        let (books, changed) = (Mutex::default(), Condvar::new());
+        Arc::new(Self { kernel, policy, observer, patience, books, changed })
     }
 
     /// The policy it goes by.

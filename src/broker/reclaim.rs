@@ -8,7 +8,8 @@ use crate::kernel::{self, Group, Node, Unmap, UnmapFlags};
 use crate::ledger::{Effect, Lease, LeaseId, Request};
 use crate::protocol::{Error, EventKind, Release, Released};
 use nix::errno::Errno;
-use std::sync::MutexGuard;
+use std::slice::Iter;
+use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
 
 impl Broker {
@@ -71,7 +72,7 @@ impl Broker {
     /// From here on nobody can use the lease. Whether it was live.
     fn end(&self, mut books: MutexGuard<'_, Books>, id: LeaseId, kind: EventKind) -> bool {
         let lease = books.ledger.live(id).cloned();
-        let ended = books.ledger.apply(Request::End { lease: id }).is_ok();
+        let ended = books.ledger.apply(Request::End { lease: id, at: now() }).is_ok();
         let Some(lease) = lease.filter(|_| ended) else { return false };
         let lifelines = books.take_lifelines(id);
         drop(books);
@@ -83,7 +84,9 @@ impl Broker {
         true
     }
 
+    /// `patience` is for all its groups together.
     fn take_back(&self, entry: &Entry, mut files: MutexGuard<'_, Files>, patience: &[Duration]) {
+        let mut patience = patience.iter();
         let (before, effects) = {
             let mut books = self.books();
             let before = books.ledger.lease(entry.id).cloned();
@@ -97,7 +100,7 @@ impl Broker {
             match effect {
                 Effect::Unmap { iova, size } => self.unmap_own(entry, iova, size),
                 Effect::UnmapAll => unmap_all(entry),
-                Effect::Detach(id) => match detach(entry, &mut files, id, patience) {
+                Effect::Detach(id) => match detach(entry, &mut files, id, &mut patience) {
                     Ok(()) => self.report(Request::Detached { group: id }),
                     Err(error) => {
                         kept = Some(id);
@@ -106,7 +109,7 @@ impl Broker {
                 },
                 // While our own copy is open, opening it again shows nothing.
                 Effect::Prove(id) if kept == Some(id) => {}
-                Effect::Prove(id) => match prove(&self.kernel, node(id, &before), patience) {
+                Effect::Prove(id) => match prove(&self.kernel, node(id, &before), &mut patience) {
                     Ok(()) => self.report(Request::Freed { group: id }),
                     Err(error) => self.stuck(id, &error),
                 },
@@ -123,6 +126,7 @@ impl Broker {
     /// A report on what is in the ledger; it can't refuse.
     fn report(&self, request: Request) {
         let _ = self.books().ledger.apply(request);
+        self.changed.notify_all();
     }
 
     fn stuck(&self, group: u32, error: &kernel::Error) {
@@ -184,7 +188,12 @@ fn unmap_all(entry: &Entry) {
 
 /// Takes a group out of its container and closes our copy. EBUSY as long as any process has a
 /// device of it open.
-fn detach(entry: &Entry, files: &mut Files, id: u32, patience: &[Duration]) -> kernel::Result<()> {
+fn detach(
+    entry: &Entry,
+    files: &mut Files,
+    id: u32,
+    patience: &mut Iter<'_, Duration>,
+) -> kernel::Result<()> {
     patiently(patience, || {
         let mut space = entry.space.as_ref().map(|space| space.lock());
         if let Some(group) = files.groups.get(&id) {
@@ -205,11 +214,11 @@ fn detach(entry: &Entry, files: &mut Files, id: u32, patience: &[Duration]) -> k
 
 /// Opens a group afresh: it works only while nobody has it open.
 fn prove(
-    kernel: &std::sync::Arc<dyn kernel::Kernel>,
+    kernel: &Arc<dyn kernel::Kernel>,
     node: Node,
-    patience: &[Duration],
+    patience: &mut Iter<'_, Duration>,
 ) -> kernel::Result<()> {
-    patiently(patience, || match Group::open(std::sync::Arc::clone(kernel), node.clone()) {
+    patiently(patience, || match Group::open(Arc::clone(kernel), node.clone()) {
         Ok(group) => {
             drop(group);
             Ok(())
@@ -222,14 +231,16 @@ fn prove(
 
 /// Tries again while the answer is EBUSY.
 fn patiently(
-    patience: &[Duration],
+    patience: &mut Iter<'_, Duration>,
     mut attempt: impl FnMut() -> kernel::Result<()>,
 ) -> kernel::Result<()> {
-    for wait in patience {
+    loop {
         match attempt() {
-            Err(error) if error.errno == Errno::EBUSY => std::thread::sleep(*wait),
+            Err(error) if error.errno == Errno::EBUSY => match patience.next() {
+                Some(wait) => std::thread::sleep(*wait),
+                None => return Err(error),
+            },
             done => return done,
         }
     }
-    attempt()
 }

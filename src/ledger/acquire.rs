@@ -152,9 +152,8 @@ impl Ledger {
                 let (since, reason) = (*since, reason.clone());
                 Err(Refusal::Quarantined { device, group: id, since, reason })
             }
-            GroupState::Reclaiming => {
-                let reason = "its last lease has just ended, the kernel is being asked".into();
-                Err(Refusal::Quarantined { device, group: id, since: 0, reason })
+            GroupState::Reclaiming { since } => {
+                Err(Refusal::NotYet { what: device.to_string(), since: *since })
             }
             _ if group.lease != lease.id => {
                 Err(Refusal::Busy { device, group: id, holder: group.lease })
@@ -217,10 +216,18 @@ impl Ledger {
         }
         // Whatever a dead member left may still reach all of the container: nobody moves in alone
         // with that.
-        if ending && !live {
-            return conflict("its last member has ended and is not reclaimed yet");
+        if !ending || live {
+            return Ok(());
         }
-        Ok(())
+        let groups = self.members(lease).flat_map(|member| self.groups_of(member.id));
+        let soon = groups.filter_map(|(_, group)| match group.state {
+            GroupState::Reclaiming { since } => Some(since),
+            _ => None,
+        });
+        match soon.min() {
+            Some(since) => Err(Refusal::NotYet { what: format!("container {name:?}"), since }),
+            None => conflict("its last member has ended and can't be reclaimed yet"),
+        }
     }
 
     fn check_quota(

@@ -170,7 +170,10 @@ pub enum GroupState {
     /// Held by a lease.
     Held,
     /// Its lease has ended and the kernel is being asked whether it is free.
-    Reclaiming,
+    Reclaiming {
+        /// Since when, in seconds since 1970.
+        since: u64,
+    },
     /// Asked, and it is not.
     Quarantined {
         /// What the kernel said.

@@ -45,7 +45,7 @@ impl Ledger {
             Request::MapDone { lease, iova, made } => self.map_done(lease, iova, made),
             Request::Unmap { lease, iova, size } => self.unmap(lease, iova, size),
             Request::UnmapDone { lease, iova, gone } => self.unmap_done(lease, iova, gone),
-            Request::End { lease } => self.end(lease),
+            Request::End { lease, at } => self.end(lease, at),
             Request::Reclaim { lease } => self.reclaim(lease),
             Request::Detached { group } => self.detached(group),
             Request::Freed { group } => self.freed(group),

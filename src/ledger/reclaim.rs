@@ -3,13 +3,13 @@
 use super::{Effect, GroupState, LeaseId, Ledger, Phase, Refusal, Space};
 
 impl Ledger {
-    pub(super) fn end(&mut self, id: LeaseId) -> Result<Vec<Effect>, Refusal> {
+    pub(super) fn end(&mut self, id: LeaseId, at: u64) -> Result<Vec<Effect>, Refusal> {
         self.live_mut(id)?.phase = Phase::Ending;
         let adding = self.leases.get(&id).and_then(|lease| lease.adding.clone());
         let fresh = adding.map_or(Vec::new(), |adding| adding.groups);
         for (number, group) in &mut self.groups {
             if group.lease == id && !fresh.contains(number) {
-                group.state = GroupState::Reclaiming;
+                group.state = GroupState::Reclaiming { since: at };
             }
         }
         Ok(Vec::new())
@@ -77,7 +77,7 @@ impl Ledger {
             match &mut group.state {
                 // It is quarantined since the first time.
                 GroupState::Quarantined { reason: was, .. } => *was = reason,
-                state @ GroupState::Reclaiming => {
+                state @ GroupState::Reclaiming { .. } => {
                     *state = GroupState::Quarantined { reason, since: at };
                 }
                 GroupState::Acquiring | GroupState::Held => {}

@@ -62,6 +62,8 @@ pub enum Request {
     End {
         /// Which lease.
         lease: LeaseId,
+        /// When, in seconds since 1970.
+        at: u64,
     },
     /// An ended lease is to be taken back, for the first time or again.
     Reclaim {
@@ -212,10 +214,18 @@ pub enum Refusal {
         device: Bdf,
         /// Its group.
         group: u32,
-        /// Since when; 0 where it is being found out right now.
+        /// Since when, in seconds since 1970.
         since: u64,
         /// Why.
         reason: String,
+    },
+    /// What is asked for is just being taken back; the answer will be another one soon.
+    #[error("{what} is just being reclaimed")]
+    NotYet {
+        /// The device that was named, or the container.
+        what: String,
+        /// Since when, in seconds since 1970.
+        since: u64,
     },
     /// It does not fit with what is there.
     #[error("{what}: {why}")]

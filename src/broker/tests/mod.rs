@@ -147,6 +147,16 @@ impl World {
         Self::of(MACHINE, POLICY)
     }
 
+    /// A world whose broker waits for as long as it takes.
+    fn patient() -> Self {
+        let World { sim, broker, witness } = Self::new();
+        let observer = Arc::clone(&witness) as Arc<dyn Observer>;
+        let patience = vec![Duration::from_millis(5); 10_000];
+        let policy = Arc::clone(broker.policy());
+        let broker = Broker::with_patience(sim.kernel(), policy, observer, patience);
+        Self { sim, broker, witness }
+    }
+
     fn of(machine: &str, policy: &str) -> Self {
         let sim = Sim::start(Topology::from_toml(machine).unwrap()).unwrap();
         let policy = Policy::parse("policy.toml", policy, &NoNames);

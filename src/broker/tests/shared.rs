@@ -12,7 +12,7 @@ fn an_enforced_container_keeps_its_members_apart() {
     assert_eq!((world.stats().containers, world.stats().spaces[0].groups.len()), (1, 2));
     world.map(1000, &one.reply, 0, 8192).unwrap();
     world.map(1001, &other.reply, 8192, 4096).unwrap();
-    let overlap = world.map(1001, &other.reply, 4096, 8192).unwrap_err();
+    let overlap = world.map(1001, &other.reply, 4096, 4096).unwrap_err();
     assert!(matches!(&overlap, Error::Conflict { why, .. } if why.contains("another member")));
     // One dies: its mappings are gone, the other's stay, and its group can be had again.
     drop(one);

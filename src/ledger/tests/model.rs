@@ -431,8 +431,8 @@ impl Model {
 
     pub(super) fn end(&mut self, which: usize, keeps: Keeps) {
         let Some(lease) = self.live(which) else { return };
-        self.report(Request::End { lease });
-        assert_eq!(self.apply(Request::End { lease }), None, "{lease} ended twice");
+        self.report(Request::End { lease, at: 1 });
+        assert_eq!(self.apply(Request::End { lease, at: 1 }), None, "{lease} ended twice");
         self.holders.get_mut(&lease).unwrap().state = State::Dead;
         let fresh: Vec<_> = self.pending.iter().flat_map(|p| p.opened.clone()).collect();
         let theirs = self.owner.iter().find(|(id, l)| **l == lease && !fresh.contains(id));
@@ -546,7 +546,7 @@ impl Model {
         }
         let quarantined = |id: &u32| {
             let state = self.ledger.group(*id).map(|group| &group.state);
-            matches!(state, Some(GroupState::Reclaiming | GroupState::Quarantined { .. }))
+            matches!(state, Some(GroupState::Reclaiming { .. } | GroupState::Quarantined { .. }))
         };
         for id in self.kept.keys().filter(|id| self.owner.contains_key(id)) {
             assert!(quarantined(id), "{id} has a stranger and is not quarantined");
