@@ -43,7 +43,7 @@ kernel_key() {
 }
 
 # The newest cached kernel of that name; fails when there is none.
-# Its directory holds vmlinuz, modules/ (a /lib/modules) and release.
+# Its directory holds kernel, config, modules/ (a /lib/modules) and release.
 kernel_dir() {
     local key dir
     key=$(kernel_key "$1")
