@@ -26,7 +26,10 @@ impl Broker {
     /// The caller is no tenant, or sysfs can't be read.
     pub fn topology(&self, caller: &Caller) -> Result<Groups, Error> {
         let tenant = self.tenant(caller)?;
-        let host = Host::scan(&*self.kernel)?;
+        let mut host = Host::scan(&*self.kernel)?;
+        if self.policy.names_serials() {
+            host.read_serials(&*self.kernel)?;
+        }
         let observes = self.policy.may(tenant, Verb::Observe).allowed;
         let allowed = |group: &host::Group| self.any_allowed(tenant, group);
         let ledger = self.books().ledger.clone();

@@ -77,6 +77,9 @@ impl Broker {
         // What was scanned for itself is newer than what was scanned with everything.
         let mut all = host.map_or(BTreeMap::new(), |host| host.groups);
         all.append(&mut groups);
+        if self.policy.names_serials() {
+            all.values_mut().try_for_each(|group| group.read_serials(&*self.kernel))?;
+        }
         let noiommu = slots.iter().find_map(|slot| match slot {
             Slot::This(_, group) => all.get(group).map(|group| group.noiommu),
             Slot::AnyOf(_, those) => {

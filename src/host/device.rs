@@ -1,6 +1,6 @@
 //! One PCI device as sysfs shows it.
 
-use super::{gone_is_none, link, list, read};
+use super::{gone_is_none, link, list, read, read_bytes};
 use crate::kernel::{Kernel, Result};
 use crate::policy::DeviceFacts;
 use crate::protocol::{Bdf, Blocker};
@@ -59,6 +59,15 @@ impl Device {
         Ok(Some(Self { facts, driver, on_vfio, sriov }))
     }
 
+    /// Reads its serial number, which costs accesses to the device itself: only where a policy
+    /// asks for it.
+    pub(super) fn read_serial(&mut self, kernel: &dyn Kernel) -> Result<()> {
+        let path = format!("bus/pci/devices/{}/config", self.bdf());
+        let config = gone_is_none(read_bytes(kernel, &path))?.unwrap_or_default();
+        self.facts.serial = serial(&config);
+        Ok(())
+    }
+
     /// Its address.
     pub fn bdf(&self) -> Bdf {
         self.facts.bdf
@@ -100,8 +109,58 @@ fn name_of_link(kernel: &dyn Kernel, path: &str) -> Result<Option<String>> {
     Ok(target.map(|target| target.rsplit('/').next().unwrap_or_default().to_owned()))
 }
 
+/// The device serial number of a PCI Express function, from its extended capabilities.
+fn serial(config: &[u8]) -> Option<String> {
+    const SERIAL: u32 = 3;
+    let word = |at: usize| {
+        let bytes = config.get(at..at.checked_add(4)?)?;
+        bytes.try_into().ok().map(u32::from_le_bytes)
+    };
+    let mut at = 0x100;
+    // A chain that is broken ends, at the latest when it has been everywhere.
+    for _ in 0..(4096 - 0x100) / 8 {
+        let header = word(at)?;
+        if header & 0xffff == SERIAL {
+            let (low, high) = (word(at + 4)?, word(at + 8)?);
+            let bytes = high.to_be_bytes().into_iter().chain(low.to_be_bytes());
+            return Some(bytes.map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join("-"));
+        }
+        at = (header >> 20) as usize & !3;
+        if at < 0x100 {
+            return None;
+        }
+    }
+    None
+}
+
 /// A number as sysfs writes ids: `0x8086\n`.
 fn hex(text: &str) -> Option<u32> {
     let text = text.trim();
     u32::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(chain: &[(usize, u32)]) -> Vec<u8> {
+        let mut config = vec![0; 4096];
+        for (at, word) in chain {
+            config[*at..at + 4].copy_from_slice(&word.to_le_bytes());
+        }
+        config
+    }
+
+    #[test]
+    fn a_serial_number_is_written_as_lspci_does() {
+        let there = [(0x100, 0x140 << 20 | 1 << 16 | 1), (0x140, 1 << 16 | 3)];
+        let number = [(0x144, 0xffa0_c301), (0x148, 0x001b_21ff)];
+        let found = serial(&config(&[there, number].concat()));
+        assert_eq!(found.as_deref(), Some("00-1b-21-ff-ff-a0-c3-01"));
+        // No such capability, a chain that goes round, one that leads out, and conventional PCI.
+        assert_eq!(serial(&config(&there[..1])), None);
+        assert_eq!(serial(&config(&[(0x100, 0x100 << 20 | 1)])), None);
+        assert_eq!(serial(&config(&[(0x100, 0xffc << 20 | 1), (0xffc, 1 << 16 | 3)])), None);
+        assert_eq!(serial(&[0; 256]), None);
+    }
 }

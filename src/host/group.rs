@@ -37,6 +37,14 @@ impl Group {
         Ok(Some(Self { id, noiommu, devices }))
     }
 
+    /// Reads its devices' serial numbers.
+    ///
+    /// # Errors
+    /// What reading sysfs says.
+    pub fn read_serials(&mut self, kernel: &dyn Kernel) -> Result<()> {
+        self.devices.iter_mut().try_for_each(|device| device.read_serial(kernel))
+    }
+
     /// The node it is opened by.
     pub fn node(&self) -> Node {
         if self.noiommu { Node::NoIommuGroup(self.id) } else { Node::Group(self.id) }

@@ -37,6 +37,14 @@ impl Host {
         Ok(Self { groups })
     }
 
+    /// Reads all devices' serial numbers.
+    ///
+    /// # Errors
+    /// What reading sysfs says.
+    pub fn read_serials(&mut self, kernel: &dyn Kernel) -> Result<()> {
+        self.groups.values_mut().try_for_each(|group| group.read_serials(kernel))
+    }
+
     /// All devices, in the order of their groups.
     pub fn devices(&self) -> impl Iterator<Item = (&Group, &Device)> {
         self.groups.values().flat_map(|group| group.devices.iter().map(move |d| (group, d)))
@@ -84,8 +92,11 @@ pub fn allows_unsafe_interrupts(kernel: &dyn Kernel) -> Result<bool> {
 }
 
 fn read(kernel: &dyn Kernel, path: &str) -> Result<String> {
-    let bytes = kernel.sysfs_read(path).map_err(|errno| failed("read", path, errno))?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    Ok(String::from_utf8_lossy(&read_bytes(kernel, path)?).into_owned())
+}
+
+fn read_bytes(kernel: &dyn Kernel, path: &str) -> Result<Vec<u8>> {
+    kernel.sysfs_read(path).map_err(|errno| failed("read", path, errno))
 }
 
 fn list(kernel: &dyn Kernel, path: &str) -> Result<Vec<String>> {
@@ -110,3 +121,6 @@ fn gone_is_none<T>(result: Result<T>) -> Result<Option<T>> {
         Err(error) => Err(error),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -60,6 +60,13 @@ impl Policy {
         self.tenants.iter().any(|tenant| tenant.who.units.is_some())
     }
 
+    /// Whether any rule names a serial number, so that devices must be asked for theirs.
+    pub fn names_serials(&self) -> bool {
+        let named = |rules: &[DeviceRule]| rules.iter().any(|rule| rule.serial.is_some());
+        self.deny.iter().any(|deny| named(&deny.devices))
+            || self.tenants.iter().any(|t| named(&t.devices.values) || named(&t.deny.values))
+    }
+
     /// The shared containers.
     pub fn containers(&self) -> &[SharedContainer] {
         &self.containers

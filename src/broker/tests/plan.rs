@@ -210,3 +210,20 @@ fn without_interrupt_remapping_the_risk_is_named_or_nothing_happens() {
     world.serve_hang_ups();
     world.assert_idle();
 }
+
+#[test]
+fn a_serial_number_is_asked_for_where_the_policy_names_one() {
+    let machine = "kernel = \"6.12\"\n[[group]]\nid = 2\ndevice = [{ bdf = \"0000:02:00.0\", \
+                   vendor = 0x1af4, device = 0x1041, driver = \"vfio-pci\", config = \
+                   [{ at = 0x100, hex = \"03000100 01c3a0ff ff211b00\" }] }]\n";
+    let policy = |serial: &str| {
+        let device =
+            format!("{{ bdf = \"0000:02:00.0\", id = \"1af4:1041\", serial = \"{serial}\" }}");
+        format!("version = 1\n[[tenant]]\nname = \"a\"\nuser = 1000\ndevices = [{device}]\n")
+    };
+    let world = World::of(machine, &policy("00-1b-21-ff-ff-a0-c3-01"));
+    drop(world.acquire(1000, &want(&["0000:02:00.0"])).unwrap());
+    let world = World::of(machine, &policy("00-1b-21-ff-ff-a0-c3-02"));
+    let reason = denied(world.acquire(1000, &want(&["0000:02:00.0"])).unwrap_err());
+    assert!(reason.contains("00-1b-21-ff-ff-a0-c3-01"), "{reason}");
+}

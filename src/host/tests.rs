@@ -1,0 +1,94 @@
+//! What is read from a simulated sysfs.
+
+use super::*;
+use crate::kernel::Node;
+use crate::sim::{Sim, Topology};
+
+const MACHINE: &str = r#"
+kernel = "6.12"
+noiommu = true
+[[group]]
+id = 1
+device = [
+    { bdf = "0000:00:01.0", vendor = 0x8086, device = 0xa70d, class = 0x060400, driver = "pcieport", bridge = true },
+    { bdf = "0000:01:00.0", vendor = 0x10de, device = 0x2684, class = 0x030000, driver = "vfio-pci" },
+    { bdf = "0000:01:00.1", vendor = 0x10de, device = 0x22ba, driver = "snd_hda_intel" },
+    { bdf = "0000:01:00.2", vendor = 0x10de, device = 0x1ada },
+]
+[[group]]
+id = 2
+device = [
+    { bdf = "0000:02:00.0", vendor = 0x15b3, device = 0x101d, driver = "mlx5_core", total_vfs = 4 },
+]
+[[group]]
+id = 3
+device = [
+    { bdf = "0000:02:00.1", vendor = 0x15b3, device = 0x101e, driver = "mlx5_special", vfio = true, physfn = "0000:02:00.0", subsystem_vendor = 0x15b3, subsystem_device = 0x0063 },
+]
+[[group]]
+id = 4
+noiommu = true
+device = [{ bdf = "0000:03:00.0", vendor = 0x1af4, device = 0x1041, driver = "vfio-pci" }]
+"#;
+
+fn machine() -> Sim {
+    Sim::start(Topology::from_toml(MACHINE).unwrap()).unwrap()
+}
+
+fn bdf(text: &str) -> Bdf {
+    text.parse().unwrap()
+}
+
+#[test]
+fn groups_devices_and_drivers_are_read() {
+    let sim = machine();
+    let host = Host::scan(&*sim.kernel()).unwrap();
+    assert_eq!(host.groups.keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4]);
+    let vf = host.groups[&3].device(bdf("0000:02:00.1")).unwrap();
+    let facts = &vf.facts;
+    assert_eq!((facts.vendor, facts.device, facts.class >> 16), (0x15b3, 0x101e, 0x02));
+    assert_eq!((facts.subsystem_vendor, facts.subsystem_device), (0x15b3, 0x0063));
+    assert_eq!(facts.physfn, Some(bdf("0000:02:00.0")));
+    assert!(host.groups[&2].devices[0].sriov && !vf.sriov);
+    assert_eq!(host.groups[&4].node(), Node::NoIommuGroup(4));
+    assert_eq!(host.groups[&1].node(), Node::Group(1));
+}
+
+#[test]
+fn a_vfio_driver_is_known_by_what_it_registers_not_by_its_name() {
+    let sim = machine();
+    let host = Host::scan(&*sim.kernel()).unwrap();
+    let on_vfio = |group: u32, n: usize| host.groups[&group].devices[n].on_vfio;
+    assert!(on_vfio(3, 0), "mlx5_special is a variant driver");
+    assert!(on_vfio(1, 1) && !on_vfio(1, 0) && !on_vfio(1, 2) && !on_vfio(1, 3) && !on_vfio(2, 0));
+}
+
+#[test]
+fn a_bridge_and_a_driverless_function_block_nothing() {
+    let sim = machine();
+    let group = Group::scan(&*sim.kernel(), 1).unwrap().unwrap();
+    assert!(group.devices[0].is_bridge());
+    let blockers = group.blockers();
+    assert_eq!(blockers.len(), 1);
+    assert_eq!((&*blockers[0].bdf, &*blockers[0].driver), ("0000:01:00.1", "snd_hda_intel"));
+    let device = "/sys/bus/pci/devices/0000:01:00.1";
+    assert_eq!(
+        blockers[0].fix,
+        format!(
+            "modprobe vfio-pci && echo vfio-pci > {device}/driver_override && echo 0000:01:00.1 > \
+             {device}/driver/unbind && echo 0000:01:00.1 > /sys/bus/pci/drivers_probe"
+        )
+    );
+    sim.set_driver("0000:01:00.1", None).unwrap();
+    assert!(Group::scan(&*sim.kernel(), 1).unwrap().unwrap().blockers().is_empty());
+}
+
+#[test]
+fn a_device_is_found_by_its_address() {
+    let sim = machine();
+    let place = |text| find(&*sim.kernel(), bdf(text)).unwrap();
+    assert_eq!(place("0000:02:00.1"), Place::Group(3));
+    assert_eq!(place("0000:77:00.0"), Place::Nowhere);
+    assert!(Group::scan(&*sim.kernel(), 77).unwrap().is_none());
+    assert_eq!(allows_unsafe_interrupts(&*sim.kernel()), Ok(false));
+}
