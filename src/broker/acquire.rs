@@ -112,14 +112,20 @@ impl Broker {
             let kept = chosen.groups.len() + 2; // a container and a lease pipe
             self.check_kept(&books, &entry.tenant, kept as u64)?;
             let left = deadline.saturating_duration_since(Instant::now());
-            match books.ledger.apply(request(&chosen)) {
+            let refusal = match books.ledger.apply(request(&chosen)) {
                 Ok(effects) => return Ok((effects, chosen)),
-                Err(Refusal::NotYet { .. }) if !left.is_zero() => {
-                    let waited = self.changed.wait_timeout(books, left);
-                    books = waited.unwrap_or_else(PoisonError::into_inner).0;
-                }
-                Err(refusal) => return Err(self.refused(caller, &books, refusal)),
+                Err(refusal) => refusal,
+            };
+            let soon = match refusal {
+                Refusal::NotYet { .. } => true,
+                Refusal::Busy { holder, .. } => books.is_abandoned(holder),
+                _ => false,
+            };
+            if !soon || left.is_zero() {
+                return Err(self.refused(caller, &books, refusal));
             }
+            let waited = self.changed.wait_timeout(books, left);
+            books = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 

@@ -3,6 +3,7 @@
 
 use super::LifelineId;
 use super::key::Key;
+use super::lifeline::has_hung_up;
 use super::space::Space;
 use crate::kernel::Group;
 use crate::ledger::{Lease, LeaseId, Ledger};
@@ -89,6 +90,13 @@ impl Books {
     /// Takes a lease's lifelines out; the holder's ends see the end when they are dropped.
     pub(super) fn take_lifelines(&mut self, lease: LeaseId) -> Vec<(LifelineId, Lifeline)> {
         self.lifelines.extract_if(|_, lifeline| lifeline.lease == lease).collect()
+    }
+
+    /// Whether all lifelines of a granted lease have hung up, so that it is about to end.
+    pub(super) fn is_abandoned(&self, lease: LeaseId) -> bool {
+        let mut own = self.lifelines.values().filter(|lifeline| lifeline.lease == lease);
+        let granted = self.ledger.live(lease).is_some();
+        granted && own.all(|lifeline| has_hung_up(&lifeline.write_end))
     }
 
     /// Open files that are kept for a tenant's leases: groups, containers and lease pipes.

@@ -36,8 +36,13 @@ impl Broker {
         let found = books.lifelines.get(&lifeline).filter(|l| has_hung_up(&l.write_end));
         let lease = found?.lease;
         let gone = books.lifelines.remove(&lifeline);
-        let last = books.lifelines.values().all(|other| other.lease != lease);
-        let ended = last && self.end(books, lease, EventKind::Gone);
+        let ended = match books.lifelines.values().any(|other| other.lease == lease) {
+            true => {
+                drop(books);
+                false
+            }
+            false => self.end(books, lease, EventKind::Gone),
+        };
         self.observer.lifeline_closed(lifeline);
         drop(gone);
         ended.then_some(Ended(lease))

@@ -93,6 +93,19 @@ fn a_vm_that_is_started_again_waits_for_its_last_run() {
 }
 
 #[test]
+fn a_holder_that_is_gone_is_waited_for_even_before_the_broker_has_noticed() {
+    let world = World::patient();
+    drop(world.acquire(1000, &want(&["0000:02:00.0"])).unwrap());
+    std::thread::scope(|scope| {
+        let again = scope.spawn(|| world.acquire(1001, &want(&["0000:02:00.0"])));
+        world.serve_hang_ups();
+        drop(again.join().unwrap().unwrap());
+    });
+    world.serve_hang_ups();
+    world.assert_idle();
+}
+
+#[test]
 fn a_lease_that_ends_while_it_grows_leaves_nothing() {
     let world = World::new();
     for _ in 0..20 {

@@ -1,5 +1,6 @@
 //! The ledger against a plain model, over random sequences of requests, deaths and faults.
 
+mod allowed;
 mod model;
 mod rules;
 

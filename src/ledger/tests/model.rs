@@ -1,5 +1,5 @@
 //! The plain model: maps of who has what, and a toy kernel that the ledger's effects are carried
-//! out on. What may be asked for is written down here a second time, in the simplest way there is.
+//! out on.
 
 use super::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// IOMMU.
 pub(super) const GROUPS: u32 = 6;
 
-const QUOTA: Quota = Quota { leases: 3, devices: 6, mappings: 4, mapped_bytes: 8 << 12 };
+pub(super) const QUOTA: Quota = Quota { leases: 3, devices: 6, mappings: 4, mapped_bytes: 8 << 12 };
 
 /// What somebody who is gone left open in another process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,27 +19,27 @@ pub(super) enum Keeps {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+pub(super) enum State {
     InFlight,
     Live,
     Dead,
 }
 
 #[derive(Clone, Debug)]
-struct Holder {
-    tenant: u8,
-    handout: Handout,
-    space: Space,
-    noiommu: bool,
-    state: State,
-    devices: BTreeMap<Bdf, u32>,
+pub(super) struct Holder {
+    pub(super) tenant: u8,
+    pub(super) handout: Handout,
+    pub(super) space: Space,
+    pub(super) noiommu: bool,
+    pub(super) state: State,
+    pub(super) devices: BTreeMap<Bdf, u32>,
 }
 
 /// An acquisition that the kernel has carried out and the ledger has not heard of.
-struct Pending {
-    lease: LeaseId,
-    opened: Vec<u32>,
-    devices: BTreeMap<Bdf, u32>,
+pub(super) struct Pending {
+    pub(super) lease: LeaseId,
+    pub(super) opened: Vec<u32>,
+    pub(super) devices: BTreeMap<Bdf, u32>,
 }
 
 /// One mapping in the toy kernel.
@@ -62,10 +62,10 @@ enum Going {
 pub(super) struct Model {
     ledger: Ledger,
     next: u64,
-    holders: BTreeMap<LeaseId, Holder>,
-    pending: Vec<Pending>,
+    pub(super) holders: BTreeMap<LeaseId, Holder>,
+    pub(super) pending: Vec<Pending>,
     /// Who has which group, or had it and is not known to have let go.
-    owner: BTreeMap<u32, LeaseId>,
+    pub(super) owner: BTreeMap<u32, LeaseId>,
     /// The toy kernel: which groups are open, in which address space, what is mapped there, and
     /// what strangers keep.
     open: BTreeSet<u32>,
@@ -180,70 +180,6 @@ impl Model {
         if let Some(effects) = effects {
             self.carry_out(lease, &groups, &effects);
         }
-    }
-
-    /// One group, one lease; everything else about devices and quotas.
-    fn may_have(&self, id: LeaseId, holder: &Holder, groups: &[WantedGroup]) -> bool {
-        let mut named: Vec<Bdf> = Vec::new();
-        for group in groups {
-            let here: Vec<_> = group.devices.iter().chain(&group.withhold).copied().collect();
-            match self.owner.get(&group.id) {
-                Some(owner) if *owner != id => return false,
-                Some(_) if here.is_empty() => return false,
-                Some(_) => {}
-                None if group.devices.is_empty() => return false,
-                None => {}
-            }
-            if group.noiommu != holder.noiommu
-                || here.iter().any(|bdf| named.contains(bdf) || holder.devices.contains_key(bdf))
-            {
-                return false;
-            }
-            named.extend(&here);
-            let unique: BTreeSet<_> = here.iter().collect();
-            if unique.len() != here.len() {
-                return false;
-            }
-            // Group 0 is the PF's and group 1 its VF's.
-            let family = [(0, 1), (1, 0)].into_iter().find(|(mine, _)| *mine == group.id);
-            let relative = family.and_then(|(_, other)| self.owner.get(&other));
-            let theirs = relative.map(|owner| self.holders.get(owner).map(|h| h.tenant));
-            if theirs.is_some_and(|tenant| tenant != Some(holder.tenant)) {
-                return false;
-            }
-        }
-        let of_tenant: usize = self
-            .holders
-            .iter()
-            .filter(|(_, other)| other.tenant == holder.tenant)
-            .map(|(other, it)| {
-                let pending = self.pending.iter().filter(|p| p.lease == *other);
-                it.devices.len() + pending.map(|p| p.devices.len()).sum::<usize>()
-            })
-            .sum();
-        of_tenant + named.len() <= QUOTA.devices as usize
-    }
-
-    /// Handout, address space and the other members go together.
-    fn fits(&self, holder: &Holder) -> bool {
-        if holder.noiommu && holder.handout != Handout::Devices {
-            return false;
-        }
-        let Space::Shared { name, trust } = &holder.space else { return true };
-        if holder.handout != Handout::Devices {
-            return false;
-        }
-        let members: Vec<_> = self
-            .holders
-            .values()
-            .filter(|h| matches!(&h.space, Space::Shared { name: n, .. } if n == name))
-            .collect();
-        let same = members.iter().all(|member| {
-            matches!(&member.space, Space::Shared { trust: t, .. } if t == trust)
-                && member.noiommu == holder.noiommu
-        });
-        let left_alone = !members.is_empty() && members.iter().all(|m| m.state == State::Dead);
-        same && !left_alone
     }
 
     fn carry_out(&mut self, lease: LeaseId, groups: &[WantedGroup], effects: &[Effect]) {
