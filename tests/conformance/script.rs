@@ -5,8 +5,8 @@ use std::fmt::{Debug, Write as _};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use vfio_broker::kernel::{
-    Arg, Container, Device, DmaMap, Error, FdSlot, Group, Ioctl, IommuType, Kernel, Mapped, Node,
-    Request, request,
+    Arg, Container, Device, DmaMap, Error, Group, Ioctl, IommuType, Kernel, Mapped, Node, Request,
+    request,
 };
 
 /// The lab's devices: see `tests/lab/topology.sh`.

@@ -73,15 +73,16 @@ impl DeviceState {
 
 impl Machine {
     pub(super) fn irq_info(&mut self, index: usize, user: &mut UserStruct) -> Result<(), Errno> {
+        let can_grow = self.profile().has_dynamic_msix();
         let device = self.device(index)?;
+        let dynamic = can_grow && device.facts.msix.is_some();
         let irq = user.u32(8);
         if user.argsz() < 16 || irq > REQ || (irq == ERR && !device.facts.pcie) {
             return Err(Errno::EINVAL);
         }
-        let dynamic = irq == MSIX && device.facts.msix.is_some_and(|msix| msix.dynamic);
         let more = match irq {
             INTX => uapi::VFIO_IRQ_INFO_MASKABLE | uapi::VFIO_IRQ_INFO_AUTOMASKED,
-            _ if dynamic => 0,
+            MSIX if dynamic => 0,
             _ => uapi::VFIO_IRQ_INFO_NORESIZE,
         };
         user.set_u32(4, uapi::VFIO_IRQ_INFO_EVENTFD | more);

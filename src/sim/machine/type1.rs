@@ -36,6 +36,14 @@ pub(super) struct Mapping {
     pub(super) mm: Mm,
     /// How many bytes that address space is charged.
     pub(super) charged: u64,
+    /// Its dirty pages, with a word to spare; empty while nothing is tracked.
+    dirty: Vec<u64>,
+}
+
+impl Mapping {
+    fn track(&mut self, page: u64) {
+        self.dirty = vec![0; (self.size / page).div_ceil(64) as usize + 1];
+    }
 }
 
 impl Type1 {
@@ -185,8 +193,14 @@ impl Machine {
             self.uncharge(caller.mm(), accessible);
             return Err(Errno::EFAULT);
         }
-        let mapping = Mapping { size, vaddr, invalid: false, mm: caller.mm(), charged: size };
-        self.type1(id)?.mappings.insert(iova, mapping);
+        let mm = caller.mm();
+        let type1 = self.type1(id)?;
+        let mut mapping =
+            Mapping { size, vaddr, invalid: false, mm, charged: size, dirty: Vec::new() };
+        if type1.tracking {
+            mapping.track(type1.page());
+        }
+        type1.mappings.insert(iova, mapping);
         Ok(())
     }
 
@@ -287,9 +301,9 @@ impl Machine {
         let mut result = Ok(());
         for at in &hit {
             if flags & BITMAP != 0
-                && let Some(mapping) = type1.mappings.get(at)
+                && let Some(mapping) = type1.mappings.get_mut(at)
             {
-                result = mark_dirty(user, (at - iova) / page, mapping.size / page);
+                result = report_dirty(user, mapping, (at - iova) / page, page);
                 if result.is_err() {
                     break;
                 }
@@ -456,8 +470,15 @@ fn dirty_pages(type1: &mut Type1, arg: &mut CallArg) -> Result<(), Errno> {
     if user.argsz() < 8 || flags & !(START | STOP | GET) != 0 || flags.count_ones() != 1 {
         return Err(Errno::EINVAL);
     }
+    let smallest = type1.page();
     if flags != GET {
-        type1.tracking = flags == START;
+        let start = flags == START;
+        if start != type1.tracking {
+            type1.tracking = start;
+            for mapping in type1.mappings.values_mut() {
+                if start { mapping.track(smallest) } else { mapping.dirty.clear() }
+            }
+        }
         return Ok(());
     }
     if user.argsz() < 48 {
@@ -466,37 +487,58 @@ fn dirty_pages(type1: &mut Type1, arg: &mut CallArg) -> Result<(), Errno> {
     let (iova, size, page) = (user.u64(8), user.u64(16), user.u64(24));
     let end = iova.checked_add(size).ok_or(Errno::EINVAL)?;
     check_bitmap(size, page, user.u64(32))?;
-    let smallest = type1.page();
     if page != smallest || (iova | size) & (smallest - 1) != 0 || !type1.tracking {
         return Err(Errno::EINVAL);
     }
     if type1.bisects(iova, end - 1) {
         return Err(Errno::EINVAL);
     }
-    for (at, mapping) in type1.mappings.range(iova..end) {
-        mark_dirty(user, (at - iova) / page, mapping.size / page)?;
+    for (at, mapping) in type1.mappings.range_mut(iova..end) {
+        report_dirty(user, mapping, (at - iova) / page, page)?;
+        let pages = mapping.size / page;
+        set_bits(&mut mapping.dirty, pages, false);
     }
     Ok(())
 }
 
-/// Marks all pages of a mapping: with a real device in the container any may have been written.
-/// Like the kernel it writes whole words, and keeps only those bits of the first one that come
-/// before the mapping.
-fn mark_dirty(user: &mut UserStruct, first: u64, pages: u64) -> Result<(), Errno> {
+/// Writes a mapping's dirty pages where they belong in the caller's bitmap. With a real device in
+/// the container any page may have been written, so all are dirty.
+///
+/// Like the kernel it writes whole words; and where the mapping begins inside one, it takes all of
+/// that word over into the mapping's own bitmap, which shows in what is reported later.
+fn report_dirty(
+    user: &mut UserStruct,
+    mapping: &mut Mapping,
+    first: u64,
+    page: u64,
+) -> Result<(), Errno> {
+    let pages = mapping.size / page;
+    set_bits(&mut mapping.dirty, pages, true);
     let bitmap = user.out.as_mut().ok_or(Errno::EFAULT)?;
-    let start = (first / 64 * 8) as usize;
-    let shift = first % 64;
+    let (start, shift) = ((first / 64 * 8) as usize, first % 64);
     let len = bitmap_bytes(pages + shift) as usize;
     let words = bitmap.get_mut(start..start + len).ok_or(Errno::EFAULT)?;
-    for (word, bytes) in words.chunks_exact_mut(8).enumerate() {
-        let mut field = [0; 8];
-        field.copy_from_slice(bytes);
-        let mut bits = if word == 0 { u64::from_ne_bytes(field) & ((1 << shift) - 1) } else { 0 };
-        let here = word as u64 * 64;
-        for bit in here.max(shift)..(here + 64).min(shift + pages) {
-            bits |= 1 << (bit - here);
+    if shift > 0 {
+        let mut carried = 0;
+        for word in mapping.dirty.iter_mut().take(len / 8) {
+            (*word, carried) = (*word << shift | carried, *word >> (64 - shift));
         }
-        bytes.copy_from_slice(&bits.to_ne_bytes());
+        let mut before = [0; 8];
+        before.copy_from_slice(&words[..8]);
+        if let Some(word) = mapping.dirty.first_mut() {
+            *word |= u64::from_ne_bytes(before);
+        }
+    }
+    for (bytes, word) in words.chunks_exact_mut(8).zip(&mapping.dirty) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
     }
     Ok(())
+}
+
+/// Sets or clears the first bits.
+fn set_bits(words: &mut [u64], bits: u64, on: bool) {
+    for (word, start) in words.iter_mut().zip((0..bits).step_by(64)) {
+        let mask = if bits - start >= 64 { u64::MAX } else { (1 << (bits - start)) - 1 };
+        *word = if on { *word | mask } else { *word & !mask };
+    }
 }
