@@ -118,7 +118,8 @@ impl Machine {
     ) -> Result<Done, Errno> {
         let result = match number {
             _ if number == request::IOMMU_GET_INFO.number => {
-                self.type1(id).and_then(|type1| get_info(type1, arg.user()?))
+                let pads = self.profile().pads_capabilities();
+                self.type1(id).and_then(|type1| get_info(type1, pads, arg.user()?))
             }
             _ if number == request::IOMMU_MAP_DMA.number => self.map_dma(id, arg, caller),
             _ if number == request::IOMMU_UNMAP_DMA.number => self.unmap_dma(id, arg),
@@ -387,7 +388,7 @@ impl Machine {
     }
 }
 
-fn get_info(type1: &Type1, user: &mut UserStruct) -> Result<(), Errno> {
+fn get_info(type1: &Type1, pads: bool, user: &mut UserStruct) -> Result<(), Errno> {
     // argsz, flags, page sizes; then the offset of the capabilities and padding.
     const FIRST: usize = 16;
     const WHOLE: usize = 24;
@@ -395,7 +396,7 @@ fn get_info(type1: &Type1, user: &mut UserStruct) -> Result<(), Errno> {
     if argsz < FIRST {
         return Err(Errno::EINVAL);
     }
-    let chain = capabilities(type1);
+    let chain = capabilities(type1, pads);
     let mut info = [0u8; WHOLE];
     let mut wanted = argsz;
     let mut offset = 0;
@@ -416,7 +417,7 @@ fn get_info(type1: &Type1, user: &mut UserStruct) -> Result<(), Errno> {
 
 /// Migration, available mappings and IOVA ranges, in the kernel's order, offsets counted from the
 /// start of the struct.
-fn capabilities(type1: &Type1) -> Vec<u8> {
+fn capabilities(type1: &Type1, pads: bool) -> Vec<u8> {
     let mut chain = Vec::new();
     let mut add = |id: u32, last: bool, body: &[u8]| {
         let end = 24 + chain.len() + 8 + body.len();
@@ -432,8 +433,9 @@ fn capabilities(type1: &Type1) -> Vec<u8> {
     migration.extend_from_slice(&MOST_BITMAP.to_ne_bytes());
     add(uapi::VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION, false, &migration);
     let mut available = type1.available().to_ne_bytes().to_vec();
-    // Each capability is padded to 8 bytes.
-    available.extend_from_slice(&[0; 4]);
+    if pads {
+        available.extend_from_slice(&[0; 4]);
+    }
     add(uapi::VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, no_ranges, &available);
     if !no_ranges {
         let mut ranges = (type1.ranges.len() as u64).to_ne_bytes().to_vec();

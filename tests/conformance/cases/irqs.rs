@@ -21,6 +21,7 @@ super::cases![
     msi_fires,
     msix_on_and_off,
     msix_in_parts,
+    msix_grows,
     masks_of_msi,
     one_kind_at_a_time,
     eventfds_that_are_none,
@@ -237,6 +238,21 @@ fn msix_in_parts(t: &Script) {
     none(t, &ready, "fire both", MSIX, 0, IrqAction::Trigger, 2);
     t.note("first", first.read());
     t.note("second", second.read());
+}
+
+fn msix_grows(t: &Script) {
+    let ready = t.device(device::E1000E);
+    let event = event();
+    eventfd(t, &ready, "one", MSIX, 0, &[Some(&event)]);
+    eventfd(t, &ready, "the second", MSIX, 1, &[Some(&event)]);
+    eventfd(t, &ready, "three", MSIX, 0, &[Some(&event); 3]);
+    none(t, &ready, "fire three", MSIX, 0, IrqAction::Trigger, 3);
+    t.note("count", event.read());
+    none(t, &ready, "off", MSIX, 0, IrqAction::Trigger, 0);
+    eventfd(t, &ready, "from the third", MSIX, 2, &[Some(&event)]);
+    eventfd(t, &ready, "the first two", MSIX, 0, &[Some(&event); 2]);
+    none(t, &ready, "fire three", MSIX, 0, IrqAction::Trigger, 3);
+    t.note("count", event.read());
 }
 
 fn masks_of_msi(t: &Script) {
