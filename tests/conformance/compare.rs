@@ -128,10 +128,7 @@ fn difference(real: &str, simulated: &str) -> String {
 }
 
 /// Runs cases on as many threads as there are processors; answers in order.
-fn in_parallel<'a>(
-    cases: &'a [Case],
-    run: impl Fn(&Case) -> String + Sync,
-) -> Vec<(&'a Case, String)> {
+fn in_parallel(cases: &[Case], run: impl Fn(&Case) -> String + Sync) -> Vec<(&Case, String)> {
     let next = AtomicUsize::new(0);
     let done = Mutex::new(BTreeMap::new());
     let threads = std::thread::available_parallelism().map_or(1, usize::from);

@@ -71,11 +71,13 @@ pub(crate) fn one(name: &str) -> ExitCode {
         eprintln!("no case {name}");
         return ExitCode::FAILURE;
     };
-    let kernel: Arc<dyn Kernel> = match std::env::var_os(CONTROL) {
-        Some(path) => Arc::new(Wire::connect(Path::new(&path)).unwrap()),
+    let simulated =
+        std::env::var_os(CONTROL).map(|path| Arc::new(Wire::connect(Path::new(&path)).unwrap()));
+    let kernel: Arc<dyn Kernel> = match &simulated {
+        Some(wire) => Arc::clone(wire) as Arc<dyn Kernel>,
         None => Arc::new(Linux),
     };
-    let script = Script::new(kernel);
+    let script = Script::new(kernel, simulated);
     (case.run)(&script);
     print!("{}", script.transcript());
     ExitCode::SUCCESS

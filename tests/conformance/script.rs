@@ -8,6 +8,7 @@ use vfio_broker::kernel::{
     Arg, Container, Device, DmaMap, Error, Group, Ioctl, IommuType, Kernel, Mapped, Node, Request,
     request,
 };
+use vfio_broker::sim::Wire;
 
 /// The lab's devices: see `tests/lab/topology.sh`.
 pub(crate) mod device {
@@ -17,6 +18,7 @@ pub(crate) mod device {
     pub(crate) const NVME: &str = "0000:00:05.0";
     pub(crate) const PAIR0: &str = "0000:00:07.0";
     pub(crate) const PAIR1: &str = "0000:00:07.1";
+    pub(crate) const MIXED_E1000: &str = "0000:01:02.0";
     pub(crate) const MIXED_EDU: &str = "0000:01:01.0";
     pub(crate) const VF0: &str = "0000:02:10.0";
 }
@@ -26,12 +28,25 @@ pub(crate) const PAGE: u64 = 4096;
 /// A kernel and the transcript of what it is asked.
 pub(crate) struct Script {
     kernel: Arc<dyn Kernel>,
+    /// The simulation, where it is one: binding drivers is no call of the kernel layer.
+    simulated: Option<Arc<Wire>>,
     lines: RefCell<String>,
 }
 
 impl Script {
-    pub(crate) fn new(kernel: Arc<dyn Kernel>) -> Self {
-        Self { kernel, lines: RefCell::new(String::new()) }
+    pub(crate) fn new(kernel: Arc<dyn Kernel>, simulated: Option<Arc<Wire>>) -> Self {
+        Self { kernel, simulated, lines: RefCell::new(String::new()) }
+    }
+
+    /// Binds a device to a driver, or to none, and writes down which one it then has.
+    pub(crate) fn bind(&self, bdf: &str, driver: Option<&str>) {
+        match &self.simulated {
+            Some(wire) => drop(wire.set_driver(bdf, driver)),
+            None => bind_for_real(bdf, driver),
+        }
+        let link = self.kernel.sysfs_link(&format!("bus/pci/devices/{bdf}/driver"));
+        let name = link.map(|link| link.rsplit('/').next().unwrap_or_default().to_owned());
+        self.note(&format!("driver of {bdf}"), name);
     }
 
     pub(crate) fn kernel(&self) -> Arc<dyn Kernel> {
@@ -154,6 +169,16 @@ impl Script {
     ) {
         let unmap = vfio_broker::kernel::Unmap { flags, iova, size };
         self.value(what, container.unmap(&unmap));
+    }
+}
+
+/// Through sysfs, as root. What becomes of it is seen afterwards.
+fn bind_for_real(bdf: &str, driver: Option<&str>) {
+    let device = format!("/sys/bus/pci/devices/{bdf}");
+    let _ = std::fs::write(format!("{device}/driver/unbind"), bdf);
+    if let Some(driver) = driver {
+        let _ = std::fs::write(format!("{device}/driver_override"), driver);
+        let _ = std::fs::write("/sys/bus/pci/drivers_probe", bdf);
     }
 }
 

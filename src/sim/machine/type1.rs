@@ -1,17 +1,14 @@
-//! The type1 IOMMU driver: mappings, what they pin, and dirty pages.
+//! The type1 IOMMU driver: an address space and its mappings.
 
 use super::container::{ContainerId, Iommu};
-use super::{CallArg, Caller, Capability, Done, Machine, Mm, UserStruct};
+use super::dirty::{MOST_BITMAP, check_bitmap, dirty_pages, report_dirty};
+use super::memlock::PAGE;
+use super::{CallArg, Caller, Done, Machine, Mm, UserStruct};
 use crate::kernel::request;
-use crate::sim::topology::{Memlock, Topology};
+use crate::sim::topology::Topology;
 use nix::errno::Errno;
 use std::collections::BTreeMap;
 use vfio_bindings::bindings::vfio as uapi;
-
-const PAGE: u64 = 4096;
-
-/// The largest dirty bitmap the kernel takes, in bytes.
-const MOST_BITMAP: u64 = 1 << 28;
 
 /// One address space.
 #[derive(Debug)]
@@ -20,15 +17,15 @@ pub(super) struct Type1 {
     pub(super) mappings: BTreeMap<u64, Mapping>,
     page_sizes: u64,
     limit: u32,
-    tracking: bool,
+    pub(super) tracking: bool,
     /// What can be mapped, first and last address, ascending.
-    ranges: Vec<(u64, u64)>,
+    pub(super) ranges: Vec<(u64, u64)>,
 }
 
 /// A mapping, by its first address.
 #[derive(Debug)]
 pub(super) struct Mapping {
-    size: u64,
+    pub(super) size: u64,
     vaddr: u64,
     /// Whether its address has been taken away (`VFIO_DMA_UNMAP_FLAG_VADDR`).
     invalid: bool,
@@ -37,11 +34,11 @@ pub(super) struct Mapping {
     /// How many bytes that address space is charged.
     pub(super) charged: u64,
     /// Its dirty pages, with a word to spare; empty while nothing is tracked.
-    dirty: Vec<u64>,
+    pub(super) dirty: Vec<u64>,
 }
 
 impl Mapping {
-    fn track(&mut self, page: u64) {
+    pub(super) fn track(&mut self, page: u64) {
         self.dirty = vec![0; (self.size / page).div_ceil(64) as usize + 1];
     }
 }
@@ -75,7 +72,7 @@ impl Type1 {
         unusable.iter().any(|&(start, end)| self.first_in(start, end).is_some())
     }
 
-    fn page(&self) -> u64 {
+    pub(super) fn page(&self) -> u64 {
         1 << self.page_sizes.trailing_zeros().min(63)
     }
 
@@ -99,7 +96,7 @@ impl Type1 {
     }
 
     /// Whether a range would cut a mapping in two at either end.
-    fn bisects(&self, first: u64, last: u64) -> bool {
+    pub(super) fn bisects(&self, first: u64, last: u64) -> bool {
         let cut_at_start = self.first_in(first, first).is_some_and(|iova| iova != first);
         let ends_elsewhere = |iova: u64| {
             self.mappings.get(&iova).is_some_and(|mapping| iova + (mapping.size - 1) != last)
@@ -124,14 +121,15 @@ impl Machine {
             _ if number == request::IOMMU_MAP_DMA.number => self.map_dma(id, arg, caller),
             _ if number == request::IOMMU_UNMAP_DMA.number => self.unmap_dma(id, arg),
             _ if number == request::IOMMU_DIRTY_PAGES.number => {
-                self.type1(id).and_then(|type1| dirty_pages(type1, arg))
+                let knows_overflow = self.profile().knows_overflow();
+                self.type1(id).and_then(|type1| dirty_pages(type1, knows_overflow, arg))
             }
             _ => Err(Errno::ENOTTY),
         };
         result.map(|()| Done::default())
     }
 
-    fn type1(&mut self, id: ContainerId) -> Result<&mut Type1, Errno> {
+    pub(super) fn type1(&mut self, id: ContainerId) -> Result<&mut Type1, Errno> {
         match self.containers.get_mut(&id).and_then(|container| container.iommu.as_mut()) {
             Some(Iommu::Type1(type1)) => Ok(type1),
             _ => Err(Errno::EINVAL),
@@ -319,73 +317,6 @@ impl Machine {
         }
         result
     }
-
-    /// What no group in the list may be given: outside the aperture, and reserved.
-    pub(super) fn unusable(&self, groups: &[u32]) -> Vec<(u64, u64)> {
-        let (first, last) = self.topology.aperture;
-        let mut unusable = Vec::new();
-        unusable.extend(first.checked_sub(1).map(|end| (0, end)));
-        unusable.extend(last.checked_add(1).map(|start| (start, u64::MAX)));
-        let of_groups = groups.iter().filter_map(|id| self.groups.get(id));
-        let reserved = of_groups.flat_map(|group| &group.facts.reserved);
-        for region in self.topology.reserved.iter().chain(reserved) {
-            // Relaxable regions may be given away.
-            if region.kind != "direct-relaxable" {
-                unusable.push((region.start, region.end));
-            }
-        }
-        unusable.sort_unstable();
-        unusable
-    }
-
-    /// Works out anew what can be mapped, after groups have come or gone.
-    pub(super) fn refresh_ranges(&mut self, id: ContainerId) {
-        let Some(container) = self.containers.get(&id) else { return };
-        let unusable = self.unusable(&container.groups);
-        let mut ranges = Vec::new();
-        let mut next = Some(0u64);
-        for (start, end) in unusable {
-            if let Some(free) = next.filter(|&free| free < start) {
-                ranges.push((free, start - 1));
-            }
-            next = next.and_then(|free| Some(free.max(end.checked_add(1)?)));
-        }
-        ranges.extend(next.map(|free| (free, u64::MAX)));
-        if let Ok(type1) = self.type1(id) {
-            type1.ranges = ranges;
-        }
-    }
-
-    /// Charges a caller for pinned bytes.
-    ///
-    /// # Errors
-    /// ENOMEM: over its limit.
-    fn charge(&mut self, caller: &dyn Caller, bytes: u64) -> Result<(), Errno> {
-        let limit = match self.topology.memlock {
-            Memlock::Unlimited => u64::MAX,
-            Memlock::Bytes(bytes) => bytes,
-            Memlock::Rlimit if caller.capable(Capability::IpcLock) => u64::MAX,
-            Memlock::Rlimit => caller.memlock() & !(PAGE - 1),
-        };
-        let mm = caller.mm();
-        let locked = self.locked.get(&mm).copied().unwrap_or(0).saturating_add(bytes);
-        if locked > limit {
-            return Err(Errno::ENOMEM);
-        }
-        if bytes > 0 {
-            self.locked.insert(mm, locked);
-        }
-        Ok(())
-    }
-
-    pub(super) fn uncharge(&mut self, mm: Mm, bytes: u64) {
-        if let Some(locked) = self.locked.get_mut(&mm) {
-            *locked = locked.saturating_sub(bytes);
-            if *locked == 0 {
-                self.locked.remove(&mm);
-            }
-        }
-    }
 }
 
 fn get_info(type1: &Type1, pads: bool, user: &mut UserStruct) -> Result<(), Errno> {
@@ -446,101 +377,4 @@ fn capabilities(type1: &Type1, pads: bool) -> Vec<u8> {
         add(uapi::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, true, &ranges);
     }
     chain
-}
-
-fn check_bitmap(size: u64, page: u64, bitmap: u64) -> Result<(), Errno> {
-    let pages = size.checked_shr(page.trailing_zeros()).unwrap_or(size);
-    if pages == 0 || bitmap == 0 || bitmap > MOST_BITMAP || bitmap < bitmap_bytes(pages) {
-        return Err(Errno::EINVAL);
-    }
-    Ok(())
-}
-
-fn bitmap_bytes(pages: u64) -> u64 {
-    pages.div_ceil(64) * 8
-}
-
-fn dirty_pages(type1: &mut Type1, arg: &mut CallArg) -> Result<(), Errno> {
-    const START: u32 = uapi::VFIO_IOMMU_DIRTY_PAGES_FLAG_START;
-    const STOP: u32 = uapi::VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP;
-    const GET: u32 = uapi::VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP;
-    if !type1.v2 {
-        return Err(Errno::EACCES);
-    }
-    let user = arg.user()?;
-    let flags = user.u32(4);
-    if user.argsz() < 8 || flags & !(START | STOP | GET) != 0 || flags.count_ones() != 1 {
-        return Err(Errno::EINVAL);
-    }
-    let smallest = type1.page();
-    if flags != GET {
-        let start = flags == START;
-        if start != type1.tracking {
-            type1.tracking = start;
-            for mapping in type1.mappings.values_mut() {
-                if start { mapping.track(smallest) } else { mapping.dirty.clear() }
-            }
-        }
-        return Ok(());
-    }
-    if user.argsz() < 48 {
-        return Err(Errno::EINVAL);
-    }
-    let (iova, size, page) = (user.u64(8), user.u64(16), user.u64(24));
-    let end = iova.checked_add(size).ok_or(Errno::EINVAL)?;
-    check_bitmap(size, page, user.u64(32))?;
-    if page != smallest || (iova | size) & (smallest - 1) != 0 || !type1.tracking {
-        return Err(Errno::EINVAL);
-    }
-    if type1.bisects(iova, end - 1) {
-        return Err(Errno::EINVAL);
-    }
-    for (at, mapping) in type1.mappings.range_mut(iova..end) {
-        report_dirty(user, mapping, (at - iova) / page, page)?;
-        let pages = mapping.size / page;
-        set_bits(&mut mapping.dirty, pages, false);
-    }
-    Ok(())
-}
-
-/// Writes a mapping's dirty pages where they belong in the caller's bitmap. With a real device in
-/// the container any page may have been written, so all are dirty.
-///
-/// Like the kernel it writes whole words; and where the mapping begins inside one, it takes all of
-/// that word over into the mapping's own bitmap, which shows in what is reported later.
-fn report_dirty(
-    user: &mut UserStruct,
-    mapping: &mut Mapping,
-    first: u64,
-    page: u64,
-) -> Result<(), Errno> {
-    let pages = mapping.size / page;
-    set_bits(&mut mapping.dirty, pages, true);
-    let bitmap = user.out.as_mut().ok_or(Errno::EFAULT)?;
-    let (start, shift) = ((first / 64 * 8) as usize, first % 64);
-    let len = bitmap_bytes(pages + shift) as usize;
-    let words = bitmap.get_mut(start..start + len).ok_or(Errno::EFAULT)?;
-    if shift > 0 {
-        let mut carried = 0;
-        for word in mapping.dirty.iter_mut().take(len / 8) {
-            (*word, carried) = (*word << shift | carried, *word >> (64 - shift));
-        }
-        let mut before = [0; 8];
-        before.copy_from_slice(&words[..8]);
-        if let Some(word) = mapping.dirty.first_mut() {
-            *word |= u64::from_ne_bytes(before);
-        }
-    }
-    for (bytes, word) in words.chunks_exact_mut(8).zip(&mapping.dirty) {
-        bytes.copy_from_slice(&word.to_ne_bytes());
-    }
-    Ok(())
-}
-
-/// Sets or clears the first bits.
-fn set_bits(words: &mut [u64], bits: u64, on: bool) {
-    for (word, start) in words.iter_mut().zip((0..bits).step_by(64)) {
-        let mask = if bits - start >= 64 { u64::MAX } else { (1 << (bits - start)) - 1 };
-        *word = if on { *word | mask } else { *word & !mask };
-    }
 }

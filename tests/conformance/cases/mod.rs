@@ -3,6 +3,7 @@
 mod container;
 mod device;
 mod dirty;
+mod drivers;
 mod group;
 mod irqs;
 mod lifetimes;
@@ -60,6 +61,7 @@ pub(crate) fn all() -> Vec<Case> {
         irqs::cases,
         resets::cases,
         lifetimes::cases,
+        drivers::cases,
         sysfs::cases,
         machines::cases,
     ] {
