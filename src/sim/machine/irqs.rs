@@ -60,6 +60,14 @@ struct Set {
     count: u32,
 }
 
+/// What becomes of MSI vectors beyond those that were allocated when it was switched on.
+struct Room {
+    /// More are allocated.
+    grows: bool,
+    /// Firing them by hand is an error, rather than nothing.
+    checked: bool,
+}
+
 impl DeviceState {
     fn irq_count(&self, index: u32) -> u32 {
         match index {
@@ -99,13 +107,13 @@ impl Machine {
         let set = Set { data: flags & 7, start: user.u32(12), count: user.u32(16) };
         check(user, flags, irq, &set, device.irq_count(irq))?;
         let action = flags & (MASK | UNMASK | TRIGGER);
-        let grows = dynamic && irq == MSIX;
+        let room = Room { grows: dynamic && irq == MSIX, checked: !dynamic };
         let (pcie, irqs) = (device.facts.pcie, &mut device.irqs);
         match (irq, action) {
             (INTX, MASK) => mask_intx(irqs, &set, user),
             (INTX, UNMASK) => unmask_intx(irqs, &set, user),
             (INTX, TRIGGER) => trigger_intx(irqs, &set, user),
-            (MSI | MSIX, TRIGGER) => trigger_msi(irqs, irq, grows, &set, user),
+            (MSI | MSIX, TRIGGER) => trigger_msi(irqs, irq, &room, &set, user),
             (ERR, TRIGGER) if pcie => trigger_one(&mut irqs.error, &set, user),
             (REQ, TRIGGER) => trigger_one(&mut irqs.request, &set, user),
             _ => Err(Errno::ENOTTY),
@@ -204,7 +212,7 @@ fn trigger_intx(irqs: &mut Irqs, set: &Set, user: &UserStruct) -> Result<(), Err
 fn trigger_msi(
     irqs: &mut Irqs,
     irq: u32,
-    grows: bool,
+    room: &Room,
     set: &Set,
     user: &UserStruct,
 ) -> Result<(), Errno> {
@@ -216,13 +224,14 @@ fn trigger_msi(
     if !(on || irqs.kind.is_none()) {
         return Err(Errno::EINVAL);
     }
+    let beyond = set.start + set.count > irqs.allocated;
     if set.data == EVENTFD {
-        if on && !grows && set.start + set.count > irqs.allocated {
+        if on && !room.grows && beyond {
             return Err(Errno::EINVAL);
         }
         return connect(irqs, irq, set, user);
     }
-    if !on {
+    if !on || (room.checked && beyond) {
         return Err(Errno::EINVAL);
     }
     for nth in 0..set.count {
