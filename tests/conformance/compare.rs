@@ -20,20 +20,29 @@ type Recorded = BTreeMap<String, String>;
 /// Runs the cases on the simulation of every kernel that has been recorded.
 pub(crate) fn with_recorded(options: &Options) -> bool {
     let start = Instant::now();
-    let (mut passed, mut failed, mut unknown) = (0, Vec::new(), 0);
+    let is_root = nix::unistd::Uid::effective().is_root();
+    let (mut passed, mut failed, mut ignored) = (0, Vec::new(), 0);
     for profile in Profile::ALL {
         for machine in MACHINES {
             let Ok(recorded) = fs::read_to_string(transcript_path(profile, machine)) else {
                 continue;
             };
             let recorded = parse(&recorded);
-            let cases = options.cases(machine);
+            let mut cases = options.cases(machine);
             println!("\nrunning {} tests on {} ({machine})", cases.len(), profile.name());
+            for case in cases.extract_if(.., |case| case.root && !is_root) {
+                ignored += 1;
+                println!(
+                    "test {}::{machine}::{} ... ignored, needs root",
+                    profile.name(),
+                    case.name
+                );
+            }
             for (case, simulated) in in_parallel(&cases, |case| run::on_sim(case, profile)) {
                 let name = format!("{}::{machine}::{}", profile.name(), case.name);
                 match recorded.get(&case.name) {
                     None => {
-                        unknown += 1;
+                        ignored += 1;
                         println!("test {name} ... ignored, not recorded on that kernel");
                     }
                     Some(real) if *real == simulated => {
@@ -48,7 +57,7 @@ pub(crate) fn with_recorded(options: &Options) -> bool {
             }
         }
     }
-    summary(passed, &failed, unknown, start)
+    summary(passed, &failed, ignored, start)
 }
 
 /// Runs the cases on the kernel that this process runs on, and on its simulation.
@@ -68,8 +77,10 @@ pub(crate) fn with_real(options: &Options) -> bool {
     println!("\nrunning {} tests on kernel {release} and on its simulation", cases.len());
     let (mut passed, mut failed, mut record) = (0, Vec::new(), String::new());
     for case in &cases {
-        let real = run::on_real(case);
-        let simulated = run::on_sim(case, profile);
+        let (real, simulated) = std::thread::scope(|scope| {
+            let simulated = scope.spawn(|| run::on_sim(case, profile));
+            (run::on_real(case), simulated.join().unwrap_or_default())
+        });
         let _ = write!(record, "== {}\n{real}", case.name);
         if real == simulated {
             passed += 1;

@@ -26,6 +26,8 @@ pub(crate) struct Case {
     pub(crate) machine: &'static str,
     /// How many mappings a container may have meanwhile, where that is not the default.
     pub(crate) limit: Option<u32>,
+    /// Whether it needs rights to give up, so that only root can run it.
+    pub(crate) root: bool,
     pub(crate) run: fn(&Script),
 }
 
@@ -38,6 +40,7 @@ macro_rules! cases {
                 name: format!("{file}::{}", stringify!($name)),
                 machine: "default",
                 limit: None,
+                root: false,
                 run: $name,
             }),*]
         }
@@ -73,7 +76,10 @@ pub(crate) fn all() -> Vec<Case> {
                 case.limit = Some(3);
             }
             name if name.starts_with("machines::no_intremap") => case.machine = "no-intremap",
-            name if name.starts_with("machines::no_iommu") => case.machine = "no-iommu",
+            name if name.starts_with("machines::no_iommu") => {
+                (case.machine, case.root) = ("no-iommu", true);
+            }
+            "lifetimes::nodes_of_others" => case.root = true,
             _ => {}
         }
     }
