@@ -69,13 +69,11 @@ fn admit(daemon: &Rc<Daemon>, stream: UnixStream) {
 fn try_admit(daemon: &Rc<Daemon>, stream: UnixStream) -> Result<(), Refused> {
     let failed = |call| move |errno| Refused::Failed { call, errno };
     let peer = peer::describe(stream.as_fd(), daemon.names_units).map_err(failed("getsockopt"))?;
-    let account = daemon.accounts.account(daemon.broker.policy(), &peer);
-    let lane = account.lane.clone();
-    let seat = match daemon.accounts.seat(account) {
+    let seat = match daemon.accounts.seat(daemon.broker.policy(), &peer) {
         Ok(seat) => seat,
         Err(over) => {
             Answer::error(&over).send_what_fits(stream.as_fd());
-            lane.close([OwnedFd::from(stream)]);
+            daemon.closer.close([OwnedFd::from(stream)]);
             return Err(Refused::Over(over));
         }
     };

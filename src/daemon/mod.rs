@@ -48,6 +48,7 @@ struct Daemon {
     observer: Arc<DaemonObserver>,
     /// Told when something may have become pending for [`reclaim::retry`].
     pending: Arc<Notify>,
+    closer: Closer,
     accounts: Rc<Accounts>,
     deadlines: Deadlines,
     /// Whether the policy has tenants by unit.
@@ -76,7 +77,8 @@ impl Daemon {
             broker,
             observer,
             pending: Arc::default(),
-            accounts: Rc::new(Accounts::new(most_connections, Closer::new()?)),
+            closer: Closer::new()?,
+            accounts: Rc::new(Accounts::new(most_connections)),
             deadlines: Deadlines {
                 call: options.call_deadline,
                 read: options.read_deadline,

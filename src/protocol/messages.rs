@@ -353,6 +353,10 @@ impl Request {
 fn read<'de, T: Deserialize<'de>>(text: &'de str) -> Result<T, Error> {
     // "parameters": null is what some clients send for none.
     let text = if text == "null" { "{}" } else { text };
+    // serde would also take a struct's fields as a list.
+    if !text.starts_with('{') {
+        return Err(Error::bad("parameters", "not an object"));
+    }
     serde_json::from_str(text).map_err(|error| Error::bad("parameters", error))
 }
 

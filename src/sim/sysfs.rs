@@ -2,7 +2,7 @@
 
 use super::machine::{DeviceView, Machine};
 use nix::errno::Errno;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// An entry of the tree.
 #[derive(Clone, Debug)]
@@ -14,7 +14,7 @@ enum Entry {
 
 /// A tree of files, by path without a leading slash.
 #[derive(Debug, Default)]
-pub(crate) struct Sysfs(HashMap<String, Entry>);
+pub(crate) struct Sysfs(BTreeMap<String, Entry>);
 
 /// How many links a path may lead through, as in the kernel.
 const MOST_LINKS: u32 = 40;
@@ -146,14 +146,13 @@ impl Sysfs {
 
     fn insert(&mut self, path: &str, entry: Entry) {
         let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
+        if !path.is_empty() {
+            self.directory(parent);
+            if let Some(Entry::Directory(names)) = self.0.get_mut(parent) {
+                names.insert(name.to_owned());
+            }
+        }
         self.0.insert(path.to_owned(), entry);
-        if path.is_empty() {
-            return;
-        }
-        self.directory(parent);
-        if let Some(Entry::Directory(names)) = self.0.get_mut(parent) {
-            names.insert(name.to_owned());
-        }
     }
 
     /// Reads a file.
@@ -190,34 +189,32 @@ impl Sysfs {
     }
 
     /// Walks a path as the kernel does; a link at its end is followed where `follow` says so.
-    fn find<'a>(&'a self, path: &'a str, follow: bool) -> Result<&'a Entry, Errno> {
-        let mut todo: Vec<&str> = path.split('/').rev().collect();
-        let mut here = String::new();
+    fn find(&self, path: &str, follow: bool) -> Result<&Entry, Errno> {
+        let mut todo: Vec<String> = path.split('/').rev().map(str::to_owned).collect();
+        let mut here: Vec<String> = Vec::new();
         let mut links = 0;
         while let Some(name) = todo.pop() {
-            let parent = here.len();
-            match name {
+            match name.as_str() {
                 "" | "." => continue,
                 ".." => {
-                    here.truncate(here.rfind('/').unwrap_or(0));
+                    here.pop();
                     continue;
                 }
-                _ if here.is_empty() => here.push_str(name),
-                _ => here.extend(["/", name]),
+                _ => here.push(name),
             }
-            match self.0.get(&here).ok_or(Errno::ENOENT)? {
+            match self.0.get(&here.join("/")).ok_or(Errno::ENOENT)? {
                 Entry::Link(target) if follow || !todo.is_empty() => {
                     links += 1;
                     if links > MOST_LINKS {
                         return Err(Errno::ELOOP);
                     }
-                    here.truncate(parent);
-                    todo.extend(target.split('/').rev());
+                    here.pop();
+                    todo.extend(target.split('/').rev().map(str::to_owned));
                 }
                 Entry::File(_) if !todo.is_empty() => return Err(Errno::ENOTDIR),
                 _ => {}
             }
         }
-        self.0.get(&here).ok_or(Errno::ENOENT)
+        self.0.get(&here.join("/")).ok_or(Errno::ENOENT)
     }
 }
