@@ -45,11 +45,11 @@ kernel_key() {
 # The newest cached kernel of that name; fails when there is none.
 # Its directory holds kernel, config, modules/ (a /lib/modules) and release.
 kernel_dir() {
-    local key kernel
+    local key dir
     key=$(kernel_key "$1")
-    kernel=$(find "$LAB_CACHE/kernels" -mindepth 2 -maxdepth 2 -path "*/$key@*/kernel" 2>/dev/null |
+    dir=$(find "$LAB_CACHE/kernels" -mindepth 1 -maxdepth 1 -type d -name "$key@*" 2>/dev/null |
         sort -V | tail -n 1)
-    [[ -n $kernel ]] && dirname "$kernel"
+    [[ -n $dir ]] && echo "$dir"
 }
 
 # The initramfs belongs to the kernel and to what is put into it.

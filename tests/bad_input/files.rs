@@ -1,0 +1,139 @@
+//! Open files where they do not belong.
+
+use crate::common::raw::call;
+use crate::common::{Daemon, Held, Setup, beside, eventually, policy};
+use crate::{DEVICE, PAGE, is_free, map, memory, unread};
+use nix::errno::Errno;
+use serde_json::json;
+use std::os::fd::{AsFd, OwnedFd};
+
+#[test]
+fn an_fd_index_that_is_not_there() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        let lease = Held::acquire(&mut client, DEVICE, "devices");
+        let memory = memory(PAGE);
+        for (index, count) in [(0, 0), (1, 1), (16, 16), (usize::MAX, 1)] {
+            let fds = vec![memory.as_fd(); count];
+            let reply = client.call_with("MapDma", map(&lease, index, 0, PAGE), &fds);
+            assert!(reply.bad("memory").contains("is not there"));
+        }
+        // The connection is as good as before.
+        let reply = client.call_with("MapDma", map(&lease, 0, 0, PAGE), &[memory.as_fd()]);
+        reply.ok();
+    });
+}
+
+#[test]
+fn fds_where_none_are_taken() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        let memory = memory(PAGE);
+        for method in ["Leases", "Topology", "org.varlink.service.GetInfo"] {
+            client.call_with(method, json!({}), &[memory.as_fd()]).bad("fds");
+        }
+        let acquire = json!({ "vm": "a", "devices": [DEVICE] });
+        client.call_with("Acquire", acquire, &[memory.as_fd(); 16]).bad("fds");
+        client.call("Leases", json!({})).ok();
+        // In the midst of a message they belong to no call.
+        let (head, tail) = (b"{\"method\":", b"\"x\"}\0");
+        client.send(head);
+        // Its own read, so that the kernel can't hand both parts over as one.
+        eventually("the head is read", || unread(&client) == 0);
+        let _ = client.send_with(tail, &[memory.as_fd()]);
+        client.hangs_up();
+    });
+}
+
+#[test]
+fn fds_from_a_tenant_that_may_not_map() {
+    let policy = policy("").replace(", \"devices\"]\n[", "]\n[");
+    assert!(!policy.contains("\"devices\"]"));
+    let daemon = Daemon::with(Setup::policy(policy));
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        client.call("Leases", json!({})).ok();
+        let memory = memory(PAGE);
+        let leases = call("Leases", &json!({}));
+        match client.send_with(&leases, &[memory.as_fd()]) {
+            // Linux 6.16 and later: the kernel itself refuses them.
+            Err(errno) => {
+                assert_eq!(errno, Errno::EPERM);
+                client.call("Leases", json!({})).ok();
+            }
+            Ok(()) => client.hangs_up(),
+        }
+        // Before the daemon has seen the connection, nothing refuses them.
+        let mut client = daemon.connect();
+        match client.send_with(&leases, &[memory.as_fd()]) {
+            Err(errno) => assert_eq!(errno, Errno::EPERM),
+            Ok(()) => client.hangs_up(),
+        }
+    });
+}
+
+#[test]
+fn more_than_16_fds() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        let memory = memory(PAGE);
+        for count in [17, 200, 253] {
+            let mut client = daemon.connect();
+            let lease = Held::acquire(&mut client, DEVICE, "devices");
+            let message = call("MapDma", &map(&lease, 0, 0, PAGE));
+            client.send_with(&message, &vec![memory.as_fd(); count]).unwrap();
+            client.hangs_up();
+            drop(lease);
+            let mut client = daemon.connect();
+            eventually("the device is free again", || is_free(&mut client, DEVICE));
+        }
+    });
+}
+
+#[test]
+fn fds_that_nobody_reads() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        // They are in the socket's queue when the daemon hangs up.
+        let mut client = daemon.connect();
+        let memory = memory(PAGE);
+        client.send(&vec![b'x'; 60 << 10]);
+        let _ = client.send_with(&[b'x'; 6 << 10], &[memory.as_fd(); 5]);
+        let _ = client.send_with(&[b'x'; 6 << 10], &[memory.as_fd(); 5]);
+        client.hangs_up();
+    });
+}
+
+#[test]
+fn files_that_linger_when_they_are_closed() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        let mut readers = Vec::new();
+        for _ in 0..4 {
+            let (lingering, reader) = lingering();
+            readers.push(reader);
+            client.send_with(&call("Leases", &json!({})), &[lingering.as_fd()]).unwrap();
+            // Ours goes first, so that the daemon's is the last.
+            drop(lingering);
+            client.reply().bad("fds");
+            client.call("Leases", json!({})).ok();
+        }
+    });
+}
+
+/// A TCP socket whose close takes an hour: SO_LINGER, unsent bytes, and a peer that does not read.
+fn lingering() -> (OwnedFd, std::net::TcpStream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let sender = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (reader, _) = listener.accept().unwrap();
+    sender.set_nonblocking(true).unwrap();
+    while std::io::Write::write(&mut &sender, &[0; 1 << 16]).is_ok() {}
+    let linger = nix::libc::linger { l_onoff: 1, l_linger: 3600 };
+    let option = nix::sys::socket::sockopt::Linger;
+    nix::sys::socket::setsockopt(&sender.as_fd(), option, &linger).unwrap();
+    sender.set_nonblocking(false).unwrap();
+    (sender.into(), reader)
+}

@@ -1,0 +1,341 @@
+//! What the daemon's tests stand on: the daemon as a real child process on a simulated kernel, and
+//! a client that sends exactly what it is told to.
+
+// Each test binary uses a part of it; what goes wrong here fails the test.
+#![allow(dead_code, unreachable_pub)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+pub mod fuse;
+pub mod raw;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use raw::Raw;
+use serde_json::{Value, json};
+use std::io::Read;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// How long something may take that is bound to happen: never a measure of speed.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// Four devices on VFIO, each in a group of its own.
+pub const TOPOLOGY: &str = r#"
+kernel = "6.12"
+memlock = "unlimited"
+[[group]]
+id = 26
+repeat = 4
+step = "bus"
+[[group.device]]
+bdf = "0000:65:00.0"
+vendor = 0x8086
+device = 0x10d3
+class = 0x020000
+driver = "vfio-pci"
+"#;
+
+/// Everybody may have all four, in each form, within these limits.
+pub fn policy(limits: &str) -> String {
+    format!(
+        r#"
+version = 1
+[[tenant]]
+name = "everybody"
+anyone = true
+devices = ["8086:10d3"]
+handouts = ["container", "group", "devices"]
+[tenant.limits]
+{limits}
+"#
+    )
+}
+
+/// The device that [`Neighbour`] uses; tests use the others.
+pub const NEIGHBOURS_DEVICE: &str = "0000:68:00.0";
+
+/// How a daemon is to be started.
+pub struct Setup {
+    pub topology: String,
+    pub policy: String,
+    pub arguments: Vec<String>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { topology: TOPOLOGY.into(), policy: policy(""), arguments: Vec::new() }
+    }
+}
+
+impl Setup {
+    pub fn policy(policy: impl Into<String>) -> Self {
+        Self { policy: policy.into(), ..Self::default() }
+    }
+
+    #[must_use]
+    pub fn argument(mut self, argument: &str, value: &str) -> Self {
+        self.arguments.extend([argument.to_owned(), value.to_owned()]);
+        self
+    }
+}
+
+/// A running daemon; killed when dropped.
+pub struct Daemon {
+    child: Child,
+    directory: tempfile::TempDir,
+    pub socket: PathBuf,
+}
+
+impl Daemon {
+    /// Starts one with the usual topology and policy.
+    pub fn start() -> Self {
+        Self::with(Setup::default())
+    }
+
+    /// Starts one and waits until it says that it is ready.
+    pub fn with(setup: Setup) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("run/broker.sock");
+        let ready = directory.path().join("notify");
+        let ready_socket = UnixDatagram::bind(&ready).unwrap();
+        let mut command = command(directory.path(), &setup);
+        command.arg("--socket").arg(&socket).env("NOTIFY_SOCKET", &ready);
+        let child = command.spawn().unwrap();
+        let mut daemon = Self { child, directory, socket };
+        daemon.wait_until_ready(&ready_socket);
+        daemon
+    }
+
+    fn wait_until_ready(&mut self, socket: &UnixDatagram) {
+        socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let start = Instant::now();
+        let mut text = [0; 256];
+        while start.elapsed() < SOON {
+            match socket.recv(&mut text) {
+                Ok(len) if text[..len].starts_with(b"READY=1") => return,
+                Ok(_) => {}
+                Err(_) => {
+                    let ended = self.child.try_wait().unwrap();
+                    assert!(ended.is_none(), "ended at its start: {ended:?}\n{}", self.log());
+                }
+            }
+        }
+        panic!("the daemon is not ready\n{}", self.log());
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Where the simulated kernel can be reached, to inject faults and count.
+    pub fn sim(&self) -> vfio_broker::sim::Wire {
+        vfio_broker::sim::Wire::connect(&self.directory.path().join("control.sock")).unwrap()
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+    }
+
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    pub fn connect(&self) -> Raw {
+        Raw::connect(&self.socket)
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> ExitStatus {
+        let mut ended = None;
+        eventually("the daemon ends", || {
+            ended = self.child.try_wait().unwrap();
+            ended.is_some()
+        });
+        ended.unwrap()
+    }
+
+    /// How many files it has open.
+    pub fn open_fds(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+    }
+
+    /// The open files once nothing is going on, for [`Daemon::settles_at`].
+    pub fn settled_fds(&self) -> usize {
+        // The first calls open what stays open: workers, the sim's connections.
+        cycle(&mut self.connect(), NEIGHBOURS_DEVICE);
+        let mut last = 0;
+        let mut same = 0;
+        eventually("the daemon's open files settle", || {
+            let now = self.open_fds();
+            same = if now == last { same + 1 } else { 0 };
+            last = now;
+            same > 20
+        });
+        last
+    }
+
+    /// Waits until its open files are back to where they were.
+    pub fn settles_at(&self, fds: usize) {
+        let start = Instant::now();
+        while self.open_fds() != fds {
+            let list = || {
+                let dir = std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+                let link = |entry: std::io::Result<std::fs::DirEntry>| {
+                    std::fs::read_link(entry.unwrap().path()).unwrap_or_default()
+                };
+                dir.map(link).collect::<Vec<_>>()
+            };
+            let now = self.open_fds();
+            assert!(start.elapsed() < SOON, "{now} files open, not {fds}: {:#?}", list());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            let log = self.log();
+            let last = log.lines().rev().take(30).collect::<Vec<_>>();
+            eprintln!("--- the daemon's log ends so, last line first ---\n{}", last.join("\n"));
+        }
+    }
+}
+
+/// The daemon's command line for a setup, its log and its sim's control socket in `directory`.
+pub fn command(directory: &Path, setup: &Setup) -> Command {
+    let topology = directory.join("host.toml");
+    std::fs::write(&topology, &setup.topology).unwrap();
+    std::fs::write(topology.with_extension("policy.toml"), &setup.policy).unwrap();
+    let log = std::fs::File::create(directory.join("log")).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vfio-brokerd"));
+    command.arg("--sim").arg(&topology).arg("--sim-control").arg(directory);
+    command.args(&setup.arguments).env("RUST_LOG", "debug");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    command
+}
+
+/// Polls until it is so.
+pub fn eventually(what: &str, mut so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !so() {
+        assert!(start.elapsed() < SOON, "still not: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Acquires a device, gets its fds again and releases it, checking each answer.
+pub fn cycle(client: &mut Raw, device: &str) {
+    let lease = Held::acquire(client, device, "container");
+    let (again, fds) = client.call("GetFds", lease.key()).ok();
+    let kinds = |reply: &Value| {
+        let list = reply["fds"].as_array().unwrap().iter();
+        let mut kinds: Vec<_> = list.map(|fd| fd["kind"].as_str().unwrap().to_owned()).collect();
+        kinds.sort();
+        kinds
+    };
+    assert_eq!(kinds(&again), ["container", "group", "lease"]);
+    assert_eq!(fds.len(), 3);
+    drop(fds);
+    let key = lease.key();
+    drop(lease);
+    // Dropping the fds ends the lease too: either of the two may come first.
+    match client.call("Release", key) {
+        raw::Reply::Ok(..) => {}
+        raw::Reply::Error(name, _) => assert!(name.ends_with(".NoSuchLease"), "{name}"),
+    }
+    eventually("the device is free again", || {
+        let (topology, _) = client.call("Topology", json!({})).ok();
+        let groups = topology["groups"].as_array().unwrap();
+        let has = |group: &&Value| {
+            group["devices"].as_array().unwrap().iter().any(|each| each["bdf"] == device)
+        };
+        groups.iter().find(has).unwrap()["state"] == "free"
+    });
+}
+
+/// A lease, as a raw client has it.
+pub struct Held {
+    pub reply: Value,
+    pub fds: Vec<std::os::fd::OwnedFd>,
+}
+
+impl Held {
+    pub fn acquire(client: &mut Raw, device: &str, handout: &str) -> Self {
+        let request = json!({ "vm": "test", "devices": [device], "handout": handout });
+        let (reply, fds) = client.call("Acquire", request).ok();
+        Self { reply, fds }
+    }
+
+    /// Lease and key, as parameters.
+    pub fn key(&self) -> Value {
+        json!({ "lease": self.reply["lease"], "key": self.reply["key"] })
+    }
+
+    /// Lease, key and more parameters.
+    pub fn with(&self, more: Value) -> Value {
+        let mut all = self.key();
+        all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        all
+    }
+}
+
+/// Runs something with a well-behaved client beside it, which does whole cycles all the time on
+/// one connection; then checks that the client noticed nothing and that the daemon's open files
+/// are back to where they were.
+pub fn beside<T>(daemon: &Daemon, something: impl FnOnce() -> T) -> T {
+    let fds = daemon.settled_fds();
+    let mut client = daemon.connect();
+    let (stop, cycles) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let result = std::thread::scope(|scope| {
+        let neighbour = scope.spawn(|| {
+            while !stop.load(Ordering::SeqCst) {
+                cycle(&mut client, NEIGHBOURS_DEVICE);
+                cycles.fetch_add(1, Ordering::SeqCst);
+            }
+        });
+        // However the test ends, the neighbour is stopped.
+        let stopper = Stopper(&stop);
+        let a_whole_cycle = |what: &str| {
+            let before = cycles.load(Ordering::SeqCst);
+            eventually(what, || {
+                assert!(!neighbour.is_finished(), "the neighbour noticed something");
+                cycles.load(Ordering::SeqCst) > before + 1
+            });
+        };
+        a_whole_cycle("the neighbour is served before");
+        let result = something();
+        a_whole_cycle("the neighbour is served during and after");
+        drop(stopper);
+        neighbour.join().expect("the neighbour noticed something");
+        result
+    });
+    drop(client);
+    daemon.settles_at(fds);
+    result
+}
+
+struct Stopper<'a>(&'a AtomicBool);
+
+impl Drop for Stopper<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Reads everything until the end.
+pub fn read_all(mut from: impl Read) -> String {
+    let mut text = String::new();
+    from.read_to_string(&mut text).unwrap();
+    text
+}
