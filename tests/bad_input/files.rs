@@ -4,6 +4,7 @@ use crate::common::raw::call;
 use crate::common::{Daemon, Held, Setup, beside, eventually, policy};
 use crate::{DEVICE, PAGE, is_free, map, memory, unread};
 use nix::errno::Errno;
+use nix::sys::signal::Signal;
 use serde_json::json;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -115,9 +116,11 @@ fn files_that_linger_when_they_are_closed() {
         for _ in 0..4 {
             let (lingering, reader) = lingering();
             readers.push(reader);
+            // Ours goes first, so that the daemon's is the last and has to wait.
+            daemon.signal(Signal::SIGSTOP);
             client.send_with(&call("Leases", &json!({})), &[lingering.as_fd()]).unwrap();
-            // Ours goes first, so that the daemon's is the last.
             drop(lingering);
+            daemon.signal(Signal::SIGCONT);
             client.reply().bad("fds");
             client.call("Leases", json!({})).ok();
         }
