@@ -217,3 +217,21 @@ fn the_topology_shows_what_one_may_have() {
     let hidden = world.broker.topology(&caller(1002)).unwrap().groups;
     assert_eq!(hidden[0].devices[0].lease, None);
 }
+
+#[test]
+fn a_lifeline_that_is_refused_leaves_nothing() {
+    let policy = "version = 1\n[[tenant]]\nname = \"a\"\nuser = 1000\ndevices = [\"8086:10d3\"]\n\
+                  limits = { fds = 4 }\n";
+    let world = World::of(MACHINE, policy);
+    // A container, a group and a lifeline are three.
+    let grant = world.acquire(1000, &want(&["0000:02:00.0"])).unwrap();
+    let again = || world.broker.get_fds(&caller(1000), &get_fds(&grant.reply));
+    let fourth = again().unwrap();
+    let before = world.stats();
+    let limit = "fds".to_owned();
+    assert_eq!(again().unwrap_err(), Error::OverLimit { limit, most: 4, asked: 5 });
+    assert_eq!((world.stats(), world.witness.lifelines.lock().unwrap().len()), (before, 2));
+    drop((grant, fourth));
+    world.serve_hang_ups();
+    world.assert_idle();
+}
