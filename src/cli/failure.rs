@@ -36,6 +36,17 @@ impl Failure {
         self
     }
 
+    pub(super) fn detail(mut self, line: impl Into<String>) -> Self {
+        self.details.push(line.into());
+        self
+    }
+
+    /// Adds the details of another failure.
+    pub(super) fn and(mut self, other: Self) -> Self {
+        self.details.extend(other.details);
+        self
+    }
+
     /// Tells it on standard error; returns the exit code.
     pub(super) fn report(&self, json: bool) -> ExitCode {
         if json {

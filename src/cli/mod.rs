@@ -2,6 +2,8 @@
 
 mod acquire;
 mod completions;
+mod daemon;
+mod demo;
 mod failure;
 mod leases;
 mod man;
@@ -38,6 +40,7 @@ same request may work later; 5 no broker to talk to.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Demo(demo::Args),
     Acquire(acquire::Args),
     Leases(leases::Args),
     Topology(topology::Args),
@@ -45,6 +48,10 @@ enum Command {
     Policy(policy::Args),
     Completions(completions::Args),
     Man(man::Args),
+    #[command(hide = true)]
+    Daemon(daemon::Args),
+    #[command(hide = true)]
+    DemoAgent(demo::agent::Args),
 }
 
 /// What every subcommand is given.
@@ -69,6 +76,7 @@ pub fn main() -> ExitCode {
         style: Style::of(&std::io::stdout()),
     };
     let result = match cli.command {
+        Command::Demo(args) => demo::run(&context, &args),
         Command::Acquire(args) => acquire::run(&context, args),
         Command::Leases(args) => leases::run(&context, &args),
         Command::Topology(args) => topology::run(&context, &args),
@@ -79,6 +87,8 @@ pub fn main() -> ExitCode {
         },
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),
+        Command::Daemon(args) => daemon::run(args),
+        Command::DemoAgent(_) => demo::agent::run(&context.socket),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
