@@ -35,3 +35,12 @@ pub mod protocol;
 pub mod sim;
 #[cfg(feature = "daemon")]
 pub mod users;
+
+/// The Rust of the pages for users, compiled.
+#[cfg(all(doctest, feature = "client"))]
+mod pages {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/client.md")]
+    struct Client;
+}

@@ -4,7 +4,7 @@
 //! use vfio_broker::client::{Acquire, Client};
 //! use vfio_broker::kernel::{DmaMap, Mapped};
 //!
-//! fn main() -> Result<(), vfio_broker::client::Error> {
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
 //!     let mut broker = Client::connect()?;
 //!     let lease = broker.acquire(Acquire::new("web1").device("0000:65:00.0"))?;
 //!     let container = lease.container()?; // attached, its IOMMU type set
