@@ -1,0 +1,129 @@
+//! Acquire and Release through the daemon, against the same system calls made directly.
+//!
+//! "The same" is checked first: a broker in this process and the direct way are both run on a
+//! kernel that writes down what it is asked, and must have asked the same. That is all the VFIO
+//! calls and all reading of sysfs; the daemon's own copies, pipes and sockets are not in the floor.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
+
+mod common;
+
+use common::NIC;
+use common::daemon::{Daemon, TOPOLOGY, kernel_name, on_real_kernel, policy};
+use common::figures::{heading, median, median_ratio, micros, percentile, table, verdict};
+use common::recorder::Recorder;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use vfio_broker::broker::{Broker, Caller, Nobody};
+use vfio_broker::client::{Acquire, Client};
+use vfio_broker::host;
+use vfio_broker::kernel::{
+    Container, Extension, Group, IommuType, Kernel, Linux, Node, Unmap, UnmapFlags,
+};
+use vfio_broker::policy::{Peer, Policy};
+use vfio_broker::protocol::{Bdf, Release};
+use vfio_broker::sim::{Sim, Topology};
+use vfio_broker::users::SystemUsers;
+
+const GOAL: f64 = 1.2;
+const ROUNDS: usize = 30;
+const CALLS: usize = 20;
+
+fn main() {
+    heading(&format!("acquire: Acquire + Release of one device on {}", kernel_name()));
+    let (kernel, _sim) = kernel();
+    let calls = same_calls(&kernel);
+    let daemon = Daemon::start();
+    let mut client = daemon.client();
+    let (mut ours, mut theirs, mut pairs) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..=ROUNDS {
+        let broker = time(|| through(&mut client));
+        let bare = time(|| directly(&kernel));
+        // The first is for warming up.
+        if round > 0 {
+            pairs.push((median(&broker), median(&bare)));
+            ours.extend(broker);
+            theirs.extend(bare);
+        }
+    }
+    let ratio = median_ratio(pairs);
+    table(&[
+        row!["", "median", "p99", "ratio", ""],
+        line("broker: Acquire, close, Release", &ours, format!("{ratio:.2}"), verdict(ratio, GOAL)),
+        line(&format!("the same {calls} calls directly"), &theirs, "1".into(), String::new()),
+    ]);
+    if !on_real_kernel() {
+        println!(
+            "(every call of the simulated kernel is a message to a thread: run it in the lab)"
+        );
+    }
+}
+
+fn kernel() -> (Arc<dyn Kernel>, Option<Sim>) {
+    if on_real_kernel() {
+        return (Arc::new(Linux), None);
+    }
+    let sim = Sim::start(Topology::from_toml(TOPOLOGY).unwrap()).unwrap();
+    (sim.kernel(), Some(sim))
+}
+
+fn time(mut once: impl FnMut()) -> Vec<Duration> {
+    let each = (0..CALLS).map(|_| {
+        let start = Instant::now();
+        once();
+        start.elapsed()
+    });
+    each.collect()
+}
+
+fn through(client: &mut Client) {
+    let lease = client.acquire(Acquire::new("bench").device(NIC)).unwrap();
+    // Closes container and group first: the kernel gives a group back only when nobody has it open.
+    assert!(client.release(lease).unwrap(), "the group is not free");
+}
+
+/// What the broker asks of the kernel, in its order and with nothing around it.
+fn directly(kernel: &Arc<dyn Kernel>) {
+    let bdf: Bdf = NIC.parse().unwrap();
+    let host::Place::Group(id) = host::find(&**kernel, bdf).unwrap() else { panic!("no {NIC}") };
+    let found = host::Group::scan(&**kernel, id).unwrap().unwrap();
+    assert!(found.blockers().is_empty());
+    host::allows_unsafe_interrupts(&**kernel).unwrap();
+    let container = Container::open(Arc::clone(kernel)).unwrap();
+    let group = Group::open(Arc::clone(kernel), Node::Group(id)).unwrap();
+    assert!(group.status().unwrap().viable);
+    group.set_container(&container).unwrap();
+    assert!(container.check_extension(Extension::Iommu(IommuType::Type1v2)).unwrap());
+    container.set_iommu(IommuType::Type1v2).unwrap();
+
+    container.unmap(&Unmap { flags: UnmapFlags::ALL, iova: 0, size: 0 }).unwrap();
+    group.unset_container().unwrap();
+    drop(group);
+    drop(container);
+    Group::open(Arc::clone(kernel), Node::Group(id)).unwrap();
+}
+
+/// Checks that broker and floor ask the same, and returns how much that is.
+fn same_calls(kernel: &Arc<dyn Kernel>) -> usize {
+    let recorder = Recorder::new(Arc::clone(kernel));
+    let policy = Policy::parse("policy of the bench", &policy(), &SystemUsers).unwrap();
+    let broker = Broker::new(Arc::<Recorder>::clone(&recorder), Arc::new(policy), Arc::new(Nobody));
+    let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+    let pid = std::process::id() as i32;
+    let peer = Peer { uid, gid, groups: Vec::new(), pid, unit: None, label: None };
+    let caller = Caller { peer };
+    let wanted = Acquire::new("bench").device(NIC).into_request().unwrap();
+    let grant = broker.acquire(&caller, &wanted).unwrap();
+    let (lease, key) = (grant.reply.lease, grant.reply.key);
+    drop(grant.fds);
+    assert!(broker.release(&caller, &Release { lease, key }).unwrap().proved);
+    let broker = recorder.take();
+    directly(&(recorder.clone() as Arc<dyn Kernel>));
+    assert_eq!(broker, recorder.take(), "the floor does not make the broker's calls");
+    broker.len()
+}
+
+fn line(what: &str, times: &[Duration], ratio: String, said: String) -> Vec<String> {
+    row![what, micros(median(times)), micros(percentile(times, 99)), ratio, said]
+}

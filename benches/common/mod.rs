@@ -1,0 +1,14 @@
+//! What the benches share. Each is a program of its own that prints a table: figures as ratios
+//! against a floor that is measured in the same run, the goal, and whether it is met. A goal that
+//! is missed is said loudly and is no failure: machines differ.
+
+#![allow(dead_code)] // each bench uses its part
+
+pub mod daemon;
+pub mod figures;
+pub mod floor;
+pub mod raw;
+pub mod recorder;
+
+/// The device that all of it is about: in the lab's guest it is there.
+pub const NIC: &str = "0000:00:02.0";
