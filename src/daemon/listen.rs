@@ -25,9 +25,9 @@ pub(super) struct Listening {
 }
 
 impl Listening {
-    /// Takes the socket that the service manager passes, or makes one at `path`.
-    pub(super) fn new(path: &Path) -> Result<Self, StartError> {
-        match passed()? {
+    /// Takes the socket that the service manager passed, or makes one at `path`.
+    pub(super) fn new(passed: Option<UnixListener>, path: &Path) -> Result<Self, StartError> {
+        match passed {
             Some(listener) => Ok(Self { listener, file: None }),
             None => create(path),
         }
@@ -43,9 +43,13 @@ impl Listening {
     }
 }
 
-/// The socket of sd_listen_fds(3), if there is one.
-fn passed() -> Result<Option<UnixListener>, StartError> {
-    let count = sd_notify::listen_fds().map_or(0, |fds| fds.len());
+/// The socket of sd_listen_fds(3), if there is one. To be called before anything opens a file,
+/// which could get the number of one that should have been passed and was not.
+pub(super) fn passed() -> Result<Option<UnixListener>, StartError> {
+    let count = sd_notify::listen_fds().map_err(|error| {
+        StartError::Activation(format!("what LISTEN_FDS names can't be used: {error}"))
+    })?;
+    let count = count.len();
     if count == 0 {
         return Ok(None);
     }

@@ -1,6 +1,6 @@
 //! From the command line to the first connection, and from SIGTERM to the end.
 
-use super::listen::Listening;
+use super::listen::{self, Listening};
 
 use super::observer::DaemonObserver;
 use super::options::Options;
@@ -90,6 +90,7 @@ impl StartError {
 /// It could not start.
 pub fn run(options: &Options) -> Result<(), StartError> {
     log::start(options.log_format);
+    let passed = listen::passed()?;
     let files = raise_file_limit().map_err(StartError::set_up("the limit of open files"))?;
     // Ends when this does.
     let (kernel, _sim) = kernel(options)?;
@@ -97,7 +98,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let observer = DaemonObserver::new().map_err(StartError::set_up("epoll for lease pipes"))?;
     let observer = Arc::new(observer);
     let broker = Broker::new(kernel, policy, observer.clone());
-    let listening = Listening::new(&options.socket)?;
+    let listening = Listening::new(passed, &options.socket)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(workers::MOST_THREADS)

@@ -1,0 +1,209 @@
+//! Calls: one after the other, all at once, without a reply, with a kernel that never answers.
+
+use crate::DEVICE;
+use crate::common::raw::{Raw, Reply, bytes, call};
+use crate::common::{Daemon, Held, Setup, beside, cycle, eventually};
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use serde_json::{Value, json};
+use std::os::fd::AsFd;
+use vfio_broker::sim::Fault;
+
+#[test]
+fn pipelined_calls_are_answered_in_order() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        // Quick ones behind slow ones, errors between.
+        let mut all = Vec::new();
+        for _ in 0..50 {
+            all.extend(call("Topology", &json!({})));
+            all.extend(call("Nonsense", &json!({})));
+            all.extend(call("Leases", &json!({})));
+            all.extend(call("org.varlink.service.GetInfo", &json!({})));
+        }
+        std::thread::scope(|scope| {
+            let stream = client.stream.try_clone().unwrap();
+            scope.spawn(move || std::io::Write::write_all(&mut &stream, &all).unwrap());
+            for _ in 0..50 {
+                assert!(client.reply().ok().0["groups"].is_array());
+                client.reply().error("org.varlink.service.MethodNotFound");
+                assert!(client.reply().ok().0["leases"].is_array());
+                assert!(client.reply().ok().0["interfaces"].is_array());
+            }
+        });
+    });
+}
+
+#[test]
+fn a_release_that_is_pipelined_behind_others_comes_after_them() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        let lease = Held::acquire(&mut client, DEVICE, "container");
+        let calls = ["GetFds", "Release", "GetFds"].map(|method| call(method, &lease.key()));
+        client.send(&calls.concat());
+        assert_eq!(client.reply().ok().1.len(), 3);
+        client.reply().ok();
+        client.reply().error("NoSuchLease");
+    });
+}
+
+#[test]
+fn oneway_calls_get_no_reply() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        let lease = Held::acquire(&mut client, DEVICE, "container");
+        let oneway = |method: &str, parameters: Value| {
+            let method = format!("org.vfiobroker.Broker.{method}");
+            bytes(&json!({ "method": method, "parameters": parameters, "oneway": true }))
+        };
+        client.send(&oneway("Topology", json!({})));
+        client.send(&oneway("Nonsense", json!({})));
+        // Whoever wants no reply gets no fds: it has no effect.
+        client.send(&oneway("Acquire", json!({ "vm": "a", "devices": ["0000:66:00.0"] })));
+        client.send(&oneway("GetFds", lease.key()));
+        // The next reply is the next call's.
+        let (leases, fds) = client.call("Leases", json!({})).ok();
+        assert!(fds.is_empty());
+        let mine = |each: &&Value| each["devices"] == json!(["0000:66:00.0"]);
+        assert!(!leases["leases"].as_array().unwrap().iter().any(|each| mine(&each)));
+        // One that has an effect has it.
+        client.send(&oneway("Release", lease.key()));
+        let gone = client.call("GetFds", lease.key());
+        gone.error("NoSuchLease");
+    });
+}
+
+#[test]
+fn nothing_is_upgraded() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        let method = "org.vfiobroker.Broker.Leases";
+        client.send(&bytes(&json!({ "method": method, "parameters": {}, "upgrade": true })));
+        client.reply().bad("upgrade");
+        client.call("Leases", json!({})).ok();
+    });
+}
+
+#[test]
+fn watch_needs_more() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        client.call("Watch", json!({})).error("org.varlink.service.ExpectedMore");
+    });
+}
+
+fn watch(daemon: &Daemon, parameters: Value) -> Raw {
+    let watcher = daemon.connect();
+    let method = "org.vfiobroker.Broker.Watch";
+    watcher.send(&bytes(&json!({ "method": method, "parameters": parameters, "more": true })));
+    watcher
+}
+
+/// Begins to watch, and makes sure that it has begun: an event that it caused came.
+fn watching(daemon: &Daemon, client: &mut Raw) -> Raw {
+    let watcher = watch(daemon, json!({}));
+    eventually("the watcher gets events", || {
+        cycle(client, DEVICE);
+        let mut poll = [PollFd::new(watcher.stream.as_fd(), PollFlags::POLLIN)];
+        nix::poll::poll(&mut poll, PollTimeout::ZERO).unwrap() == 1
+    });
+    watcher
+}
+
+/// The kinds of a lease's events, up to and with `last`.
+fn events(watcher: &mut Raw, lease: &Value, last: &str) -> Vec<String> {
+    let mut kinds = Vec::new();
+    loop {
+        let (event, _) = watcher.reply().ok();
+        if event["lease"] == *lease {
+            kinds.push(event["event"].as_str().unwrap().to_owned());
+            if event["event"] == last {
+                return kinds;
+            }
+        }
+    }
+}
+
+#[test]
+fn several_watchers_see_the_same() {
+    let daemon = Daemon::start();
+    let fds = daemon.settled_fds();
+    let mut client = daemon.connect();
+    let mut watchers: Vec<_> = (0..5).map(|_| watching(&daemon, &mut client)).collect();
+    let lease = Held::acquire(&mut client, DEVICE, "container");
+    let id = lease.reply["lease"].clone();
+    client.call("Release", lease.key()).ok();
+    let other = Held::acquire(&mut client, "0000:66:00.0", "container");
+    let other_id = other.reply["lease"].clone();
+    drop(lease);
+    drop(other);
+    for watcher in &mut watchers {
+        assert_eq!(events(watcher, &id, "reclaimed")[..2], ["acquired", "released"]);
+        assert_eq!(events(watcher, &other_id, "reclaimed"), ["acquired", "gone", "reclaimed"]);
+    }
+    // One that goes away, in whatever state, is nobody's trouble.
+    drop(watchers);
+    drop(client);
+    daemon.settles_at(fds);
+}
+
+#[test]
+fn a_kernel_that_never_answers_is_waited_for_until_the_deadline() {
+    let daemon = Daemon::with(Setup::default().argument("--call-deadline", "300"));
+    // The neighbour's calls are short, but the deadline holds for it too: so it does not take part.
+    let mut client = daemon.connect();
+    cycle(&mut client, DEVICE);
+    let sim = daemon.sim();
+    sim.fault(&Fault::never("VFIO_SET_IOMMU")).unwrap();
+    let request = json!({ "vm": "a", "devices": [DEVICE] });
+    client.send(&call("Acquire", &request));
+    eventually("the call is in the kernel", || sim.stats().unwrap().held == 1);
+    // Meanwhile others are served.
+    let mut other = daemon.connect();
+    let (leases, _) = other.call("Leases", json!({})).ok();
+    assert!(leases["leases"].is_array());
+    let parameters = client.reply().error("Kernel");
+    assert_eq!(parameters["name"], "ETIMEDOUT");
+    assert!(parameters["hint"].as_str().unwrap().contains("undone"), "{parameters}");
+    // The connection goes on, and the device is nobody else's while the call is in the kernel.
+    let again = client.call("Acquire", request.clone());
+    assert!(matches!(again, Reply::Error(..)), "{again:?}");
+    // What it did in the end is undone, since nobody waits for it.
+    sim.clear_faults().unwrap();
+    eventually("the device can be had again", || {
+        matches!(client.call("Acquire", request.clone()), Reply::Ok(..))
+    });
+}
+
+#[test]
+fn stuck_requests_of_a_tenant_are_limited() {
+    let policy = crate::common::policy("requests = 2");
+    let setup = Setup::policy(policy).argument("--call-deadline", "300");
+    let daemon = Daemon::with(setup);
+    let sim = daemon.sim();
+    sim.fault(&Fault::never("VFIO_SET_IOMMU").times(2)).unwrap();
+    let stuck: Vec<_> = [DEVICE, "0000:66:00.0"]
+        .map(|device| {
+            let client = daemon.connect();
+            client.send(&call("Acquire", &json!({ "vm": "a", "devices": [device] })));
+            client
+        })
+        .into();
+    eventually("both calls are in the kernel", || sim.stats().unwrap().held == 2);
+    for mut client in stuck {
+        client.reply().error("Kernel");
+    }
+    let mut client = daemon.connect();
+    let parameters = client.call("Topology", json!({})).error("OverLimit");
+    assert_eq!(parameters["most"], 2);
+    // What needs no worker is served.
+    client.call("Leases", json!({})).ok();
+    sim.clear_faults().unwrap();
+    eventually("there is room again", || {
+        matches!(client.call("Topology", json!({})), Reply::Ok(..))
+    });
+}

@@ -1,0 +1,12 @@
+//! The daemon as a process: how it starts and ends, how it serves calls, and what keeps a lease.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests, too
+
+mod calls;
+#[path = "../common/mod.rs"]
+mod common;
+mod leases;
+mod lifecycle;
+
+/// The device that a test uses, beside the neighbour's.
+const DEVICE: &str = "0000:65:00.0";
