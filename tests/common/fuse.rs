@@ -95,7 +95,7 @@ impl Drop for Fuse {
 }
 
 fn not_possible(why: &str) -> Option<Fuse> {
-    eprintln!("SKIPPED: no FUSE file system can be mounted here ({why}); root is needed");
+    super::skipped(&format!("no FUSE file system can be mounted here ({why}); root is needed"));
     None
 }
 

@@ -99,9 +99,18 @@ impl Daemon {
     pub fn with(setup: Setup) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("run/broker.sock");
+        Self::run(directory, socket, &setup)
+    }
+
+    /// Starts one whose socket is somewhere else than usual.
+    pub fn at(socket: &Path) -> Self {
+        Self::run(tempfile::tempdir().unwrap(), socket.to_owned(), &Setup::default())
+    }
+
+    fn run(directory: tempfile::TempDir, socket: PathBuf, setup: &Setup) -> Self {
         let ready = directory.path().join("notify");
         let ready_socket = UnixDatagram::bind(&ready).unwrap();
-        let mut command = command(directory.path(), &setup);
+        let mut command = command(directory.path(), setup);
         command.arg("--socket").arg(&socket).env("NOTIFY_SOCKET", &ready);
         let child = command.spawn().unwrap();
         let mut daemon = Self { child, directory, socket };
@@ -331,6 +340,13 @@ impl Drop for Stopper<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::SeqCst);
     }
+}
+
+/// Says that the test can't run here, past the test harness, which hides what passing tests print.
+pub fn skipped(why: &str) {
+    let name = std::thread::current().name().unwrap_or("a test").to_owned();
+    let line = format!("\nSKIPPED: {name}: {why}\n");
+    std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes()).unwrap();
 }
 
 /// Reads everything until the end.

@@ -115,8 +115,8 @@ fn a_client_that_goes_at_any_moment_of_an_acquire_leaves_nothing() {
         "VFIO_GROUP_GET_DEVICE_FD",
     ];
     let daemon = Daemon::start();
-    let fds = daemon.settled_fds();
     let sim = daemon.sim();
+    let fds = daemon.settled_fds();
     let idle = sim.stats().unwrap();
     let mut other = daemon.connect();
     let request = json!({ "vm": "a", "devices": [DEVICE], "handout": "devices" });

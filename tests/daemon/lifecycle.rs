@@ -151,7 +151,7 @@ fn socket_activation_with_something_else() {
     };
     let file = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
     says(1, file(), false, "not a socket");
-    says(1, file(), true, "not open");
+    says(1, file(), true, "Bad file descriptor");
     says(2, file(), false, "one is needed");
     let datagram = UnixDatagram::unbound().unwrap();
     says(1, datagram.into(), false, "not a stream socket");
