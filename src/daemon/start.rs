@@ -215,7 +215,8 @@ fn raise_file_limit() -> Result<u64, Errno> {
 
 /// How many connections there is room for beside the leases' files and those in flight.
 fn most_connections(files: u64) -> usize {
-    let most = usize::try_from(files / 4 * 3).unwrap_or(usize::MAX);
+    let others = (files / 4).max(64);
+    let most = usize::try_from(files.saturating_sub(others)).unwrap_or(usize::MAX);
     info!(open_files = files, connections = most, "serving");
     most
 }

@@ -24,7 +24,6 @@ const ENOSYS: i32 = nix::libc::ENOSYS;
 pub struct Fuse {
     directory: tempfile::TempDir,
     state: Arc<Mutex<State>>,
-    connection: String,
 }
 
 #[derive(Default)]
@@ -54,10 +53,7 @@ impl Fuse {
         let state = Arc::<Mutex<State>>::default();
         let served = Arc::clone(&state);
         std::thread::spawn(move || serve(device, &served));
-        let number = std::fs::metadata(directory.path()).unwrap();
-        let minor = nix::sys::stat::minor(std::os::unix::fs::MetadataExt::dev(&number));
-        let connection = format!("/sys/fs/fuse/connections/{minor}/abort");
-        Some(Self { directory, state, connection })
+        Some(Self { directory, state })
     }
 
     /// Opens its one file.
@@ -80,11 +76,7 @@ impl Fuse {
 
     /// Ends it: whoever waits gets an error.
     pub fn end(&self) {
-        let aborted = std::fs::write(&self.connection, "1");
         let _ = umount2(self.directory.path(), MntFlags::MNT_DETACH | MntFlags::MNT_FORCE);
-        if let Err(error) = aborted {
-            eprintln!("{}: {error}", self.connection);
-        }
     }
 }
 

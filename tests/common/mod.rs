@@ -108,9 +108,14 @@ impl Daemon {
     }
 
     fn run(directory: tempfile::TempDir, socket: PathBuf, setup: &Setup) -> Self {
+        let command = command(directory.path(), setup);
+        Self::spawn(directory, socket, command)
+    }
+
+    /// Starts what [`command`] gave, or a shell that ends up as it, in the same directory.
+    pub fn spawn(directory: tempfile::TempDir, socket: PathBuf, mut command: Command) -> Self {
         let ready = directory.path().join("notify");
         let ready_socket = UnixDatagram::bind(&ready).unwrap();
-        let mut command = command(directory.path(), setup);
         command.arg("--socket").arg(&socket).env("NOTIFY_SOCKET", &ready);
         let child = command.spawn().unwrap();
         let mut daemon = Self { child, directory, socket };
@@ -354,4 +359,24 @@ pub fn read_all(mut from: impl Read) -> String {
     let mut text = String::new();
     from.read_to_string(&mut text).unwrap();
     text
+}
+
+/// Does something on a thread that has another effective uid, which is what the daemon sees of
+/// those who connect there; `None`, with a word about it, where only root could.
+pub fn as_uid<T: Send>(uid: u32, something: impl FnOnce() -> T + Send) -> Option<T> {
+    if !nix::unistd::geteuid().is_root() {
+        skipped("only root can be somebody else");
+        return None;
+    }
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            #[allow(unsafe_code)]
+            // SAFETY: the bare system call changes this thread alone, which ends soon; the C
+            // library's function would change them all.
+            let result = unsafe { nix::libc::syscall(nix::libc::SYS_setresuid, -1, uid, -1) };
+            assert_eq!(result, 0);
+            something()
+        });
+        Some(thread.join().unwrap())
+    })
 }

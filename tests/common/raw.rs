@@ -123,9 +123,11 @@ impl Raw {
         let message: Vec<u8> = self.buffer.drain(..=end).collect();
         let mut reply: Value = serde_json::from_slice(&message[..end]).unwrap();
         let parameters = reply["parameters"].take();
+        // One read can bring several replies; each says how many of the fds are its own.
+        let count = parameters["fds"].as_array().map_or(0, Vec::len);
         Some(match reply["error"].as_str() {
             Some(name) => Reply::Error(name.to_owned(), parameters),
-            None => Reply::Ok(parameters, std::mem::take(&mut self.fds)),
+            None => Reply::Ok(parameters, self.fds.drain(..count).collect()),
         })
     }
 

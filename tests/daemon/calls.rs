@@ -208,3 +208,72 @@ fn stuck_requests_of_a_tenant_are_limited() {
         matches!(client.call("Topology", json!({})), Reply::Ok(..))
     });
 }
+
+#[test]
+fn it_tells_what_it_is() {
+    let daemon = Daemon::start();
+    let mut client = daemon.connect();
+    let (info, _) = client.call("org.varlink.service.GetInfo", json!({})).ok();
+    assert_eq!(info["version"], env!("CARGO_PKG_VERSION"));
+    for interface in ["org.varlink.service", "org.vfiobroker.Broker"] {
+        assert!(info["interfaces"].as_array().unwrap().contains(&json!(interface)));
+        let name = "org.varlink.service.GetInterfaceDescription";
+        let (reply, _) = client.call(name, json!({ "interface": interface })).ok();
+        let description = reply["description"].as_str().unwrap();
+        assert!(description.contains(&format!("interface {interface}\n")), "{description}");
+    }
+    // Without parameters, as some clients send it.
+    client.send(&bytes(&json!({ "method": "org.varlink.service.GetInfo" })));
+    client.reply().ok();
+    client.send(&bytes(&json!({ "method": "org.varlink.service.GetInfo", "parameters": null })));
+    client.reply().ok();
+}
+
+#[test]
+fn pipelined_fds_are_each_with_their_call() {
+    let daemon = Daemon::start();
+    let mut client = daemon.connect();
+    let lease = Held::acquire(&mut client, DEVICE, "devices");
+    let memory = |pages: usize| vfio_broker::kernel::Mapped::memfd(pages * 4096).unwrap().0;
+    let map = |page: u64, size: u64| {
+        let parameters = lease.with(json!({
+            "iova": page * 4096, "size": size * 4096, "read": true, "write": true,
+            "memory": 0, "offset": 0,
+        }));
+        call("MapDma", &parameters)
+    };
+    // Only with its own memory does each of them fit exactly.
+    client.send_with(&map(0, 1), &[memory(1).as_fd()]).unwrap();
+    client.send(&call("Leases", &json!({})));
+    client.send_with(&map(1, 3), &[memory(3).as_fd()]).unwrap();
+    client.send_with(&map(4, 2), &[memory(1).as_fd()]).unwrap();
+    client.send_with(&map(4, 2), &[memory(2).as_fd()]).unwrap();
+    client.send(&call("Leases", &json!({})));
+    client.reply().ok();
+    client.reply().ok();
+    client.reply().ok();
+    client.reply().bad("memory");
+    client.reply().ok();
+    assert_eq!(client.reply().ok().0["leases"][0]["mapped_bytes"], 6 * 4096);
+}
+
+#[test]
+fn a_mapping_that_comes_too_late_is_undone() {
+    let daemon = Daemon::with(Setup::default().argument("--call-deadline", "300"));
+    let sim = daemon.sim();
+    let mut client = daemon.connect();
+    let lease = Held::acquire(&mut client, DEVICE, "devices");
+    sim.fault(&Fault::never("VFIO_IOMMU_MAP_DMA")).unwrap();
+    let (memory, _) = vfio_broker::kernel::Mapped::memfd(4096).unwrap();
+    let map = lease.with(json!({
+        "iova": 0, "size": 4096, "read": true, "write": true, "memory": 0, "offset": 0,
+    }));
+    let error = client.call_with("MapDma", map, &[memory.as_fd()]).error("Kernel");
+    assert_eq!(error["name"], "ETIMEDOUT");
+    sim.clear_faults().unwrap();
+    eventually("the mapping is gone", || {
+        let (leases, _) = client.call("Leases", json!({})).ok();
+        leases["leases"][0]["mappings"] == 0
+    });
+    assert!(sim.stats().unwrap().spaces.iter().all(|space| space.mapped_bytes == 0));
+}

@@ -220,3 +220,24 @@ fn a_topology_that_can_not_be_read() {
     assert_eq!(child.wait().unwrap().code(), Some(1));
     assert!(said.contains("/nonexistent.toml") && said.contains("No such file"), "{said}");
 }
+
+#[test]
+fn the_socket_is_for_everybody() {
+    let daemon = Daemon::start();
+    let mode = |path: &Path| {
+        std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(path).unwrap().permissions())
+            & 0o777
+    };
+    assert_eq!(mode(&daemon.socket), 0o666);
+    assert_eq!(mode(daemon.socket.parent().unwrap()), 0o755);
+}
+
+/// The example that is shown to those who have no policy is a policy.
+#[test]
+fn the_example_is_good() {
+    let example = include_str!("../../src/daemon/example.policy.toml");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(&file, example.replace("\"kvm\"", "0")).unwrap();
+    let path = file.path().to_str().unwrap();
+    Daemon::with(Setup::default().argument("--policy", path));
+}

@@ -7,6 +7,8 @@ mod calls;
 mod common;
 mod leases;
 mod lifecycle;
+mod limits;
+mod watching;
 
 /// The device that a test uses, beside the neighbour's.
 const DEVICE: &str = "0000:65:00.0";

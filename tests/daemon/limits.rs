@@ -1,0 +1,86 @@
+//! Limits, and those who have no tenant.
+
+use crate::DEVICE;
+use crate::common::raw::{Raw, call};
+use crate::common::{self, Daemon, Held, Setup, as_uid, cycle, eventually, policy};
+use serde_json::json;
+use std::process::{Command, Stdio};
+
+#[test]
+fn who_has_no_tenant_may_ask_what_this_is() {
+    let only_root = policy("").replace("anyone = true", "user = 0");
+    let daemon = Daemon::with(Setup::policy(only_root));
+    let connect = || as_uid(12345, || daemon.connect());
+    let Some(mut stranger) = connect() else { return };
+    stranger.call("org.varlink.service.GetInfo", json!({})).ok();
+    let request = json!({ "vm": "a", "devices": [DEVICE] });
+    for _ in 0..100 {
+        let denied = stranger.call("Acquire", request.clone()).error("Denied");
+        assert!(denied["rule"].as_str().unwrap().starts_with("default deny"), "{denied}");
+    }
+    stranger.call("Topology", json!({})).error("Denied");
+    let logged = daemon.log().lines().filter(|line| line.contains("denied")).count();
+    assert!((1..50).contains(&logged), "{logged} lines");
+    // Few connections, and they come back.
+    for _ in 0..3 {
+        let mut more: Vec<Raw> = (0..15).map(|_| connect().unwrap()).collect();
+        connect().unwrap().reply().error("OverLimit");
+        for each in &mut more {
+            each.call("org.varlink.service.GetInfo", json!({})).ok();
+        }
+        drop(more);
+        eventually("there is room again", || {
+            let mut client = connect().unwrap();
+            let info = call("org.varlink.service.GetInfo", &json!({}));
+            client.send(&info);
+            matches!(client.try_reply(), Some(common::raw::Reply::Ok(..)))
+        });
+    }
+    cycle(&mut daemon.connect(), DEVICE);
+}
+
+#[test]
+fn connections_leave_room_for_other_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = common::command(directory.path(), &Setup::policy(policy("connections = 1000")));
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg("ulimit -n 160; exec \"$@\"").arg("sh");
+    shell.arg(daemon.get_program()).args(daemon.get_args());
+    shell.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let socket = directory.path().join("run/broker.sock");
+    let daemon = Daemon::spawn(directory, socket, shell);
+    let mut client = daemon.connect();
+    cycle(&mut client, DEVICE);
+    let mut crowd: Vec<Raw> = (0..200).map(|_| daemon.connect()).collect();
+    // The last ones were turned away, those who were there are served.
+    crowd.last_mut().unwrap().reply().error("OverLimit");
+    let lease = Held::acquire(&mut client, DEVICE, "container");
+    client.call("GetFds", lease.key()).ok();
+}
+
+#[test]
+fn a_healthy_system_logs_two_lines_a_lease() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = common::command(directory.path(), &Setup::default());
+    command.env_remove("RUST_LOG");
+    let socket = directory.path().join("run/broker.sock");
+    let daemon = Daemon::spawn(directory, socket, command);
+    let before = daemon.log().lines().count();
+    let mut client = daemon.connect();
+    let mut lease = Held::acquire(&mut client, DEVICE, "container");
+    for _ in 0..10 {
+        client.call("GetFds", lease.key()).ok();
+        client.call("Explode", json!({})).error("org.varlink.service.MethodNotFound");
+        client.call("Topology", json!({})).ok();
+    }
+    // The lease fd stays.
+    lease.fds.drain(..2);
+    client.call("Release", lease.key()).ok();
+    cycle(&mut client, DEVICE);
+    let log = daemon.log();
+    let lines: Vec<_> = log.lines().skip(before).collect();
+    assert_eq!(lines.len(), 4, "{log}");
+    for pair in lines.chunks(2) {
+        assert!(pair[0].contains("lease begins") && pair[1].contains("lease ends"), "{log}");
+    }
+}
