@@ -31,10 +31,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// How long a reclaim waits for what is still open, in steps: a process that is killed closes its
-/// files one after the other, and the lease pipe may be the first of them.
-const PATIENCE: [Duration; 8] = {
+/// files one after the other, the lease pipe may be the first of them, and closing a device resets
+/// it. A second in all.
+const PATIENCE: [Duration; 10] = {
     let ms = Duration::from_millis;
-    [ms(1), ms(2), ms(4), ms(8), ms(16), ms(32), ms(64), ms(128)]
+    [ms(1), ms(2), ms(4), ms(8), ms(16), ms(32), ms(64), ms(128), ms(256), ms(512)]
 };
 
 /// The broker. Every call may block in the kernel unless it says otherwise.

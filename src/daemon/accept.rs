@@ -69,11 +69,13 @@ fn admit(daemon: &Rc<Daemon>, stream: UnixStream) {
 fn try_admit(daemon: &Rc<Daemon>, stream: UnixStream) -> Result<(), Refused> {
     let failed = |call| move |errno| Refused::Failed { call, errno };
     let peer = peer::describe(stream.as_fd(), daemon.names_units).map_err(failed("getsockopt"))?;
-    let seat = match daemon.accounts.seat(daemon.broker.policy(), &peer) {
+    let account = daemon.accounts.account(daemon.broker.policy(), &peer);
+    let lane = account.lane.clone();
+    let seat = match daemon.accounts.seat(account) {
         Ok(seat) => seat,
         Err(over) => {
             Answer::error(&over).send_what_fits(stream.as_fd());
-            daemon.closer.close([OwnedFd::from(stream)]);
+            lane.close([OwnedFd::from(stream)]);
             return Err(Refused::Over(over));
         }
     };

@@ -1,6 +1,7 @@
 //! Who takes up how much: connections and requests in flight, by tenant; peers that belong to no
 //! tenant, by uid.
 
+use super::closer::{Closer, Lane};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
 use crate::protocol::{Error, Handout};
 use std::cell::{Cell, RefCell};
@@ -12,6 +13,9 @@ use tokio::sync::Semaphore;
 /// Connections that a uid without a tenant may have: enough to ask what this is.
 const STRANGER_CONNECTIONS: usize = 16;
 
+/// Files of one owner whose close hangs, before it is let in no more: each holds something up.
+const MOST_UNCLOSED: usize = 64;
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Owner {
     Tenant(String),
@@ -21,6 +25,7 @@ enum Owner {
 /// All accounts, and all connections.
 #[derive(Debug)]
 pub(super) struct Accounts {
+    closer: Closer,
     by_owner: RefCell<HashMap<Owner, Rc<Account>>>,
     connections: Cell<usize>,
     most_connections: usize,
@@ -32,6 +37,8 @@ pub(super) struct Account {
     owner: Owner,
     connections: Cell<usize>,
     most_connections: usize,
+    /// Where everything that its peers sent is closed.
+    pub(super) lane: Lane,
     /// Requests in flight that are not answered on the event loop.
     pub(super) requests: Arc<Semaphore>,
     pub(super) most_requests: usize,
@@ -49,15 +56,16 @@ pub(super) struct Seat {
 }
 
 impl Accounts {
-    pub(super) fn new(most_connections: usize) -> Self {
-        Self { by_owner: RefCell::default(), connections: Cell::new(0), most_connections }
+    pub(super) fn new(most_connections: usize, closer: Closer) -> Self {
+        let (by_owner, connections) = (RefCell::default(), Cell::new(0));
+        Self { closer, by_owner, connections, most_connections }
     }
 
-    /// A place for one more connection of this peer.
+    /// A place for one more connection of this account.
     ///
     /// # Errors
     /// [`Error::OverLimit`].
-    pub(super) fn seat(self: &Rc<Self>, policy: &Policy, peer: &Peer) -> Result<Seat, Error> {
+    pub(super) fn seat(self: &Rc<Self>, account: Rc<Account>) -> Result<Seat, Error> {
         let over = |limit: &str, most: usize| Error::OverLimit {
             limit: limit.into(),
             most: most as u64,
@@ -66,7 +74,9 @@ impl Accounts {
         if self.connections.get() >= self.most_connections {
             return Err(over("connections of all clients together", self.most_connections));
         }
-        let account = self.account(policy, peer);
+        if account.lane.unclosed() >= MOST_UNCLOSED {
+            return Err(over("open files of this client that can't be closed", MOST_UNCLOSED));
+        }
         if account.connections.get() >= account.most_connections {
             let what = match &account.owner {
                 Owner::Tenant(name) => format!("connections of tenant {name}"),
@@ -79,21 +89,27 @@ impl Accounts {
         Ok(Seat { account, accounts: Rc::clone(self) })
     }
 
-    /// A tenant's account stays; a stranger's goes with its last connection.
-    fn account(&self, policy: &Policy, peer: &Peer) -> Rc<Account> {
+    /// The account of a peer. A tenant's stays; a stranger's goes some time after its last
+    /// connection and the last file of its that is closed.
+    pub(super) fn account(&self, policy: &Policy, peer: &Peer) -> Rc<Account> {
         let tenant = policy.tenant(peer);
         let owner = match &tenant {
             Ok(tenant) => Owner::Tenant(tenant.name.clone()),
             Err(_) => Owner::Stranger(peer.uid),
         };
         let mut by_owner = self.by_owner.borrow_mut();
-        let entry = by_owner.entry(owner.clone());
-        Rc::clone(entry.or_insert_with(|| Rc::new(Account::new(owner, tenant))))
+        if let Some(account) = by_owner.get(&owner) {
+            return Rc::clone(account);
+        }
+        by_owner.retain(|_, account| !account.is_forgettable());
+        let account = Rc::new(Account::new(owner.clone(), tenant, self.closer.lane()));
+        by_owner.insert(owner, Rc::clone(&account));
+        account
     }
 }
 
 impl Account {
-    fn new(owner: Owner, tenant: Result<&Tenant, Refusal>) -> Self {
+    fn new(owner: Owner, tenant: Result<&Tenant, Refusal>, lane: Lane) -> Self {
         let (connections, requests) = match &tenant {
             Ok(tenant) => (size(tenant.limits.connections), size(tenant.limits.requests)),
             Err(_) => (STRANGER_CONNECTIONS, 0),
@@ -103,11 +119,17 @@ impl Account {
             owner,
             connections: Cell::new(0),
             most_connections: connections,
+            lane,
             requests: Arc::new(Semaphore::new(most_requests)),
             most_requests,
             sends_fds: tenant.as_ref().is_ok_and(|tenant| may_map(tenant)),
             denied: tenant.err().map(Error::from),
         }
+    }
+
+    fn is_forgettable(&self) -> bool {
+        let stranger = matches!(self.owner, Owner::Stranger(_));
+        stranger && self.connections.get() == 0 && self.lane.unclosed() == 0
     }
 }
 
@@ -122,11 +144,7 @@ fn size(limit: u64) -> usize {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        let left = self.account.connections.get() - 1;
-        self.account.connections.set(left);
+        self.account.connections.update(|count| count - 1);
         self.accounts.connections.update(|count| count - 1);
-        if left == 0 && matches!(self.account.owner, Owner::Stranger(_)) {
-            self.accounts.by_owner.borrow_mut().remove(&self.account.owner);
-        }
     }
 }

@@ -15,7 +15,7 @@ impl Connection {
         let work = move |broker: &Broker, caller: &Caller| broker.acquire(caller, &request);
         // A grant that nobody waits for is dropped, its lifeline with it: the lease ends.
         let grant = self.on_worker("Acquire", names.join(" "), work, |_, _, _| {}).await?;
-        Ok(Answer::with_fds(grant.reply, Deferred::new(grant.fds, &self.daemon.closer)))
+        Ok(Answer::with_fds(grant.reply, Deferred::new(grant.fds, &self.seat.account.lane)))
     }
 
     /// The fast way: copies of what the broker keeps, which it goes on keeping, so that ours are
@@ -29,7 +29,7 @@ impl Connection {
         let object = request.lease.clone();
         let work = move |broker: &Broker, caller: &Caller| broker.get_fds(caller, &request);
         let (reply, fds) = self.on_worker("GetFds", object, work, |_, _, _| {}).await?;
-        Ok(Answer::with_fds(reply, Deferred::new(fds, &self.daemon.closer)))
+        Ok(Answer::with_fds(reply, Deferred::new(fds, &self.seat.account.lane)))
     }
 
     pub(super) async fn release(&self, request: Release) -> Result<Answer, Error> {

@@ -67,7 +67,7 @@ impl Connection {
             debug!(uid = peer.uid, pid = peer.pid, %reason, "disconnected");
         }
         // Fds that the socket still holds are closed with it, and that can block.
-        self.daemon.closer.close([self.socket.into_inner()]);
+        self.seat.account.lane.close([self.socket.into_inner()]);
     }
 
     /// One call at a time, as Varlink has it. What can take long is boxed, so that the task of an
@@ -188,7 +188,7 @@ fn receive(
         Ok(got) => got,
     };
     let count = got.fds.len();
-    let fds = Deferred::new(got.fds, &daemon.closer);
+    let fds = Deferred::new(got.fds, &seat.account.lane);
     let most = if seat.account.sends_fds { fdpass::MAX_FDS } else { 0 };
     if got.cut || count > most {
         return Err(Lost::TooManyFds(count, most));

@@ -4,7 +4,7 @@
 //! kernel ends a read with the bytes that fds came with, so they belong to the last message that
 //! begins in that read. Fds that come in the midst of a message are a framing error.
 
-use super::closer::Closer;
+use super::closer::Lane;
 use crate::protocol::{Call, Error, Frames, Oversize, Request};
 use std::os::fd::OwnedFd;
 
@@ -12,18 +12,18 @@ use std::os::fd::OwnedFd;
 #[derive(Debug, Default)]
 pub(super) struct Deferred {
     fds: Vec<OwnedFd>,
-    closer: Option<Closer>,
+    lane: Option<Lane>,
 }
 
 impl Deferred {
-    pub(super) fn new(fds: Vec<OwnedFd>, closer: &Closer) -> Self {
-        let closer = (!fds.is_empty()).then(|| closer.clone());
-        Self { fds, closer }
+    pub(super) fn new(fds: Vec<OwnedFd>, lane: &Lane) -> Self {
+        let lane = (!fds.is_empty()).then(|| lane.clone());
+        Self { fds, lane }
     }
 
     /// Ones whose close can't block, so that they may be closed anywhere.
     pub(super) fn harmless(fds: Vec<OwnedFd>) -> Self {
-        Self { fds, closer: None }
+        Self { fds, lane: None }
     }
 
     pub(super) fn fds(&self) -> &[OwnedFd] {
@@ -38,8 +38,8 @@ impl Deferred {
 
 impl Drop for Deferred {
     fn drop(&mut self) {
-        if let Some(closer) = &self.closer {
-            closer.close(self.fds.drain(..));
+        if let Some(lane) = &self.lane {
+            lane.close(self.fds.drain(..));
         }
     }
 }
@@ -165,7 +165,7 @@ mod tests {
             fdpass::send(ours.as_fd(), bytes, &fds, MsgFlags::empty()).unwrap();
         }
         drop(ours);
-        let closer = Closer::new().unwrap();
+        let lane = crate::daemon::closer::Closer::new().unwrap().lane();
         let (mut incoming, mut counts) = (Incoming::default(), Vec::new());
         let mut buffer = vec![0; buffer];
         loop {
@@ -173,7 +173,7 @@ mod tests {
             if got.len == 0 {
                 return Ok(counts);
             }
-            incoming.push(&buffer[..got.len], Deferred::new(got.fds, &closer))?;
+            incoming.push(&buffer[..got.len], Deferred::new(got.fds, &lane))?;
             while let Some(message) = incoming.next_message().unwrap() {
                 assert_eq!(message.request, Ok(Request::GetInfo));
                 counts.push(message.fds.fds().len());

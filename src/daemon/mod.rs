@@ -48,7 +48,6 @@ struct Daemon {
     observer: Arc<DaemonObserver>,
     /// Told when something may have become pending for [`reclaim::retry`].
     pending: Arc<Notify>,
-    closer: Closer,
     accounts: Rc<Accounts>,
     deadlines: Deadlines,
     /// Whether the policy has tenants by unit.
@@ -77,8 +76,7 @@ impl Daemon {
             broker,
             observer,
             pending: Arc::default(),
-            closer: Closer::new()?,
-            accounts: Rc::new(Accounts::new(most_connections)),
+            accounts: Rc::new(Accounts::new(most_connections, Closer::new()?)),
             deadlines: Deadlines {
                 call: options.call_deadline,
                 read: options.read_deadline,

@@ -10,6 +10,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, socket, socketpair,
 };
+use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -206,9 +207,17 @@ fn call(
     receive_answer(&ours)
 }
 
+thread_local! {
+    /// Where answers are received: too much to allocate for every call.
+    static BUF: RefCell<Vec<u8>> = RefCell::new(vec![0; wire::MAX_MESSAGE]);
+}
+
 fn receive_answer(socket: &OwnedFd) -> Result<(Answer, Option<OwnedFd>), Errno> {
-    let mut buf = vec![0; wire::MAX_MESSAGE];
-    let received = fdpass::receive(socket.as_fd(), &mut buf, 1, MsgFlags::empty());
+    BUF.with_borrow_mut(|buf| receive_into(socket, buf))
+}
+
+fn receive_into(socket: &OwnedFd, buf: &mut [u8]) -> Result<(Answer, Option<OwnedFd>), Errno> {
+    let received = fdpass::receive(socket.as_fd(), buf, 1, MsgFlags::empty());
     let mut received = received.map_err(|error| match error {
         ReceiveError::Errno(errno) => errno,
         ReceiveError::Truncated { .. } => Errno::EMFILE,

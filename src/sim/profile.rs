@@ -41,6 +41,16 @@ impl Profile {
         self < Profile::V7_2
     }
 
+    /// Whether MSI-X vectors can be added while it is on, as on x86 since 6.5.
+    pub(crate) fn has_dynamic_msix(self) -> bool {
+        self >= Profile::V6_12
+    }
+
+    /// Whether capabilities are padded to 8 bytes, and structs with them; since 6.6.
+    pub(crate) fn pads_capabilities(self) -> bool {
+        self >= Profile::V6_12
+    }
+
     /// Whether type1 tells addresses that overflow (EOVERFLOW) from other wrong ones (EINVAL).
     pub(crate) fn knows_overflow(self) -> bool {
         self >= Profile::V7_2

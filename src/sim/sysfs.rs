@@ -2,7 +2,7 @@
 
 use super::machine::{DeviceView, Machine};
 use nix::errno::Errno;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashMap};
 
 /// An entry of the tree.
 #[derive(Clone, Debug)]
@@ -14,7 +14,7 @@ enum Entry {
 
 /// A tree of files, by path without a leading slash.
 #[derive(Debug, Default)]
-pub(crate) struct Sysfs(BTreeMap<String, Entry>);
+pub(crate) struct Sysfs(HashMap<String, Entry>);
 
 /// How many links a path may lead through, as in the kernel.
 const MOST_LINKS: u32 = 40;
@@ -146,13 +146,14 @@ impl Sysfs {
 
     fn insert(&mut self, path: &str, entry: Entry) {
         let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
-        if !path.is_empty() {
-            self.directory(parent);
-            if let Some(Entry::Directory(names)) = self.0.get_mut(parent) {
-                names.insert(name.to_owned());
-            }
-        }
         self.0.insert(path.to_owned(), entry);
+        if path.is_empty() {
+            return;
+        }
+        self.directory(parent);
+        if let Some(Entry::Directory(names)) = self.0.get_mut(parent) {
+            names.insert(name.to_owned());
+        }
     }
 
     /// Reads a file.
@@ -189,32 +190,34 @@ impl Sysfs {
     }
 
     /// Walks a path as the kernel does; a link at its end is followed where `follow` says so.
-    fn find(&self, path: &str, follow: bool) -> Result<&Entry, Errno> {
-        let mut todo: Vec<String> = path.split('/').rev().map(str::to_owned).collect();
-        let mut here: Vec<String> = Vec::new();
+    fn find<'a>(&'a self, path: &'a str, follow: bool) -> Result<&'a Entry, Errno> {
+        let mut todo: Vec<&str> = path.split('/').rev().collect();
+        let mut here = String::new();
         let mut links = 0;
         while let Some(name) = todo.pop() {
-            match name.as_str() {
+            let parent = here.len();
+            match name {
                 "" | "." => continue,
                 ".." => {
-                    here.pop();
+                    here.truncate(here.rfind('/').unwrap_or(0));
                     continue;
                 }
-                _ => here.push(name),
+                _ if here.is_empty() => here.push_str(name),
+                _ => here.extend(["/", name]),
             }
-            match self.0.get(&here.join("/")).ok_or(Errno::ENOENT)? {
+            match self.0.get(&here).ok_or(Errno::ENOENT)? {
                 Entry::Link(target) if follow || !todo.is_empty() => {
                     links += 1;
                     if links > MOST_LINKS {
                         return Err(Errno::ELOOP);
                     }
-                    here.pop();
-                    todo.extend(target.split('/').rev().map(str::to_owned));
+                    here.truncate(parent);
+                    todo.extend(target.split('/').rev());
                 }
                 Entry::File(_) if !todo.is_empty() => return Err(Errno::ENOTDIR),
                 _ => {}
             }
         }
-        self.0.get(&here.join("/")).ok_or(Errno::ENOENT)
+        self.0.get(&here).ok_or(Errno::ENOENT)
     }
 }

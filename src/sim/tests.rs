@@ -314,3 +314,21 @@ fn a_killed_process_lets_go() {
     wait(&Stats::is_idle);
     Group::open(sim.kernel(), Node::Group(15)).unwrap();
 }
+
+#[test]
+fn the_python_example_of_the_docs_works() {
+    let docs = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/sim.md");
+    let docs = std::fs::read_to_string(docs).unwrap();
+    let (_, example) = docs.split_once("```python\n").unwrap();
+    let (example, _) = example.split_once("```").unwrap();
+    let sim = start("workstation");
+    let mut python = std::process::Command::new("python3");
+    python.arg("-c").arg(example).arg(sim.control_path());
+    match python.output() {
+        Err(error) => eprintln!("skipped: python3: {error}"),
+        Ok(output) => {
+            let (out, errors) = (output.stdout, String::from_utf8_lossy(&output.stderr));
+            assert_eq!(String::from_utf8_lossy(&out), "regions, irqs: (9, 5)\n", "{errors}");
+        }
+    }
+}

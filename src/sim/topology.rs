@@ -250,9 +250,6 @@ pub struct Msix {
     /// Where in that BAR the table starts, in bytes.
     #[serde(default)]
     pub offset: u64,
-    /// Whether vectors can be added while it is on (`VFIO_IRQ_INFO_NORESIZE` is not set).
-    #[serde(default)]
-    pub dynamic: bool,
 }
 
 /// A device-specific region.

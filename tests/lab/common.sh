@@ -45,11 +45,11 @@ kernel_key() {
 # The newest cached kernel of that name; fails when there is none.
 # Its directory holds kernel, config, modules/ (a /lib/modules) and release.
 kernel_dir() {
-    local key dir
+    local key kernel
     key=$(kernel_key "$1")
-    dir=$(find "$LAB_CACHE/kernels" -mindepth 1 -maxdepth 1 -type d -name "$key@*" 2>/dev/null |
+    kernel=$(find "$LAB_CACHE/kernels" -mindepth 2 -maxdepth 2 -path "*/$key@*/kernel" 2>/dev/null |
         sort -V | tail -n 1)
-    [[ -n $dir ]] && echo "$dir"
+    [[ -n $kernel ]] && dirname "$kernel"
 }
 
 # The initramfs belongs to the kernel and to what is put into it.

@@ -54,8 +54,8 @@ impl Config {
         self.set(0x2c, &device.subsystem_vendor.unwrap_or(device.vendor).to_le_bytes());
         self.set(0x2e, &device.subsystem_device.unwrap_or(device.device).to_le_bytes());
         self.set(0x3d, &[u8::from(device.intx)]);
-        // I/O, memory and bus master; INTx off.
-        self.allow(COMMAND, &[IO | MEMORY | MASTER, 0x04]);
+        // I/O, memory and bus master; SERR on and INTx off.
+        self.allow(COMMAND, &[IO | MEMORY | MASTER, 0x05]);
         self.allow(0x0c, &[0xff]);
         self.allow(0x3c, &[0xff]);
         for bar in &device.bars {

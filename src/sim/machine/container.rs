@@ -149,8 +149,8 @@ impl Machine {
             }
             let v2 = match u32::try_from(kind) {
                 Ok(uapi::VFIO_TYPE1_IOMMU) => false,
-                Ok(uapi::VFIO_TYPE1v2_IOMMU | TYPE1_NESTING) => true,
-                // The other extensions of the driver are no types.
+                Ok(uapi::VFIO_TYPE1v2_IOMMU) => true,
+                // The other extensions of the driver are no types, and the IOMMU does not nest.
                 _ => return Err(Errno::EINVAL),
             };
             if !self.interrupts_are_safe() {

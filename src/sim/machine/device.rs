@@ -128,6 +128,7 @@ impl Machine {
         if user.argsz() < 16 {
             return Err(Errno::EINVAL);
         }
+        let padded = self.profile().pads_capabilities();
         let device = self.device(index)?;
         let reset = if device.facts.reset { uapi::VFIO_DEVICE_FLAGS_RESET } else { 0 };
         user.set_u32(4, uapi::VFIO_DEVICE_FLAGS_PCI | reset);
@@ -137,7 +138,7 @@ impl Machine {
         if user.argsz() >= 20 {
             user.set_u32(16, 0);
         }
-        if user.argsz() >= 24 {
+        if padded && user.argsz() >= 24 {
             user.set_u32(20, 0);
         }
         Ok(())

@@ -31,6 +31,8 @@ pub(super) struct Irqs {
     /// Which is on.
     kind: Option<u32>,
     vectors: BTreeMap<u32, Trigger>,
+    /// How many vectors were allocated when it was switched on.
+    allocated: u32,
     masked: bool,
     unmask: Option<Trigger>,
     error: Option<Trigger>,
@@ -58,6 +60,14 @@ struct Set {
     count: u32,
 }
 
+/// What becomes of MSI vectors beyond those that were allocated when it was switched on.
+struct Room {
+    /// More are allocated.
+    grows: bool,
+    /// Firing them by hand is an error, rather than nothing.
+    checked: bool,
+}
+
 impl DeviceState {
     fn irq_count(&self, index: u32) -> u32 {
         match index {
@@ -73,15 +83,16 @@ impl DeviceState {
 
 impl Machine {
     pub(super) fn irq_info(&mut self, index: usize, user: &mut UserStruct) -> Result<(), Errno> {
+        let can_grow = self.profile().has_dynamic_msix();
         let device = self.device(index)?;
+        let dynamic = can_grow && device.facts.msix.is_some();
         let irq = user.u32(8);
         if user.argsz() < 16 || irq > REQ || (irq == ERR && !device.facts.pcie) {
             return Err(Errno::EINVAL);
         }
-        let dynamic = irq == MSIX && device.facts.msix.is_some_and(|msix| msix.dynamic);
         let more = match irq {
             INTX => uapi::VFIO_IRQ_INFO_MASKABLE | uapi::VFIO_IRQ_INFO_AUTOMASKED,
-            _ if dynamic => 0,
+            MSIX if dynamic => 0,
             _ => uapi::VFIO_IRQ_INFO_NORESIZE,
         };
         user.set_u32(4, uapi::VFIO_IRQ_INFO_EVENTFD | more);
@@ -90,17 +101,19 @@ impl Machine {
     }
 
     pub(super) fn set_irqs(&mut self, index: usize, user: &UserStruct) -> Result<(), Errno> {
+        let dynamic = self.profile().has_dynamic_msix();
         let device = self.device(index)?;
         let (flags, irq) = (user.u32(4), user.u32(8));
         let set = Set { data: flags & 7, start: user.u32(12), count: user.u32(16) };
         check(user, flags, irq, &set, device.irq_count(irq))?;
         let action = flags & (MASK | UNMASK | TRIGGER);
+        let room = Room { grows: dynamic && irq == MSIX, checked: !dynamic };
         let (pcie, irqs) = (device.facts.pcie, &mut device.irqs);
         match (irq, action) {
             (INTX, MASK) => mask_intx(irqs, &set, user),
             (INTX, UNMASK) => unmask_intx(irqs, &set, user),
             (INTX, TRIGGER) => trigger_intx(irqs, &set, user),
-            (MSI | MSIX, TRIGGER) => trigger_msi(irqs, irq, &set, user),
+            (MSI | MSIX, TRIGGER) => trigger_msi(irqs, irq, &room, &set, user),
             (ERR, TRIGGER) if pcie => trigger_one(&mut irqs.error, &set, user),
             (REQ, TRIGGER) => trigger_one(&mut irqs.request, &set, user),
             _ => Err(Errno::ENOTTY),
@@ -196,7 +209,13 @@ fn trigger_intx(irqs: &mut Irqs, set: &Set, user: &UserStruct) -> Result<(), Err
     Ok(())
 }
 
-fn trigger_msi(irqs: &mut Irqs, irq: u32, set: &Set, user: &UserStruct) -> Result<(), Errno> {
+fn trigger_msi(
+    irqs: &mut Irqs,
+    irq: u32,
+    room: &Room,
+    set: &Set,
+    user: &UserStruct,
+) -> Result<(), Errno> {
     let on = irqs.kind == Some(irq);
     if on && set.count == 0 && set.data == NONE {
         irqs.disable();
@@ -205,28 +224,41 @@ fn trigger_msi(irqs: &mut Irqs, irq: u32, set: &Set, user: &UserStruct) -> Resul
     if !(on || irqs.kind.is_none()) {
         return Err(Errno::EINVAL);
     }
+    let beyond = set.start + set.count > irqs.allocated;
     if set.data == EVENTFD {
-        for nth in 0..set.count {
-            let vector = set.start + nth;
-            irqs.vectors.remove(&vector);
-            match eventfd(user, nth) {
-                Ok(event) => irqs.vectors.extend(event.map(|event| (vector, event))),
-                Err(errno) => {
-                    irqs.vectors.retain(|at, _| *at < set.start || *at > vector);
-                    return Err(errno);
-                }
-            }
+        if on && !room.grows && beyond {
+            return Err(Errno::EINVAL);
         }
-        irqs.kind = Some(irq);
-        return Ok(());
+        return connect(irqs, irq, set, user);
     }
-    if !on {
+    if !on || (room.checked && beyond) {
         return Err(Errno::EINVAL);
     }
     for nth in 0..set.count {
         if set.data == NONE || user.byte(DATA + nth as usize) != 0 {
             signal(irqs.vectors.get(&(set.start + nth)));
         }
+    }
+    Ok(())
+}
+
+/// Connects vectors to eventfds; where one of them is none, those up to it are disconnected.
+fn connect(irqs: &mut Irqs, irq: u32, set: &Set, user: &UserStruct) -> Result<(), Errno> {
+    let was_on = irqs.kind == Some(irq);
+    for nth in 0..set.count {
+        let vector = set.start + nth;
+        irqs.vectors.remove(&vector);
+        match eventfd(user, nth) {
+            Ok(event) => irqs.vectors.extend(event.map(|event| (vector, event))),
+            Err(errno) => {
+                irqs.vectors.retain(|at, _| *at < set.start || *at > vector);
+                return Err(errno);
+            }
+        }
+    }
+    irqs.kind = Some(irq);
+    if !was_on {
+        irqs.allocated = set.start + set.count;
     }
     Ok(())
 }

@@ -176,3 +176,89 @@ fn a_new_address_moves_the_charge() {
     assert_eq!(map(machine, file, map_arg(4, PAGE, 0, 2 * PAGE), heir), OK);
     assert_eq!(machine.stats().locked, [(9, 2 * PAGE)].into());
 }
+
+/// Opens a device by the text that is given to `VFIO_GROUP_GET_DEVICE_FD`.
+fn get(machine: &mut Machine, group: FileId, text: &str) -> Result<FileId, Errno> {
+    let mut arg = CallArg::Text(text.as_bytes().to_vec());
+    let number = request::GROUP_GET_DEVICE_FD.number;
+    let done = machine.ioctl(group, number, &mut arg, &Someone::ROOT)?;
+    Ok(done.file.unwrap())
+}
+
+/// A machine whose PF (group 1) and VF (group 2) are both on VFIO, with their groups attached.
+fn pf_and_vf() -> (Machine, FileId, FileId) {
+    let text = r#"
+        kernel = "6.12"
+        [[group]]
+        id = 1
+        [[group.device]]
+        bdf = "0000:81:00.0"
+        vendor = 0x8086
+        device = 0x10c9
+        driver = "vfio-pci"
+        total_vfs = 7
+        vf_token = "00000000-0000-0000-0000-000000000001"
+        [[group]]
+        id = 2
+        [[group.device]]
+        bdf = "0000:81:10.0"
+        vendor = 0x8086
+        device = 0x10ca
+        driver = "vfio-pci"
+        physfn = "0000:81:00.0"
+    "#;
+    let mut machine = Machine::new(Topology::from_toml(text).unwrap(), 0);
+    let root = &Someone::ROOT;
+    let (pf, container) = ready(&mut machine, 3);
+    let vf = machine.open(&Node::Group(2), root).unwrap();
+    let mut named = CallArg::File(Some(Named::File(container)));
+    machine.ioctl(vf, request::GROUP_SET_CONTAINER.number, &mut named, root).unwrap();
+    (machine, pf, vf)
+}
+
+#[test]
+fn a_vf_wants_the_token_of_its_pf() {
+    const PF: &str = "0000:81:00.0";
+    const VF: &str = "0000:81:10.0";
+    const ONE: &str = "vf_token=00000000-0000-0000-0000-000000000001";
+    const TWO: &str = "vf_token=00000000-0000-0000-0000-000000000002";
+    let (machine, pf, vf) = &mut pf_and_vf();
+    let with = |name: &str, token: &str| format!("{name} {token}");
+    assert_eq!(get(machine, *vf, VF), Err(Errno::EACCES));
+    assert_eq!(get(machine, *vf, &with(VF, TWO)), Err(Errno::EACCES));
+    let open = get(machine, *vf, &with(VF, ONE)).unwrap();
+    // While a VF is open its PF wants the token too; once none is, it sets it.
+    assert_eq!(get(machine, *pf, PF), Err(Errno::EACCES));
+    assert_eq!(get(machine, *pf, &with(PF, TWO)), Err(Errno::EACCES));
+    let held = get(machine, *pf, &with(PF, ONE)).unwrap();
+    machine.close(held);
+    machine.close(open);
+    let held = get(machine, *pf, &with(PF, TWO)).unwrap();
+    machine.close(held);
+    assert_eq!(get(machine, *vf, &with(VF, ONE)), Err(Errno::EACCES));
+    assert!(get(machine, *vf, &with(VF, TWO)).is_ok());
+}
+
+#[test]
+fn a_bus_reset_wants_every_group_it_hits() {
+    let machine = &mut machine(Profile::V6_12);
+    let root = &Someone::ROOT;
+    let (group, container) = ready(machine, 3);
+    let device = get(machine, group, "0000:01:00.0").unwrap();
+    let second = machine.open(&Node::Group(2), root).unwrap();
+    let third = machine.open(&Node::Group(3), root).unwrap();
+    let mut reset = |files: &[FileId]| {
+        let mut bytes = vec![0; 12 + 4 * files.len()];
+        let len = bytes.len() as u32;
+        bytes[..4].copy_from_slice(&len.to_ne_bytes());
+        bytes[8..12].copy_from_slice(&(files.len() as u32).to_ne_bytes());
+        let named = files.iter().zip((12..).step_by(4));
+        let fds = named.map(|(file, at)| (at, Some(Named::File(*file)))).collect();
+        let mut arg = CallArg::Struct(UserStruct { bytes, fds, out: None });
+        machine.ioctl(device, request::DEVICE_PCI_HOT_RESET.number, &mut arg, root).err()
+    };
+    assert_eq!(reset(&[group]), Some(Errno::EINVAL));
+    assert_eq!(reset(&[group, second]), Some(Errno::EINVAL));
+    assert_eq!(reset(&[group, second, container]), Some(Errno::EINVAL));
+    assert_eq!(reset(&[group, second, third]), None);
+}

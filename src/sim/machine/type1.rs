@@ -1,17 +1,14 @@
-//! The type1 IOMMU driver: mappings, what they pin, and dirty pages.
+//! The type1 IOMMU driver: an address space and its mappings.
 
 use super::container::{ContainerId, Iommu};
-use super::{CallArg, Caller, Capability, Done, Machine, Mm, UserStruct};
+use super::dirty::{MOST_BITMAP, check_bitmap, dirty_pages, report_dirty};
+use super::memlock::PAGE;
+use super::{CallArg, Caller, Done, Machine, Mm, UserStruct};
 use crate::kernel::request;
-use crate::sim::topology::{Memlock, Topology};
+use crate::sim::topology::Topology;
 use nix::errno::Errno;
 use std::collections::BTreeMap;
 use vfio_bindings::bindings::vfio as uapi;
-
-const PAGE: u64 = 4096;
-
-/// The largest dirty bitmap the kernel takes, in bytes.
-const MOST_BITMAP: u64 = 1 << 28;
 
 /// One address space.
 #[derive(Debug)]
@@ -20,15 +17,15 @@ pub(super) struct Type1 {
     pub(super) mappings: BTreeMap<u64, Mapping>,
     page_sizes: u64,
     limit: u32,
-    tracking: bool,
+    pub(super) tracking: bool,
     /// What can be mapped, first and last address, ascending.
-    ranges: Vec<(u64, u64)>,
+    pub(super) ranges: Vec<(u64, u64)>,
 }
 
 /// A mapping, by its first address.
 #[derive(Debug)]
 pub(super) struct Mapping {
-    size: u64,
+    pub(super) size: u64,
     vaddr: u64,
     /// Whether its address has been taken away (`VFIO_DMA_UNMAP_FLAG_VADDR`).
     invalid: bool,
@@ -36,6 +33,14 @@ pub(super) struct Mapping {
     pub(super) mm: Mm,
     /// How many bytes that address space is charged.
     pub(super) charged: u64,
+    /// Its dirty pages, with a word to spare; empty while nothing is tracked.
+    pub(super) dirty: Vec<u64>,
+}
+
+impl Mapping {
+    pub(super) fn track(&mut self, page: u64) {
+        self.dirty = vec![0; (self.size / page).div_ceil(64) as usize + 1];
+    }
 }
 
 impl Type1 {
@@ -67,7 +72,7 @@ impl Type1 {
         unusable.iter().any(|&(start, end)| self.first_in(start, end).is_some())
     }
 
-    fn page(&self) -> u64 {
+    pub(super) fn page(&self) -> u64 {
         1 << self.page_sizes.trailing_zeros().min(63)
     }
 
@@ -91,7 +96,7 @@ impl Type1 {
     }
 
     /// Whether a range would cut a mapping in two at either end.
-    fn bisects(&self, first: u64, last: u64) -> bool {
+    pub(super) fn bisects(&self, first: u64, last: u64) -> bool {
         let cut_at_start = self.first_in(first, first).is_some_and(|iova| iova != first);
         let ends_elsewhere = |iova: u64| {
             self.mappings.get(&iova).is_some_and(|mapping| iova + (mapping.size - 1) != last)
@@ -110,19 +115,21 @@ impl Machine {
     ) -> Result<Done, Errno> {
         let result = match number {
             _ if number == request::IOMMU_GET_INFO.number => {
-                self.type1(id).and_then(|type1| get_info(type1, arg.user()?))
+                let pads = self.profile().pads_capabilities();
+                self.type1(id).and_then(|type1| get_info(type1, pads, arg.user()?))
             }
             _ if number == request::IOMMU_MAP_DMA.number => self.map_dma(id, arg, caller),
             _ if number == request::IOMMU_UNMAP_DMA.number => self.unmap_dma(id, arg),
             _ if number == request::IOMMU_DIRTY_PAGES.number => {
-                self.type1(id).and_then(|type1| dirty_pages(type1, arg))
+                let knows_overflow = self.profile().knows_overflow();
+                self.type1(id).and_then(|type1| dirty_pages(type1, knows_overflow, arg))
             }
             _ => Err(Errno::ENOTTY),
         };
         result.map(|()| Done::default())
     }
 
-    fn type1(&mut self, id: ContainerId) -> Result<&mut Type1, Errno> {
+    pub(super) fn type1(&mut self, id: ContainerId) -> Result<&mut Type1, Errno> {
         match self.containers.get_mut(&id).and_then(|container| container.iommu.as_mut()) {
             Some(Iommu::Type1(type1)) => Ok(type1),
             _ => Err(Errno::EINVAL),
@@ -185,8 +192,14 @@ impl Machine {
             self.uncharge(caller.mm(), accessible);
             return Err(Errno::EFAULT);
         }
-        let mapping = Mapping { size, vaddr, invalid: false, mm: caller.mm(), charged: size };
-        self.type1(id)?.mappings.insert(iova, mapping);
+        let mm = caller.mm();
+        let type1 = self.type1(id)?;
+        let mut mapping =
+            Mapping { size, vaddr, invalid: false, mm, charged: size, dirty: Vec::new() };
+        if type1.tracking {
+            mapping.track(type1.page());
+        }
+        type1.mappings.insert(iova, mapping);
         Ok(())
     }
 
@@ -287,9 +300,9 @@ impl Machine {
         let mut result = Ok(());
         for at in &hit {
             if flags & BITMAP != 0
-                && let Some(mapping) = type1.mappings.get(at)
+                && let Some(mapping) = type1.mappings.get_mut(at)
             {
-                result = mark_dirty(user, (at - iova) / page, mapping.size / page);
+                result = report_dirty(user, mapping, (at - iova) / page, page);
                 if result.is_err() {
                     break;
                 }
@@ -304,76 +317,9 @@ impl Machine {
         }
         result
     }
-
-    /// What no group in the list may be given: outside the aperture, and reserved.
-    pub(super) fn unusable(&self, groups: &[u32]) -> Vec<(u64, u64)> {
-        let (first, last) = self.topology.aperture;
-        let mut unusable = Vec::new();
-        unusable.extend(first.checked_sub(1).map(|end| (0, end)));
-        unusable.extend(last.checked_add(1).map(|start| (start, u64::MAX)));
-        let of_groups = groups.iter().filter_map(|id| self.groups.get(id));
-        let reserved = of_groups.flat_map(|group| &group.facts.reserved);
-        for region in self.topology.reserved.iter().chain(reserved) {
-            // Relaxable regions may be given away.
-            if region.kind != "direct-relaxable" {
-                unusable.push((region.start, region.end));
-            }
-        }
-        unusable.sort_unstable();
-        unusable
-    }
-
-    /// Works out anew what can be mapped, after groups have come or gone.
-    pub(super) fn refresh_ranges(&mut self, id: ContainerId) {
-        let Some(container) = self.containers.get(&id) else { return };
-        let unusable = self.unusable(&container.groups);
-        let mut ranges = Vec::new();
-        let mut next = Some(0u64);
-        for (start, end) in unusable {
-            if let Some(free) = next.filter(|&free| free < start) {
-                ranges.push((free, start - 1));
-            }
-            next = next.and_then(|free| Some(free.max(end.checked_add(1)?)));
-        }
-        ranges.extend(next.map(|free| (free, u64::MAX)));
-        if let Ok(type1) = self.type1(id) {
-            type1.ranges = ranges;
-        }
-    }
-
-    /// Charges a caller for pinned bytes.
-    ///
-    /// # Errors
-    /// ENOMEM: over its limit.
-    fn charge(&mut self, caller: &dyn Caller, bytes: u64) -> Result<(), Errno> {
-        let limit = match self.topology.memlock {
-            Memlock::Unlimited => u64::MAX,
-            Memlock::Bytes(bytes) => bytes,
-            Memlock::Rlimit if caller.capable(Capability::IpcLock) => u64::MAX,
-            Memlock::Rlimit => caller.memlock() & !(PAGE - 1),
-        };
-        let mm = caller.mm();
-        let locked = self.locked.get(&mm).copied().unwrap_or(0).saturating_add(bytes);
-        if locked > limit {
-            return Err(Errno::ENOMEM);
-        }
-        if bytes > 0 {
-            self.locked.insert(mm, locked);
-        }
-        Ok(())
-    }
-
-    pub(super) fn uncharge(&mut self, mm: Mm, bytes: u64) {
-        if let Some(locked) = self.locked.get_mut(&mm) {
-            *locked = locked.saturating_sub(bytes);
-            if *locked == 0 {
-                self.locked.remove(&mm);
-            }
-        }
-    }
 }
 
-fn get_info(type1: &Type1, user: &mut UserStruct) -> Result<(), Errno> {
+fn get_info(type1: &Type1, pads: bool, user: &mut UserStruct) -> Result<(), Errno> {
     // argsz, flags, page sizes; then the offset of the capabilities and padding.
     const FIRST: usize = 16;
     const WHOLE: usize = 24;
@@ -381,7 +327,7 @@ fn get_info(type1: &Type1, user: &mut UserStruct) -> Result<(), Errno> {
     if argsz < FIRST {
         return Err(Errno::EINVAL);
     }
-    let chain = capabilities(type1);
+    let chain = capabilities(type1, pads);
     let mut info = [0u8; WHOLE];
     let mut wanted = argsz;
     let mut offset = 0;
@@ -402,7 +348,7 @@ fn get_info(type1: &Type1, user: &mut UserStruct) -> Result<(), Errno> {
 
 /// Migration, available mappings and IOVA ranges, in the kernel's order, offsets counted from the
 /// start of the struct.
-fn capabilities(type1: &Type1) -> Vec<u8> {
+fn capabilities(type1: &Type1, pads: bool) -> Vec<u8> {
     let mut chain = Vec::new();
     let mut add = |id: u32, last: bool, body: &[u8]| {
         let end = 24 + chain.len() + 8 + body.len();
@@ -418,8 +364,9 @@ fn capabilities(type1: &Type1) -> Vec<u8> {
     migration.extend_from_slice(&MOST_BITMAP.to_ne_bytes());
     add(uapi::VFIO_IOMMU_TYPE1_INFO_CAP_MIGRATION, false, &migration);
     let mut available = type1.available().to_ne_bytes().to_vec();
-    // Each capability is padded to 8 bytes.
-    available.extend_from_slice(&[0; 4]);
+    if pads {
+        available.extend_from_slice(&[0; 4]);
+    }
     add(uapi::VFIO_IOMMU_TYPE1_INFO_DMA_AVAIL, no_ranges, &available);
     if !no_ranges {
         let mut ranges = (type1.ranges.len() as u64).to_ne_bytes().to_vec();
@@ -430,73 +377,4 @@ fn capabilities(type1: &Type1) -> Vec<u8> {
         add(uapi::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, true, &ranges);
     }
     chain
-}
-
-fn check_bitmap(size: u64, page: u64, bitmap: u64) -> Result<(), Errno> {
-    let pages = size.checked_shr(page.trailing_zeros()).unwrap_or(size);
-    if pages == 0 || bitmap == 0 || bitmap > MOST_BITMAP || bitmap < bitmap_bytes(pages) {
-        return Err(Errno::EINVAL);
-    }
-    Ok(())
-}
-
-fn bitmap_bytes(pages: u64) -> u64 {
-    pages.div_ceil(64) * 8
-}
-
-fn dirty_pages(type1: &mut Type1, arg: &mut CallArg) -> Result<(), Errno> {
-    const START: u32 = uapi::VFIO_IOMMU_DIRTY_PAGES_FLAG_START;
-    const STOP: u32 = uapi::VFIO_IOMMU_DIRTY_PAGES_FLAG_STOP;
-    const GET: u32 = uapi::VFIO_IOMMU_DIRTY_PAGES_FLAG_GET_BITMAP;
-    if !type1.v2 {
-        return Err(Errno::EACCES);
-    }
-    let user = arg.user()?;
-    let flags = user.u32(4);
-    if user.argsz() < 8 || flags & !(START | STOP | GET) != 0 || flags.count_ones() != 1 {
-        return Err(Errno::EINVAL);
-    }
-    if flags != GET {
-        type1.tracking = flags == START;
-        return Ok(());
-    }
-    if user.argsz() < 48 {
-        return Err(Errno::EINVAL);
-    }
-    let (iova, size, page) = (user.u64(8), user.u64(16), user.u64(24));
-    let end = iova.checked_add(size).ok_or(Errno::EINVAL)?;
-    check_bitmap(size, page, user.u64(32))?;
-    let smallest = type1.page();
-    if page != smallest || (iova | size) & (smallest - 1) != 0 || !type1.tracking {
-        return Err(Errno::EINVAL);
-    }
-    if type1.bisects(iova, end - 1) {
-        return Err(Errno::EINVAL);
-    }
-    for (at, mapping) in type1.mappings.range(iova..end) {
-        mark_dirty(user, (at - iova) / page, mapping.size / page)?;
-    }
-    Ok(())
-}
-
-/// Marks all pages of a mapping: with a real device in the container any may have been written.
-/// Like the kernel it writes whole words, and keeps only those bits of the first one that come
-/// before the mapping.
-fn mark_dirty(user: &mut UserStruct, first: u64, pages: u64) -> Result<(), Errno> {
-    let bitmap = user.out.as_mut().ok_or(Errno::EFAULT)?;
-    let start = (first / 64 * 8) as usize;
-    let shift = first % 64;
-    let len = bitmap_bytes(pages + shift) as usize;
-    let words = bitmap.get_mut(start..start + len).ok_or(Errno::EFAULT)?;
-    for (word, bytes) in words.chunks_exact_mut(8).enumerate() {
-        let mut field = [0; 8];
-        field.copy_from_slice(bytes);
-        let mut bits = if word == 0 { u64::from_ne_bytes(field) & ((1 << shift) - 1) } else { 0 };
-        let here = word as u64 * 64;
-        for bit in here.max(shift)..(here + 64).min(shift + pages) {
-            bits |= 1 << (bit - here);
-        }
-        bytes.copy_from_slice(&bits.to_ne_bytes());
-    }
-    Ok(())
 }

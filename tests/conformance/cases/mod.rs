@@ -1,0 +1,87 @@
+//! The cases. Each is a function that makes calls and writes down what the kernel says.
+
+mod container;
+mod device;
+mod dirty;
+mod drivers;
+mod group;
+mod irqs;
+mod lifetimes;
+mod machines;
+mod map;
+mod names;
+mod regions;
+mod resets;
+mod sysfs;
+mod unmap;
+mod vaddr;
+
+use crate::script::Script;
+
+/// A case.
+pub(crate) struct Case {
+    /// Its file and function, `group::open_twice`.
+    pub(crate) name: String,
+    /// Which machine of the lab it is for.
+    pub(crate) machine: &'static str,
+    /// How many mappings a container may have meanwhile, where that is not the default.
+    pub(crate) limit: Option<u32>,
+    /// Whether it needs rights to give up, so that only root can run it.
+    pub(crate) root: bool,
+    pub(crate) run: fn(&Script),
+}
+
+/// Lists functions as cases, under the name of their file.
+macro_rules! cases {
+    ($($name:ident),* $(,)?) => {
+        pub(crate) fn cases() -> Vec<crate::cases::Case> {
+            let file = module_path!().rsplit("::").next().unwrap();
+            vec![$(crate::cases::Case {
+                name: format!("{file}::{}", stringify!($name)),
+                machine: "default",
+                limit: None,
+                root: false,
+                run: $name,
+            }),*]
+        }
+    };
+}
+use cases;
+
+/// All cases, in the order in which they are recorded.
+pub(crate) fn all() -> Vec<Case> {
+    let mut all = Vec::new();
+    for file in [
+        group::cases,
+        names::cases,
+        container::cases,
+        map::cases,
+        unmap::cases,
+        vaddr::cases,
+        dirty::cases,
+        device::cases,
+        regions::cases,
+        irqs::cases,
+        resets::cases,
+        lifetimes::cases,
+        drivers::cases,
+        sysfs::cases,
+        machines::cases,
+    ] {
+        all.extend(file());
+    }
+    for case in &mut all {
+        match case.name.as_str() {
+            "map::as_many_as_the_limit" | "map::the_limit_comes_after_overlap" => {
+                case.limit = Some(3);
+            }
+            name if name.starts_with("machines::no_intremap") => case.machine = "no-intremap",
+            name if name.starts_with("machines::no_iommu") => {
+                (case.machine, case.root) = ("no-iommu", true);
+            }
+            "lifetimes::nodes_of_others" => case.root = true,
+            _ => {}
+        }
+    }
+    all
+}
