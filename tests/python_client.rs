@@ -1,6 +1,7 @@
 //! The client of `docs/acquire.py`, as it is there, against a broker on a simulated kernel: the wire
 //! needs nothing but a standard library.
 
+#![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)] // tests
 
 #[path = "cli/broker.rs"]

@@ -1,6 +1,7 @@
 //! What the documentation shows is what there is: its policies are good, its calls parse. Its Rust
 //! is compiled by the documentation tests.
 
+#![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)] // tests
 
 use vfio_broker::policy::{Names, Policy};

@@ -1,5 +1,6 @@
 //! `vfio-broker` as people run it, against a broker on a simulated kernel.
 
+#![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)] // tests
 
 mod broker;
