@@ -189,6 +189,39 @@ fn a_late_answer_is_never_taken_for_another() {
 }
 
 #[test]
+fn what_the_broker_says_unasked_answers_nothing() {
+    let stray = r#"{"parameters":{"groups":[{"id":1,"viable":true,"state":"free",
+        "blockers":[],"devices":[]}]}}"#;
+    // With the answer in one piece, and after it.
+    for together in [true, false] {
+        let (said, heard) = std::sync::mpsc::channel();
+        let fake = Fake::new(vec![
+            script(move |mut peer| {
+                peer.call();
+                let answer = format!("{{\"parameters\":{LEASES}}}\0");
+                if together {
+                    peer.say(format!("{answer}{stray}\0").as_bytes(), &[]);
+                } else {
+                    peer.say(answer.as_bytes(), &[]);
+                    peer.say(format!("{stray}\0").as_bytes(), &[]);
+                }
+                said.send(()).unwrap();
+                assert!(peer.call().is_none(), "the connection is still in use");
+            }),
+            script(|mut peer| {
+                assert_eq!(peer.call().unwrap()["method"], "org.vfiobroker.Broker.Topology");
+                peer.reply(r#"{"groups":[]}"#, &[]);
+            }),
+        ]);
+        let mut broker = Client::connect_to(&fake.path).unwrap();
+        broker.leases().unwrap();
+        heard.recv().unwrap();
+        assert!(broker.topology().unwrap().is_empty(), "it took the stray message for its answer");
+        fake.join();
+    }
+}
+
+#[test]
 fn an_error_keeps_the_connection() {
     let fake = Fake::new(vec![script(|mut peer| {
         peer.call();

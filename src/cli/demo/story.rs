@@ -144,7 +144,10 @@ impl<'a> Play<'a> {
             let answer = ask_for(&mut self.bob, "bob-vm", &[denied.to_owned()], None)?;
             let Answer::Refused(refusal) = &answer else { return Err(unexpected(&answer)) };
             tale.check(is_denied(refusal), format!("Bob asks for {denied}: denied"))?;
-            tale.note(&short(refusal))?;
+            if let protocol::Error::Denied { rule, reason } = refusal {
+                tale.note(reason)?;
+                tale.note(&format!("by {rule}"))?;
+            }
         }
         // This process may look ("observe"), so it is told the holder.
         let own = nix::unistd::geteuid();

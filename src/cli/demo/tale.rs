@@ -64,3 +64,19 @@ impl Tale {
         self.say(&format!("\n{count} checks, all as told, in {:.2} s\n", took.as_secs_f64()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_as_told_ends_the_tale() {
+        let (socket, style) = ("/nonexistent".into(), Style::plain());
+        let mut tale = Tale::new(&Context { socket, json: true, style });
+        tale.scene("one").unwrap();
+        tale.check(true, "good").unwrap();
+        let failure = tale.check(false, "bad").unwrap_err();
+        assert!(format!("{failure:?}").contains("it is not as told: bad"));
+        assert_eq!(tale.scenes[0]["checks"][1], json!({ "text": "bad", "ok": false }));
+    }
+}
