@@ -133,7 +133,7 @@ fn tell(error: Error) -> (String, Vec<String>, Option<String>) {
         ),
         Error::Quarantined { device, since, reason } => (
             format!("{device} is not known to be free yet"),
-            vec![format!("{reason}; so for {}", super::style::ago(since))],
+            vec![format!("{reason}; so since {}", super::style::since(since))],
             Some("whoever still has it open must close it; `vfio-broker watch` tells when".into()),
         ),
         Error::Kernel { call, object, errno, name, hint } => {
@@ -155,8 +155,8 @@ fn tell(error: Error) -> (String, Vec<String>, Option<String>) {
 
 fn held_by(holder: &Holder, since: Option<u64>) -> String {
     let Holder { lease, vm, tenant, uid, pid } = holder;
-    let since = since.map_or(String::new(), |at| format!(" for {}", super::style::ago(at)));
-    format!("{vm} of {tenant} (uid {uid}, pid {pid}) has had it{since}, as lease {lease}")
+    let since = since.map_or(String::new(), |at| format!(" since {}", super::style::since(at)));
+    format!("{vm} of {tenant} (uid {uid}, pid {pid}) has it{since}, as lease {lease}")
 }
 
 #[cfg(test)]

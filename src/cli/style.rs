@@ -102,14 +102,23 @@ pub(super) fn bytes(count: u64) -> String {
 
 /// How long ago a time in seconds since 1970 was: `12 s`, `5 min`, `3 h`, `2 d`.
 pub(super) fn ago(at: u64) -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let seconds = now.map_or(0, |now| now.as_secs()).saturating_sub(at);
-    match seconds {
-        0..=119 => format!("{seconds} s"),
-        120..=7199 => format!("{} min", seconds / 60),
-        7200..=172_799 => format!("{} h", seconds / 3600),
-        _ => format!("{} d", seconds / 86_400),
+    match now().saturating_sub(at) {
+        seconds @ 0..=119 => format!("{seconds} s"),
+        seconds @ 120..=7199 => format!("{} min", seconds / 60),
+        seconds @ 7200..=172_799 => format!("{} h", seconds / 3600),
+        seconds => format!("{} d", seconds / 86_400),
     }
+}
+
+/// A time in seconds since 1970 with its age: `02:04:10 UTC, 3 min ago`.
+pub(super) fn since(at: u64) -> String {
+    let (hours, minutes, seconds) = (at / 3600 % 24, at / 60 % 60, at % 60);
+    format!("{hours:02}:{minutes:02}:{seconds:02} UTC, {} ago", ago(at))
+}
+
+fn now() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |now| now.as_secs())
 }
 
 #[cfg(test)]
@@ -131,6 +140,13 @@ mod tests {
         }
         assert_eq!(bytes(1536), "1.5 KiB");
         assert_eq!(bytes(u64::MAX), "16.0 EiB");
+    }
+
+    #[test]
+    fn a_time_is_told_with_its_age() {
+        assert!(since(1_795_225_946).starts_with("01:52:26 UTC, "), "{}", since(1_795_225_946));
+        assert_eq!(since(now() - 3600).split(", ").nth(1), Some("60 min ago"));
+        assert_eq!(ago(now() - 7 * 86_400), "7 d");
     }
 
     #[test]
