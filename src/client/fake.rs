@@ -2,10 +2,12 @@
 
 use crate::fdpass;
 use crate::protocol::Frames;
+use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::Receiver;
 use std::thread::JoinHandle;
 
 /// One connection, from the broker's side.
@@ -26,7 +28,11 @@ impl Peer {
                 return Some(serde_json::from_slice(message).unwrap());
             }
             let got = fdpass::receive(self.stream.as_fd(), &mut buf, 16, MsgFlags::empty());
-            let got = got.unwrap();
+            let got = match got {
+                // It closed with something unread.
+                Err(fdpass::ReceiveError::Errno(Errno::ECONNRESET)) => return None,
+                other => other.unwrap(),
+            };
             if got.len == 0 {
                 return None;
             }
@@ -62,6 +68,18 @@ impl Peer {
         );
         write_end
     }
+}
+
+/// A script that answers one call and hangs up, and what tells when it has.
+pub(super) fn answer_and_hang_up(parameters: &'static str) -> (Script, Receiver<()>) {
+    let (hung_up, heard) = std::sync::mpsc::channel();
+    let script = script(move |mut peer| {
+        peer.call();
+        peer.reply(parameters, &[]);
+        drop(peer);
+        hung_up.send(()).unwrap();
+    });
+    (script, heard)
 }
 
 pub(super) fn null() -> std::fs::File {

@@ -1,6 +1,6 @@
 //! The blocking client against a broker that misbehaves.
 
-use super::fake::{Fake, null, script};
+use super::fake::{Fake, answer_and_hang_up, null, script};
 use super::{Acquire, Client, DmaRange, Error, Lease};
 use crate::protocol::{self, FdKind};
 use std::io::Read;
@@ -105,11 +105,9 @@ fn memory_goes_with_the_call_as_number_0() {
 
 #[test]
 fn a_call_on_a_connection_that_was_closed_is_made_on_a_new_one() {
+    let (answer, hung_up) = answer_and_hang_up(LEASES);
     let fake = Fake::new(vec![
-        script(|mut peer| {
-            peer.call();
-            peer.reply(LEASES, &[]);
-        }),
+        answer,
         script(|mut peer| {
             assert_eq!(peer.call().unwrap()["method"], "org.vfiobroker.Broker.Acquire");
             peer.grant();
@@ -117,6 +115,7 @@ fn a_call_on_a_connection_that_was_closed_is_made_on_a_new_one() {
     ]);
     let mut broker = Client::connect_to(&fake.path).unwrap();
     assert!(broker.leases().unwrap().is_empty());
+    hung_up.recv().unwrap();
     acquire(&mut broker);
     fake.join();
 }
@@ -128,13 +127,11 @@ fn a_lost_answer_is_asked_for_again_only_where_that_changes_nothing() {
             peer.call();
         })
     };
-    let answer = script(|mut peer| {
-        peer.call();
-        peer.reply(LEASES, &[]);
-    });
+    let (answer, hung_up) = answer_and_hang_up(LEASES);
     let fake = Fake::new(vec![hang_up(), answer, hang_up(), hang_up(), hang_up()]);
     let mut broker = Client::connect_to(&fake.path).unwrap();
     broker.leases().unwrap();
+    hung_up.recv().unwrap();
     let error = broker.acquire(Acquire::new("web1").device("0000:65:00.0")).unwrap_err();
     assert!(matches!(error, Error::Lost { .. }), "{error}");
     let error = broker.leases().unwrap_err();

@@ -308,7 +308,7 @@ fn errno(error: &std::io::Error) -> Errno {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fake::{Fake, null, script};
+    use super::super::fake::{Fake, answer_and_hang_up, null, script};
     use super::*;
     use crate::protocol::EventKind;
 
@@ -354,14 +354,12 @@ mod tests {
                 peer.call();
             })
         };
-        let answer = script(|mut peer| {
-            peer.call();
-            peer.reply(LEASES, &[]);
-        });
+        let (answer, hung_up) = answer_and_hang_up(LEASES);
         let fake = Fake::new(vec![hang_up(), answer, hang_up()]);
         run(async {
             let mut broker = Client::connect_to(&fake.path).await.unwrap();
             broker.leases().await.unwrap();
+            hung_up.recv().unwrap();
             let error = broker.acquire(request()).await.unwrap_err();
             assert!(matches!(error, Error::Lost { .. }), "{error}");
         });
