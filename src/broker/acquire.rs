@@ -176,7 +176,7 @@ impl Broker {
                     // Opening can reset the device; nobody else's container need wait for that.
                     drop(space.take());
                     let fresh = opened.groups.iter().find(|(number, _)| *number == id);
-                    let group = fresh.map(|(_, group)| group).or_else(|| files.groups.get(&id));
+                    let group = fresh.map(|(_, group)| group).or_else(|| files.group(id));
                     if let Some(group) = group {
                         let name = chosen.names.get(&bdf).cloned();
                         let name = name.unwrap_or_else(|| bdf.to_string());
@@ -225,12 +225,12 @@ impl Broker {
         let lease = lease.ok_or_else(|| no_such_lease(entry.id))?;
         let mut fds = Vec::new();
         if kind == EventKind::Acquired && gives_container(&lease) {
-            fds.extend(Named::container(&lease, entry)?);
+            fds.extend(Named::container(&lease, entry).map(Named::copied).transpose()?);
         }
         if lease.handout == Handout::Container {
             for wanted in &chosen.groups {
                 let fresh = opened.groups.iter().find(|(id, _)| *id == wanted.id);
-                let group = fresh.map(|(_, group)| group).or_else(|| files.groups.get(&wanted.id));
+                let group = fresh.map(|(_, group)| group).or_else(|| files.group(wanted.id));
                 if let Some(group) = group {
                     fds.push(Named::group(wanted.id, lifeline::copy(group)?));
                 }
@@ -245,7 +245,7 @@ impl Broker {
             let groups = opened.groups.drain(..);
             fds.extend(groups.map(|(id, group)| Named::group(id, group.into())));
         }
-        files.groups.extend(opened.groups.drain(..));
+        files.groups.extend(opened.groups.drain(..).map(|(id, group)| (id, Arc::new(group))));
         files.names.extend(chosen.names.clone());
         let given = opened.devices.drain(..);
         fds.extend(given.map(|(bdf, device)| Named::device(bdf, device.into())));

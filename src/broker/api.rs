@@ -1,8 +1,9 @@
 //! What the broker takes from and gives to the daemon.
 
+use crate::kernel::{Container, Group};
 use crate::policy::Peer;
 use crate::protocol::{Acquired, Event};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 /// Who calls: what the kernel says of the peer, never what it says of itself.
@@ -20,6 +21,33 @@ pub struct Grant {
     /// The open files, in the reply's order. The lease's lifeline is among them: a grant that
     /// can't be delivered is undone by dropping it.
     pub fds: Vec<OwnedFd>,
+}
+
+/// An open file to be sent: the broker's own one, which it goes on keeping, or one made for this.
+#[derive(Debug)]
+pub enum SentFd {
+    /// What the groups of the lease are attached to.
+    Container(Arc<Container>),
+    /// A group of the lease.
+    Group(Arc<Group>),
+    /// A lease pipe's read end.
+    Made(OwnedFd),
+}
+
+impl AsFd for SentFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Container(container) => container.as_fd(),
+            Self::Group(group) => group.as_fd(),
+            Self::Made(fd) => fd.as_fd(),
+        }
+    }
+}
+
+impl From<OwnedFd> for SentFd {
+    fn from(fd: OwnedFd) -> Self {
+        Self::Made(fd)
+    }
 }
 
 /// One lease pipe. A lease can have several; it ends when all have hung up.

@@ -44,8 +44,8 @@ pub(super) struct Entry {
 /// what is done to one lease is done one thing after the other.
 #[derive(Debug, Default)]
 pub(super) struct Files {
-    /// Attached groups.
-    pub(super) groups: BTreeMap<u32, Group>,
+    /// Attached groups. A reply that is being sent can share one for a moment.
+    pub(super) groups: BTreeMap<u32, Arc<Group>>,
     /// How the kernel is asked for a device where it wants more than the address.
     pub(super) names: BTreeMap<Bdf, String>,
 }
@@ -71,6 +71,10 @@ impl Entry {
 }
 
 impl Files {
+    pub(super) fn group(&self, id: u32) -> Option<&Group> {
+        self.groups.get(&id).map(Arc::as_ref)
+    }
+
     /// The name by which the kernel opens a device.
     pub(super) fn name(&self, bdf: Bdf) -> String {
         self.names.get(&bdf).cloned().unwrap_or_else(|| bdf.to_string())

@@ -2,7 +2,7 @@
 
 use super::acquire::gives_container;
 use super::books::{Books, Entry, Files, Lifeline};
-use super::{Broker, Caller, LifelineId, lifeline, no_such_lease};
+use super::{Broker, Caller, LifelineId, SentFd, lifeline, no_such_lease};
 use crate::kernel::{Group, Node};
 use crate::ledger::{Lease, Refusal};
 use crate::protocol::{Bdf, Error, Fd, FdKind, Fds, GetFds, Handout};
@@ -10,32 +10,40 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// An open file and what it is.
-pub(super) struct Named {
+pub(super) struct Named<F = OwnedFd> {
     pub(super) kind: FdKind,
     pub(super) name: String,
-    pub(super) fd: OwnedFd,
+    pub(super) fd: F,
+}
+
+impl<F> Named<F> {
+    pub(super) fn group(id: u32, fd: F) -> Self {
+        Self { kind: FdKind::Group, name: id.to_string(), fd }
+    }
+}
+
+impl Named<SentFd> {
+    /// The container of a lease.
+    pub(super) fn container(lease: &Lease, entry: &Entry) -> Option<Self> {
+        let container = entry.space.as_ref().and_then(|space| space.container())?;
+        let name = super::container_name(lease);
+        Some(Self { kind: FdKind::Container, name, fd: SentFd::Container(container) })
+    }
+
+    pub(super) fn copied(self) -> Result<Named, Error> {
+        let Self { kind, name, fd } = self;
+        Ok(Named { kind, name, fd: lifeline::copy(fd)? })
+    }
 }
 
 impl Named {
-    /// A copy of the container of a lease.
-    pub(super) fn container(lease: &Lease, entry: &Entry) -> Result<Option<Self>, Error> {
-        let container = entry.space.as_ref().and_then(|space| space.container());
-        let Some(container) = container else { return Ok(None) };
-        let (name, fd) = (super::container_name(lease), lifeline::copy(&*container)?);
-        Ok(Some(Self { kind: FdKind::Container, name, fd }))
-    }
-
-    pub(super) fn group(id: u32, fd: OwnedFd) -> Self {
-        Self { kind: FdKind::Group, name: id.to_string(), fd }
-    }
-
     pub(super) fn device(bdf: Bdf, fd: OwnedFd) -> Self {
         Self { kind: FdKind::Device, name: bdf.to_string(), fd }
     }
 }
 
 /// The description of the files, and the files in its order.
-pub(super) fn list(named: Vec<Named>) -> (Vec<Fd>, Vec<OwnedFd>) {
+pub(super) fn list<F>(named: Vec<Named<F>>) -> (Vec<Fd>, Vec<F>) {
     let each = named.into_iter().enumerate();
     each.map(|(index, Named { kind, name, fd })| (Fd { index, kind, name }, fd)).unzip()
 }
@@ -50,7 +58,8 @@ impl Broker {
         let entry = self.authorize(caller, &request.lease, &request.key)?;
         let files = entry.files();
         let lease = self.live(&entry)?;
-        let mut fds = self.kept(&lease, &entry, &files)?;
+        let kept = kept(&lease, &entry, &files).into_iter();
+        let mut fds = kept.map(Named::copied).collect::<Result<Vec<_>, _>>()?;
         match lease.handout {
             Handout::Group => {
                 let books = self.books();
@@ -63,7 +72,7 @@ impl Broker {
             }
             Handout::Devices => {
                 for handed in lease.devices.iter().filter(|handed| !handed.withheld) {
-                    if let Some(group) = files.groups.get(&handed.group) {
+                    if let Some(group) = files.group(handed.group) {
                         let device = group.device(&files.name(handed.bdf))?;
                         fds.push(Named::device(handed.bdf, device.into()));
                     }
@@ -75,12 +84,12 @@ impl Broker {
     }
 
     /// As [`get_fds`](Self::get_fds) where that takes no kernel call that can block, else `None`:
-    /// then call that on a worker. Never blocks.
+    /// then call that on a worker. Never blocks, and makes no copies: sending makes one.
     pub fn try_get_fds(
         &self,
         caller: &Caller,
         request: &GetFds,
-    ) -> Option<Result<(Fds, Vec<OwnedFd>), Error>> {
+    ) -> Option<Result<(Fds, Vec<SentFd>), Error>> {
         let entry = match self.authorize(caller, &request.lease, &request.key) {
             Ok(entry) => entry,
             Err(error) => return Some(Err(error)),
@@ -93,37 +102,22 @@ impl Broker {
         if lease.handout != Handout::Container {
             return None;
         }
-        let kept = self.kept(&lease, &entry, &files);
-        Some(kept.and_then(|fds| self.with_lifeline(&entry, fds)))
+        Some(self.with_lifeline(&entry, kept(&lease, &entry, &files)))
     }
 
     fn live(&self, entry: &Entry) -> Result<Lease, Error> {
         self.books().ledger.live(entry.id).cloned().ok_or_else(|| no_such_lease(entry.id))
     }
 
-    /// Copies of what the broker keeps of what the holder was given.
-    fn kept(&self, lease: &Lease, entry: &Entry, files: &Files) -> Result<Vec<Named>, Error> {
-        let mut fds = Vec::new();
-        if gives_container(lease) {
-            fds.extend(Named::container(lease, entry)?);
-        }
-        if lease.handout == Handout::Container {
-            for (id, group) in &files.groups {
-                fds.push(Named::group(*id, lifeline::copy(group)?));
-            }
-        }
-        Ok(fds)
-    }
-
-    fn with_lifeline(
+    fn with_lifeline<F: From<OwnedFd>>(
         &self,
         entry: &Entry,
-        mut fds: Vec<Named>,
-    ) -> Result<(Fds, Vec<OwnedFd>), Error> {
+        mut fds: Vec<Named<F>>,
+    ) -> Result<(Fds, Vec<F>), Error> {
         let (theirs, ()) = self.open_lifeline(entry, |books| {
             books.ledger.live(entry.id).map(drop).ok_or(Refusal::NoSuchLease(entry.id))
         })?;
-        fds.push(Named { kind: FdKind::Lease, name: String::new(), fd: theirs });
+        fds.push(Named { kind: FdKind::Lease, name: String::new(), fd: theirs.into() });
         let (fds, files) = list(fds);
         Ok((Fds { fds }, files))
     }
@@ -153,4 +147,17 @@ impl Broker {
         }
         entered.map(|entered| (theirs, entered))
     }
+}
+
+/// What the broker keeps of what the holder was given.
+fn kept(lease: &Lease, entry: &Entry, files: &Files) -> Vec<Named<SentFd>> {
+    let mut fds = Vec::new();
+    if gives_container(lease) {
+        fds.extend(Named::container(lease, entry));
+    }
+    if lease.handout == Handout::Container {
+        let groups = files.groups.iter();
+        fds.extend(groups.map(|(id, group)| Named::group(*id, SentFd::Group(Arc::clone(group)))));
+    }
+    fds
 }

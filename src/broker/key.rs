@@ -26,9 +26,10 @@ impl Key {
     /// Whether `text` is this key. Takes as long for any text of the right length, however much of
     /// it is right.
     pub(super) fn is(&self, text: &str) -> bool {
-        let own = self.to_hex();
-        let differ = own.bytes().zip(text.bytes()).fold(0, |sum, (a, b)| sum | (a ^ b));
-        text.len() == own.len() && std::hint::black_box(differ) == 0
+        let digit = |half: u8| half + if half < 10 { b'0' } else { b'a' - 10 };
+        let own = self.0.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]);
+        let differ = own.zip(text.bytes()).fold(0, |sum, (a, b)| sum | (a ^ b));
+        text.len() == 2 * self.0.len() && std::hint::black_box(differ) == 0
     }
 }
 

@@ -20,7 +20,7 @@ mod plan;
 mod reclaim;
 mod space;
 
-pub use api::{Caller, Ended, Grant, LifelineId, Nobody, Observer};
+pub use api::{Caller, Ended, Grant, LifelineId, Nobody, Observer, SentFd};
 
 use crate::kernel::Kernel;
 use crate::ledger::{Lease, LeaseId};

@@ -21,11 +21,6 @@ impl Deferred {
         Self { fds, lane }
     }
 
-    /// Ones whose close can't block, so that they may be closed anywhere.
-    pub(super) fn harmless(fds: Vec<OwnedFd>) -> Self {
-        Self { fds, lane: None }
-    }
-
     pub(super) fn fds(&self) -> &[OwnedFd] {
         &self.fds
     }

@@ -19,6 +19,9 @@ pub(super) struct Lifelines {
 }
 
 impl Lifelines {
+    /// The most that are reported in one go.
+    pub(super) const MOST: usize = 64;
+
     pub(super) fn new() -> Result<Self, Errno> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         Ok(Self { epoll, open: Mutex::default() })
@@ -49,9 +52,9 @@ impl Lifelines {
         }
     }
 
-    /// Those that have hung up since the last call, or some of them.
+    /// Those that have hung up since the last call; where it is [`Self::MOST`] there may be more.
     pub(super) fn hung_up(&self) -> Result<Vec<LifelineId>, Errno> {
-        let mut events = [EpollEvent::empty(); 64];
+        let mut events = [EpollEvent::empty(); Self::MOST];
         let count = self.epoll.wait(&mut events, EpollTimeout::ZERO)?;
         Ok(events[..count].iter().map(|event| LifelineId(event.data())).collect())
     }

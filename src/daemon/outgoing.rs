@@ -1,6 +1,7 @@
 //! What goes back: a reply or an error, with its fds beside the first byte.
 
 use super::incoming::Deferred;
+use crate::broker::SentFd;
 use crate::fdpass;
 use crate::protocol::{Error, Reply};
 use nix::errno::Errno;
@@ -15,7 +16,25 @@ use tokio::time::timeout;
 #[derive(Debug)]
 pub(super) struct Answer {
     bytes: Vec<u8>,
-    fds: Deferred,
+    fds: Enclosed,
+}
+
+/// The open files that go with an answer.
+#[derive(Debug)]
+enum Enclosed {
+    /// Its own.
+    Own(Deferred),
+    /// The broker's, which it goes on keeping, and a lease pipe: dropping them here can't block.
+    Kept(Vec<SentFd>),
+}
+
+impl Enclosed {
+    fn borrowed(&self) -> Vec<BorrowedFd<'_>> {
+        match self {
+            Self::Own(fds) => fds.fds().iter().map(AsFd::as_fd).collect(),
+            Self::Kept(fds) => fds.iter().map(AsFd::as_fd).collect(),
+        }
+    }
 }
 
 impl Answer {
@@ -26,17 +45,22 @@ impl Answer {
 
     /// A reply with fds.
     pub(super) fn with_fds<T: Serialize>(parameters: T, fds: Deferred) -> Self {
-        Self { bytes: encode(&Reply { parameters, continues: false }), fds }
+        Self { bytes: encode(&Reply { parameters, continues: false }), fds: Enclosed::Own(fds) }
+    }
+
+    /// A reply with what the broker keeps.
+    pub(super) fn with_kept<T: Serialize>(parameters: T, fds: Vec<SentFd>) -> Self {
+        Self { bytes: encode(&Reply { parameters, continues: false }), fds: Enclosed::Kept(fds) }
     }
 
     /// One reply of several.
     pub(super) fn one_of_many<T: Serialize>(parameters: T) -> Self {
         let bytes = encode(&Reply { parameters, continues: true });
-        Self { bytes, fds: Deferred::default() }
+        Self { bytes, fds: Enclosed::Kept(Vec::new()) }
     }
 
     pub(super) fn error(error: &Error) -> Self {
-        Self { bytes: encode(error), fds: Deferred::default() }
+        Self { bytes: encode(error), fds: Enclosed::Kept(Vec::new()) }
     }
 
     /// Sends what can be sent at once; whatever is missing then is lost.
@@ -76,7 +100,7 @@ impl Answer {
     /// Sends from `start` on; the fds go with the first byte. 0 says that the peer's queue is full.
     fn send_part(&self, socket: BorrowedFd<'_>, start: usize) -> Result<usize, SendError> {
         let fds: Vec<_> = match start {
-            0 => self.fds.fds().iter().map(AsFd::as_fd).collect(),
+            0 => self.fds.borrowed(),
             _ => Vec::new(),
         };
         match fdpass::send(socket, &self.bytes[start..], &fds, MsgFlags::MSG_DONTWAIT) {

@@ -2,6 +2,7 @@
 //! use.
 
 use super::Daemon;
+use super::lifelines::Lifelines;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -25,7 +26,8 @@ pub(super) async fn on_hang_up(daemon: Rc<Daemon>, hang_ups: AsyncFd<OwnedFd>) {
             Ok(ids) => ids,
             Err(errno) => return error!(%errno, "can't watch leases any more"),
         };
-        if ids.is_empty() {
+        // What hangs up from here on makes it ready anew.
+        if ids.len() < Lifelines::MOST {
             readable.clear_ready();
         }
         for ended in ids.into_iter().filter_map(|id| daemon.broker.hung_up(id)) {
