@@ -92,13 +92,14 @@ impl Broker {
     /// `patience` is for all its groups together.
     fn take_back(&self, entry: &Entry, mut files: MutexGuard<'_, Files>, patience: &[Duration]) {
         let mut patience = patience.iter();
-        let (before, effects) = {
+        let (before, known, effects) = {
             let mut books = self.books();
             let before = books.ledger.lease(entry.id).cloned();
+            let known = quarantined(&books, entry.id);
             let effects = books.ledger.apply(Request::Reclaim { lease: entry.id });
             // Refused where somebody else has done it meanwhile.
             let (Some(before), Ok(effects)) = (before, effects) else { return };
-            (before, effects)
+            (before, known, effects)
         };
         let mut kept = None;
         for effect in effects {
@@ -125,7 +126,7 @@ impl Broker {
                 | Effect::Map { .. } => {}
             }
         }
-        self.close_entry(entry, &before);
+        self.close_entry(entry, &before, &known);
     }
 
     /// A report on what is in the ledger; it can't refuse.
@@ -153,30 +154,41 @@ impl Broker {
         self.report(Request::UnmapDone { lease: entry.id, iova, gone });
     }
 
-    /// Forgets a lease of which nothing is left, and says what became of its devices.
-    fn close_entry(&self, entry: &Entry, before: &Lease) {
-        use crate::ledger::GroupState::Quarantined;
-        let mut books = self.books();
-        if books.ledger.lease(entry.id).is_none() {
-            books.entries.remove(&entry.id);
-        }
+    /// Forgets leases of which nothing is left, and says what became of this one's devices; of
+    /// those in groups that are `known` to be quarantined only that they are free now.
+    fn close_entry(&self, entry: &Entry, before: &Lease, known: &[u32]) {
+        let mut guard = self.books();
+        let books = &mut *guard;
+        // The last group to leave a shared container settles other members' mappings too.
+        books.entries.retain(|id, _| books.ledger.lease(*id).is_some());
+        let now = quarantined(books, entry.id);
         let (mut freed, mut stuck) = (Vec::new(), Vec::new());
         for handed in &before.devices {
             match books.ledger.group(handed.group).filter(|group| group.lease == entry.id) {
                 None => freed.push(handed.bdf.to_string()),
-                Some(group) if matches!(group.state, Quarantined { .. }) => {
+                Some(_) if now.contains(&handed.group) && !known.contains(&handed.group) => {
                     stuck.push(handed.bdf.to_string());
                 }
                 Some(_) => {}
             }
         }
-        drop(books);
+        drop(guard);
         for (kind, devices) in [(EventKind::Reclaimed, freed), (EventKind::Quarantined, stuck)] {
             if !devices.is_empty() {
                 self.tell(&event(kind, before, devices));
             }
         }
     }
+}
+
+/// The lease's groups that are quarantined.
+fn quarantined(books: &Books, lease: LeaseId) -> Vec<u32> {
+    use crate::ledger::GroupState::Quarantined;
+    let groups = books.ledger.groups_of(lease);
+    groups
+        .filter(|(_, group)| matches!(group.state, Quarantined { .. }))
+        .map(|(id, _)| id)
+        .collect()
 }
 
 fn node(id: u32, lease: &Lease) -> Node {

@@ -39,6 +39,8 @@ pub(super) struct Account {
     most_connections: usize,
     /// Where everything that its peers sent is closed.
     pub(super) lane: Lane,
+    /// Where what the broker meant for them is closed: behind nothing that a peer sent.
+    pub(super) own_lane: Lane,
     /// Requests in flight that are not answered on the event loop.
     pub(super) requests: Arc<Semaphore>,
     pub(super) most_requests: usize,
@@ -102,14 +104,14 @@ impl Accounts {
             return Rc::clone(account);
         }
         by_owner.retain(|_, account| !account.is_forgettable());
-        let account = Rc::new(Account::new(owner.clone(), tenant, self.closer.lane()));
+        let account = Rc::new(Account::new(owner.clone(), tenant, &self.closer));
         by_owner.insert(owner, Rc::clone(&account));
         account
     }
 }
 
 impl Account {
-    fn new(owner: Owner, tenant: Result<&Tenant, Refusal>, lane: Lane) -> Self {
+    fn new(owner: Owner, tenant: Result<&Tenant, Refusal>, closer: &Closer) -> Self {
         let (connections, requests) = match &tenant {
             Ok(tenant) => (size(tenant.limits.connections), size(tenant.limits.requests)),
             Err(_) => (STRANGER_CONNECTIONS, 0),
@@ -119,7 +121,8 @@ impl Account {
             owner,
             connections: Cell::new(0),
             most_connections: connections,
-            lane,
+            lane: closer.lane(),
+            own_lane: closer.lane(),
             requests: Arc::new(Semaphore::new(most_requests)),
             most_requests,
             sends_fds: tenant.as_ref().is_ok_and(|tenant| may_map(tenant)),

@@ -15,7 +15,7 @@ impl Connection {
         let work = move |broker: &Broker, caller: &Caller| broker.acquire(caller, &request);
         // A grant that nobody waits for is dropped, its lifeline with it: the lease ends.
         let grant = self.on_worker("Acquire", names.join(" "), work, |_, _, _| {}).await?;
-        Ok(Answer::with_fds(grant.reply, Deferred::new(grant.fds, &self.seat.account.lane)))
+        Ok(Answer::with_fds(grant.reply, Deferred::new(grant.fds, &self.seat.account.own_lane)))
     }
 
     /// The fast way: what the broker keeps, sent without a copy of it being made.
@@ -28,14 +28,16 @@ impl Connection {
         let object = request.lease.clone();
         let work = move |broker: &Broker, caller: &Caller| broker.get_fds(caller, &request);
         let (reply, fds) = self.on_worker("GetFds", object, work, |_, _, _| {}).await?;
-        Ok(Answer::with_fds(reply, Deferred::new(fds, &self.seat.account.lane)))
+        Ok(Answer::with_fds(reply, Deferred::new(fds, &self.seat.account.own_lane)))
     }
 
     pub(super) async fn release(&self, request: Release) -> Result<Answer, Error> {
         let object = request.lease.clone();
         let work = move |broker: &Broker, caller: &Caller| broker.release(caller, &request);
         let released = self.on_worker("Release", object, work, |_, _, _| {}).await;
-        self.daemon.pending.notify_one();
+        if released.is_ok() {
+            self.daemon.pending.notify_one();
+        }
         released.map(Answer::reply)
     }
 

@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
+use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
 use tracing::debug;
 
@@ -22,7 +23,9 @@ pub(super) struct Connection {
     pub(super) caller: Arc<Caller>,
     pub(super) socket: AsyncFd<OwnedFd>,
     pub(super) seat: Seat,
-    incoming: Incoming,
+    pub(super) incoming: Incoming,
+    /// The last read may have left something behind.
+    more: bool,
 }
 
 /// Why a connection ended, other than by being closed.
@@ -40,6 +43,8 @@ pub(super) enum Lost {
     Silent,
     #[error("does not read the events it watches")]
     Lagging,
+    #[error("sent something while it watches")]
+    SpokeWhileWatching,
     #[error("{0}")]
     Send(#[from] SendError),
     #[error("recvmsg: {} ({_0:?})", _0.desc())]
@@ -56,7 +61,7 @@ impl Connection {
         seat: Seat,
     ) -> Self {
         let incoming = Incoming::default();
-        Self { daemon, caller: Arc::new(caller), socket, seat, incoming }
+        Self { daemon, caller: Arc::new(caller), socket, seat, incoming, more: false }
     }
 
     /// Serves it until it ends.
@@ -94,8 +99,10 @@ impl Connection {
             if !flags.oneway {
                 self.send(answer).await?;
             }
-            // A client that never stops asking must not be served alone.
-            tokio::task::coop::consume_budget().await;
+            // A client that has asked for more already waits until all others had a turn.
+            if self.more || self.incoming.is_partial() {
+                yield_now().await;
+            }
         }
         Ok(())
     }
@@ -142,12 +149,18 @@ impl Connection {
                 self.socket.readable().await
             };
             let readable = readable.map_err(Lost::Poll)?;
-            match receive(&self.daemon, &self.seat, &mut self.incoming, readable)? {
+            match receive(&self.daemon, &self.seat, &mut self.incoming, &mut self.more, readable)? {
                 Got::Bytes => {}
                 Got::End if self.incoming.is_partial() => return Err(Lost::HalfMessage),
                 Got::End => return Ok(None),
             }
         }
+    }
+
+    /// Waits until the peer sends something, or closes, and takes it.
+    pub(super) async fn receive(&mut self) -> Result<Got, Lost> {
+        let readable = self.socket.readable().await.map_err(Lost::Poll)?;
+        receive(&self.daemon, &self.seat, &mut self.incoming, &mut self.more, readable)
     }
 
     pub(super) async fn send(&self, answer: Answer) -> Result<(), Lost> {
@@ -165,7 +178,8 @@ fn fds_not_taken() -> Error {
     Error::bad("fds", "this method takes no fds; MapDma alone does")
 }
 
-enum Got {
+/// What a read brought.
+pub(super) enum Got {
     Bytes,
     End,
 }
@@ -175,6 +189,7 @@ fn receive(
     daemon: &Daemon,
     seat: &Seat,
     incoming: &mut Incoming,
+    more: &mut bool,
     mut readable: AsyncFdReadyGuard<'_, OwnedFd>,
 ) -> Result<Got, Lost> {
     let mut buffer = daemon.buffer.borrow_mut();
@@ -197,7 +212,8 @@ fn receive(
         return Ok(Got::End);
     }
     // Less than there was room for, and no fds, which end a read early: there is nothing more.
-    if got.len < buffer.len() && count == 0 {
+    *more = got.len == buffer.len() || count > 0;
+    if !*more {
         readable.clear_ready();
     }
     incoming.push(&buffer[..got.len], fds)?;

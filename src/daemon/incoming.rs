@@ -34,7 +34,8 @@ impl Deferred {
 impl Drop for Deferred {
     fn drop(&mut self) {
         if let Some(lane) = &self.lane {
-            lane.close(self.fds.drain(..));
+            // A lease's lifeline is the last of its files: it goes first.
+            lane.close(self.fds.drain(..).rev());
         }
     }
 }

@@ -51,7 +51,11 @@ pub(super) async fn retry(daemon: Rc<Daemon>) {
             continue;
         }
         tokio::select! {
-            () = daemon.pending.notified() => pause = FIRST_PAUSE,
+            () = daemon.pending.notified() => {
+                // However often somebody's lease ends: no more than one retry in this time.
+                tokio::time::sleep(FIRST_PAUSE).await;
+                pause = FIRST_PAUSE;
+            }
             () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
         }
         let broker = Arc::clone(&daemon.broker);

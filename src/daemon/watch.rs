@@ -1,13 +1,12 @@
 //! `Watch`: events, as they happen, to one connection.
 
-use super::connection::{Connection, Lost};
+use super::connection::{Connection, Got, Lost};
 use super::outgoing::Answer;
 use crate::protocol::Watch;
 use tokio::sync::broadcast::error::RecvError;
 
 impl Connection {
-    /// Sends events until the peer closes, or lags behind. What else it sends waits for the end of
-    /// this call, which never comes.
+    /// Sends events until the peer closes, lags behind, or sends anything.
     pub(super) async fn watch(&mut self, watch: Watch) -> Result<(), Lost> {
         let mut events = self.daemon.observer.events.subscribe();
         loop {
@@ -27,14 +26,17 @@ impl Connection {
         }
     }
 
-    /// Waits until the peer has closed; reads nothing.
-    async fn hang_up(&self) -> Result<(), Lost> {
+    /// Waits until the peer has closed. It has nothing to say any more, and nothing that it sends
+    /// may stay unread: its own end, sent over itself, would keep the connection open for ever, and
+    /// with it what waits unread at that end.
+    async fn hang_up(&mut self) -> Result<(), Lost> {
         loop {
-            let mut readable = self.socket.readable().await.map_err(Lost::Poll)?;
-            if readable.ready().is_read_closed() {
+            if self.incoming.is_partial() {
+                return Err(Lost::SpokeWhileWatching);
+            }
+            if let Got::End = self.receive().await? {
                 return Ok(());
             }
-            readable.clear_ready();
         }
     }
 }

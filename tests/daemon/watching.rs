@@ -1,9 +1,10 @@
 //! Watch: who sees what happens.
 
 use crate::DEVICE;
-use crate::common::raw::{Raw, bytes};
-use crate::common::{Daemon, Held, Setup, as_uid, cycle};
+use crate::common::raw::{Raw, bytes, call};
+use crate::common::{Daemon, Held, Setup, as_uid, cycle, eventually};
 use serde_json::{Value, json};
+use std::os::fd::AsFd;
 
 fn watch(client: &Raw, parameters: &Value) {
     let method = "org.vfiobroker.Broker.Watch";
@@ -44,6 +45,42 @@ fn a_watcher_that_closes_is_gone() {
         drop(watcher);
         daemon.settles_at(fds);
     }
+}
+
+#[test]
+fn a_watcher_that_speaks_is_hung_up_on() {
+    let daemon = Daemon::start();
+    let fds = daemon.settled_fds();
+    for more in [&b"x"[..], b"{}\0"] {
+        let mut watcher = daemon.connect();
+        watch(&watcher, &json!({}));
+        settle(&daemon);
+        watcher.send(more);
+        watcher.hangs_up();
+    }
+    daemon.settles_at(fds);
+}
+
+/// A socket's end that waits unread at the other end never hangs up, although no process has it;
+/// neither does a lease fd that waits unread at that end.
+#[test]
+fn no_lease_outlives_its_holder_in_a_socket_sent_over_itself() {
+    let daemon = Daemon::start();
+    let fds = daemon.settled_fds();
+    let client = daemon.connect();
+    let acquire = json!({ "vm": "ghost", "devices": [DEVICE], "handout": "devices" });
+    client.send(&call("Acquire", &acquire));
+    let mut other = daemon.connect();
+    eventually("the lease is there", || {
+        let (leases, _) = other.call("Leases", json!({})).ok();
+        leases["leases"].as_array().is_some_and(|leases| leases.len() == 1)
+    });
+    watch(&client, &json!({}));
+    settle(&daemon);
+    // The daemon may have hung up already, if it takes the fd for a message of its own.
+    let _ = client.send_with(b"x", &[client.stream.as_fd()]);
+    drop((client, other));
+    daemon.settles_at(fds);
 }
 
 #[test]
