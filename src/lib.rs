@@ -2,6 +2,7 @@
 //! unprivileged VMMs, and the client, the typed kernel calls and the simulated kernel that go with
 //! it.
 //!
+//! - [`bdf`]: PCI addresses.
 //! - `cli`: the program `vfio-broker` (feature `cli`).
 //! - [`client`]: for VMM authors: ask for devices and get their open files.
 //! - [`kernel`]: the ioctl layer, typed, with the real Linux behind it.
@@ -14,6 +15,7 @@
 //! - [`protocol`]: what is said on the broker's socket.
 //! - [`sim`]: a simulated kernel behind the same layer, for tests.
 
+pub mod bdf;
 #[cfg(feature = "daemon")]
 pub mod broker;
 #[cfg(feature = "cli")]

@@ -8,7 +8,8 @@ mod messages;
 #[cfg(any(test, fuzzing))]
 pub mod properties;
 
-pub use device_spec::{Bdf, DeviceSpec};
+pub use crate::bdf::Bdf;
+pub use device_spec::DeviceSpec;
 pub use error::{Blocker, Error, Holder};
 pub use frame::{Frames, MAX_MESSAGE, Oversize};
 pub use messages::*;

@@ -34,7 +34,6 @@
 //! ```
 
 mod answer;
-mod bdf;
 mod client;
 mod fault;
 mod incoming;
@@ -50,7 +49,7 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-pub use bdf::Bdf;
+pub use crate::bdf::Bdf;
 pub use client::Wire;
 pub use fault::{Effect, Fault};
 pub use profile::Profile;

@@ -64,7 +64,7 @@ impl Sysfs {
     fn device(&mut self, index: usize, view: &DeviceView<'_>) {
         let device = view.facts;
         let bdf = device.bdf.to_string();
-        let home = format!("devices/pci{:04x}:{:02x}", device.bdf.segment, device.bdf.bus());
+        let home = format!("devices/pci{:04x}:{:02x}", device.bdf.segment, device.bdf.bus);
         let path = format!("{home}/{bdf}");
         self.link(&format!("bus/pci/devices/{bdf}"), &format!("../../../{path}"));
         let mut file = |name: &str, text: String| self.file(&format!("{path}/{name}"), &text);
@@ -100,11 +100,11 @@ impl Sysfs {
         }
         self.insert(&format!("{path}/config"), Entry::File(view.config.to_vec()));
         for (nth, vf) in view.vfs.iter().enumerate() {
-            let target = format!("../../devices/pci{:04x}:{:02x}/{vf}", vf.segment, vf.bus());
+            let target = format!("../../devices/pci{:04x}:{:02x}/{vf}", vf.segment, vf.bus);
             self.link(&format!("{path}/virtfn{nth}"), &format!("../{target}"));
         }
         if let Some(pf) = device.physfn {
-            let target = format!("../../../devices/pci{:04x}:{:02x}/{pf}", pf.segment, pf.bus());
+            let target = format!("../../../devices/pci{:04x}:{:02x}/{pf}", pf.segment, pf.bus);
             self.link(&format!("{path}/physfn"), &target);
         }
         let group = format!("kernel/iommu_groups/{}", view.group);

@@ -4,8 +4,8 @@
 //! exists has no two devices at one address, no two groups with one number and no VF without its
 //! PF.
 
-use super::bdf::Bdf;
 use super::profile::Profile;
+use crate::bdf::Bdf;
 use serde::{Deserialize, Deserializer};
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -1,7 +1,7 @@
 //! Drivers of devices: binding and unbinding, and what that does to groups.
 
 use super::Machine;
-use crate::sim::bdf::Bdf;
+use crate::bdf::Bdf;
 use nix::errno::Errno;
 
 impl Machine {

@@ -12,10 +12,10 @@ impl Machine {
         let hit = |other: &super::device::DeviceState| match &device.facts.hot_reset {
             Some(list) => list.contains(&other.facts.bdf),
             // Bus 0 has no bridge above it that could reset it; a VF has no bus of its own.
-            None if bdf.bus() == 0 || device.facts.physfn.is_some() => false,
+            None if bdf.bus == 0 || device.facts.physfn.is_some() => false,
             None => {
                 let there = other.facts.bdf;
-                there.segment == bdf.segment && there.bus() == bdf.bus()
+                there.segment == bdf.segment && there.bus == bdf.bus
             }
         };
         let all = self.devices.iter().enumerate();
@@ -44,8 +44,8 @@ impl Machine {
             let Some(device) = self.devices.get(*index) else { continue };
             let bdf = device.facts.bdf;
             user.set_u32(12 + 8 * i, device.group);
-            user.copy_out(16 + 8 * i, &bdf.segment.to_ne_bytes());
-            user.copy_out(18 + 8 * i, &[bdf.bus(), bdf.devfn()]);
+            user.copy_out(16 + 8 * i, &(bdf.segment as u16).to_ne_bytes());
+            user.copy_out(18 + 8 * i, &[bdf.bus, bdf.devfn()]);
         }
         Ok(())
     }

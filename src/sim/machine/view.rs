@@ -1,8 +1,8 @@
 //! What sysfs and fault rules want to know of a machine.
 
 use super::{File, FileId, Machine};
+use crate::bdf::Bdf;
 use crate::kernel::request;
-use crate::sim::bdf::Bdf;
 use crate::sim::topology::Device;
 
 /// A device as sysfs shows it.
