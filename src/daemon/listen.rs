@@ -1,20 +1,27 @@
 //! The listening socket: the service manager's, or one of our own.
 
 use super::start::StartError;
+use super::trust;
 use crate::kernel::inherited;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockopt, listen, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen,
+    socket, sockopt,
 };
-use std::fs::{DirBuilder, File, Permissions};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// The first fd that a service manager passes.
 const FIRST_PASSED: i32 = 3;
+
+/// How long another daemon may take to start at the same path.
+const LOCK_DEADLINE: Duration = Duration::from_secs(5);
+const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// A socket that clients connect to.
 #[derive(Debug)]
@@ -88,42 +95,140 @@ fn create(path: &Path) -> Result<Listening, StartError> {
     let directory = path.parent().filter(|dir| !dir.as_os_str().is_empty());
     let directory = directory.unwrap_or(Path::new("."));
     DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(at)?;
+    if !trust::is_directory_safe(&std::fs::metadata(directory).map_err(at)?) {
+        return Err(StartError::UnsafeDirectory(directory.to_owned()));
+    }
     // Of two that start at a time, one looks after the other has begun to listen.
-    let lock = Flock::lock(File::open(directory).map_err(at)?, FlockArg::LockExclusive);
-    let _lock = lock.map_err(|(_, errno)| at(errno.into()))?;
+    let _lock = lock(path, LOCK_DEADLINE)?;
     remove_stale(path)?;
     let listener = bound(path).map_err(|errno| at(errno.into()))?;
-    // The policy is the gate, by what the kernel says of the peer; anybody may knock.
-    std::fs::set_permissions(path, Permissions::from_mode(0o666)).map_err(at)?;
+    let inode = open_to_all(path).map_err(at)?;
     listen(&listener, Backlog::MAXALLOWABLE).map_err(|errno| at(errno.into()))?;
-    let inode = std::fs::symlink_metadata(path).map_err(at)?.ino();
     Ok(Listening { listener: listener.into(), file: Some((path.to_owned(), inode)) })
+}
+
+/// Keeps other daemons from starting at this path. Only who can open a file can lock it, for which
+/// it takes no right to write: so it is a file that only root and we can open. It stays, since
+/// somebody may wait for the lock of the one that would be removed.
+fn lock(socket: &Path, deadline: Duration) -> Result<Flock<File>, StartError> {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".lock");
+    let path = PathBuf::from(path);
+    let at = |source| StartError::Lock { path: path.clone(), source };
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    // The file may be somebody's trap: neither follow a link nor wait for a pipe's other end.
+    let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK;
+    let mut file = options.custom_flags(flags).open(&path).map_err(at)?;
+    let found = file.metadata().map_err(at)?;
+    if !found.is_file() || !trust::is_owned(&found) || found.mode() & 0o077 != 0 {
+        return Err(StartError::UnsafeLock(path));
+    }
+    let until = Instant::now() + deadline;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((back, Errno::EAGAIN | Errno::EINTR)) if Instant::now() < until => file = back,
+            Err((_, Errno::EAGAIN)) => return Err(StartError::Locked(path)),
+            Err((_, errno)) => return Err(at(errno.into())),
+        }
+        std::thread::sleep(LOCK_RETRY);
+    }
 }
 
 /// Removes a socket that nobody listens on.
 fn remove_stale(path: &Path) -> Result<(), StartError> {
     let at = |source| StartError::Socket { path: path.to_owned(), source };
-    match UnixStream::connect(path) {
-        Ok(_) => Err(StartError::Live(path.to_owned())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) if error.raw_os_error() == Some(Errno::ECONNREFUSED as i32) => {
-            let kind = std::fs::symlink_metadata(path).map_err(at)?.file_type();
-            if !std::os::unix::fs::FileTypeExt::is_socket(&kind) {
-                return Err(StartError::NotASocket(path.to_owned()));
-            }
-            std::fs::remove_file(path).map_err(at)
-        }
-        // A full queue is a live one.
-        Err(error) if error.raw_os_error() == Some(Errno::EAGAIN as i32) => {
-            Err(StartError::Live(path.to_owned()))
-        }
-        Err(error) => Err(at(error)),
+    let found = match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        found => found.map_err(at)?,
+    };
+    if !found.file_type().is_socket() {
+        return Err(StartError::NotASocket(path.to_owned()));
+    }
+    if !trust::is_owned(&found) {
+        return Err(StartError::OthersSocket { path: path.to_owned(), uid: found.uid() });
+    }
+    let probe = || {
+        let socket = unconnected()?;
+        connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
+    };
+    match probe() {
+        // A full queue is a live one; not to be waited for, since it may never get shorter.
+        Ok(()) | Err(Errno::EAGAIN) => Err(StartError::Live(path.to_owned())),
+        Err(Errno::ENOENT) => Ok(()),
+        Err(Errno::ECONNREFUSED) => std::fs::remove_file(path).map_err(at),
+        Err(errno) => Err(at(errno.into())),
     }
 }
 
 fn bound(path: &Path) -> Result<OwnedFd, Errno> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    bind(socket.as_fd().as_raw_fd(), &UnixAddr::new(path)?)?;
+    let socket = unconnected()?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
     Ok(socket)
+}
+
+fn unconnected() -> Result<OwnedFd, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    socket(AddressFamily::Unix, SockType::Stream, flags, None)
+}
+
+/// Lets anybody knock: the policy is the gate, by what the kernel says of the peer. Returns the
+/// socket file's inode.
+fn open_to_all(path: &Path) -> std::io::Result<u64> {
+    // chmod(2) on the path would follow a link put there since. The mode that fchmod(2) gives the
+    // socket before bind(2) is cut by the umask, which is all threads'.
+    let flags = nix::libc::O_PATH | nix::libc::O_NOFOLLOW;
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let found = file.metadata()?;
+    if !found.file_type().is_socket() || !trust::is_owned(&found) {
+        return Err(std::io::Error::other("somebody has replaced the socket"));
+    }
+    let pinned = format!("/proc/self/fd/{}", file.as_raw_fd());
+    std::fs::set_permissions(pinned, Permissions::from_mode(0o666))?;
+    Ok(found.ino())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_that_is_held_is_not_waited_for_without_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        let held = lock(&socket, Duration::ZERO).unwrap();
+        let refused = lock(&socket, Duration::ZERO).unwrap_err();
+        assert!(matches!(refused, StartError::Locked(_)), "{refused}");
+        drop(held);
+        lock(&socket, Duration::ZERO).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_others_can_open_is_not_used() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        let file = directory.path().join("socket.lock");
+        let refused = || lock(&socket, Duration::ZERO).unwrap_err();
+        std::fs::write(&file, "").unwrap();
+        std::fs::set_permissions(&file, Permissions::from_mode(0o644)).unwrap();
+        assert!(matches!(refused(), StartError::UnsafeLock(_)));
+        std::fs::remove_file(&file).unwrap();
+        std::os::unix::fs::symlink("elsewhere", &file).unwrap();
+        assert!(matches!(refused(), StartError::Lock { .. }));
+        assert!(!directory.path().join("elsewhere").exists());
+    }
+
+    #[test]
+    fn a_link_in_place_of_the_socket_is_not_followed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, link) = (directory.path().join("file"), directory.path().join("link"));
+        let _listener = UnixListener::bind(&file).unwrap();
+        std::fs::set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        open_to_all(&link).unwrap_err();
+        assert_eq!(std::fs::metadata(&file).unwrap().mode() & 0o777, 0o600);
+        open_to_all(&file).unwrap();
+        assert_eq!(std::fs::metadata(&file).unwrap().mode() & 0o777, 0o666);
+    }
 }

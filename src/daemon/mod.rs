@@ -21,6 +21,7 @@ mod outgoing;
 mod peer;
 mod reclaim;
 mod start;
+mod trust;
 mod watch;
 mod workers;
 

@@ -54,6 +54,37 @@ pub enum StartError {
     /// Something else is at the socket's path.
     #[error("{0} is there and is not a socket: remove it, or name another --socket")]
     NotASocket(PathBuf),
+    /// Somebody else's socket is at the socket's path.
+    #[error("{path} belongs to uid {uid}: remove it, or name another --socket")]
+    OthersSocket {
+        /// The socket.
+        path: PathBuf,
+        /// Whose it is.
+        uid: u32,
+    },
+    /// Others could put their own socket in place of the daemon's.
+    #[error(
+        "others can replace files in {0}: \"chown root {0}; chmod go-w {0}\", or name a --socket in \
+         a directory of yours"
+    )]
+    UnsafeDirectory(PathBuf),
+    /// Another daemon is starting there.
+    #[error(
+        "another vfio-brokerd that is starting holds {0}: try again once it is done; \"fuser -v {0}\" \
+         shows which one it is"
+    )]
+    Locked(PathBuf),
+    /// Others could hold up the start.
+    #[error("{0} is not a file that only vfio-brokerd can open: remove it")]
+    UnsafeLock(PathBuf),
+    /// The lock file could not be made or locked.
+    #[error("can't lock {path}: {source}; if it is not vfio-brokerd's, remove it")]
+    Lock {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The socket could not be made.
     #[error("can't listen on {path}: {source}")]
     Socket {

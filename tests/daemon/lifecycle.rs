@@ -2,11 +2,13 @@
 
 use crate::common::raw::Raw;
 use crate::common::{Daemon, SOON, Setup, command, eventually, read_all};
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use std::fs::Permissions;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -85,6 +87,79 @@ fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     // The first one has noticed nothing.
     Raw::connect(&socket).call("Leases", json!({})).ok();
     drop(daemon);
+}
+
+#[test]
+fn a_full_queue_is_a_live_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("broker.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+    // A queue that is 0 long has room for one.
+    let _waiting = UnixStream::connect(&socket).unwrap();
+    let mut command = command(directory.path(), &Setup::default());
+    let said = refuses(command.arg("--socket").arg(&socket), directory.path());
+    assert!(said.contains("is being served already"), "{said}");
+}
+
+#[test]
+fn a_stranger_can_not_hold_up_the_start() {
+    let directory = tempfile::tempdir().unwrap();
+    // Whoever may read a directory may lock it.
+    let opened = std::fs::File::open(directory.path()).unwrap();
+    let _held = Flock::lock(opened, FlockArg::LockExclusive).unwrap();
+    let daemon = Daemon::at(&directory.path().join("broker.sock"));
+    Raw::connect(&daemon.socket).call("Leases", json!({})).ok();
+    let lock = directory.path().join("broker.sock.lock");
+    assert_eq!(std::fs::metadata(lock).unwrap().permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn the_socket_is_not_made_where_others_can_replace_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let open = directory.path().join("open");
+    std::fs::create_dir(&open).unwrap();
+    let socket = open.join("broker.sock");
+    let says = || {
+        let mut command = command(directory.path(), &Setup::default());
+        refuses(command.arg("--socket").arg(&socket), directory.path())
+    };
+    std::fs::set_permissions(&open, Permissions::from_mode(0o777)).unwrap();
+    assert!(says().contains("others can replace files"));
+    std::fs::set_permissions(&open, Permissions::from_mode(0o775)).unwrap();
+    assert!(says().contains("chmod go-w"));
+    if nix::unistd::geteuid().is_root() {
+        std::fs::set_permissions(&open, Permissions::from_mode(0o755)).unwrap();
+        std::os::unix::fs::chown(&open, Some(12345), None).unwrap();
+        assert!(says().contains("chown root"));
+    }
+}
+
+#[test]
+fn in_a_sticky_directory_only_our_own_files_are_used() {
+    let directory = tempfile::tempdir().unwrap();
+    let sticky = directory.path().join("sticky");
+    std::fs::create_dir(&sticky).unwrap();
+    std::fs::set_permissions(&sticky, Permissions::from_mode(0o1777)).unwrap();
+    let socket = sticky.join("broker.sock");
+    drop(Daemon::at(&socket));
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let says = || {
+        let mut command = command(directory.path(), &Setup::default());
+        refuses(command.arg("--socket").arg(&socket), directory.path())
+    };
+    let _ = std::fs::remove_file(&socket);
+    drop(UnixListener::bind(&socket).unwrap());
+    std::os::unix::fs::chown(&socket, Some(12345), None).unwrap();
+    assert!(says().contains("belongs to uid 12345"));
+    assert!(socket.exists(), "it is not ours to remove");
+    std::fs::remove_file(&socket).unwrap();
+    let lock = sticky.join("broker.sock.lock");
+    std::os::unix::fs::chown(&lock, Some(12345), None).unwrap();
+    let said = says();
+    assert!(said.contains("broker.sock.lock") && said.contains("remove it"), "{said}");
 }
 
 #[test]
@@ -230,6 +305,20 @@ fn the_socket_is_for_everybody() {
     };
     assert_eq!(mode(&daemon.socket), 0o666);
     assert_eq!(mode(daemon.socket.parent().unwrap()), 0o755);
+}
+
+#[test]
+fn the_socket_is_for_everybody_whatever_the_umask() {
+    let directory = tempfile::tempdir().unwrap();
+    let daemon = command(directory.path(), &Setup::default());
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg("umask 077; exec \"$@\"").arg("sh");
+    shell.arg(daemon.get_program()).args(daemon.get_args());
+    shell.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let socket = directory.path().join("run/broker.sock");
+    let daemon = Daemon::spawn(directory, socket, shell);
+    let mode = std::fs::metadata(&daemon.socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o666);
 }
 
 /// The example that is shown to those who have no policy is a policy.
