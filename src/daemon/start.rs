@@ -4,7 +4,7 @@ use super::listen::{self, Listening};
 
 use super::observer::DaemonObserver;
 use super::options::Options;
-use super::{Daemon, accept, log, reclaim, workers};
+use super::{Daemon, accept, log, reclaim, trust, workers};
 use crate::broker::Broker;
 use crate::host::Host;
 use crate::kernel::readiness::watch;
@@ -15,6 +15,7 @@ use crate::users::SystemUsers;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -39,6 +40,12 @@ pub enum StartError {
         /// Why.
         source: std::io::Error,
     },
+    /// Others could give themselves devices.
+    #[error(
+        "others than root and you can write to the policy {0}: \"chown root {0}; chmod go-w {0}\" \
+         once you have read what it says now"
+    )]
+    UnsafePolicy(PathBuf),
     /// The policy is wrong.
     #[error("{0}")]
     Policy(Problems),
@@ -190,13 +197,21 @@ fn policy(options: &Options, kernel: &dyn Kernel) -> Result<Policy, StartError> 
         (None, Some(_)) => return parse("built-in policy", &sim_policy(kernel)?),
         (None, None) => PathBuf::from(POLICY_PATH),
     };
-    match std::fs::read_to_string(&path) {
-        Ok(text) => parse(&path.to_string_lossy(), &text),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            Err(StartError::NoPolicy(path))
-        }
-        Err(source) => Err(StartError::UnreadablePolicy { path, source }),
+    parse(&path.to_string_lossy(), &read_policy(&path)?)
+}
+
+/// The text of a policy that nobody but root and us has written.
+fn read_policy(path: &Path) -> Result<String, StartError> {
+    let unreadable = |source: std::io::Error| match source.kind() {
+        std::io::ErrorKind::NotFound => StartError::NoPolicy(path.to_owned()),
+        _ => StartError::UnreadablePolicy { path: path.to_owned(), source },
+    };
+    // What is looked at is what is read, whatever becomes of the path in between.
+    let file = File::open(path).map_err(unreadable)?;
+    if !trust::is_file_safe(&file.metadata().map_err(unreadable)?) {
+        return Err(StartError::UnsafePolicy(path.to_owned()));
     }
+    std::io::read_to_string(file).map_err(unreadable)
 }
 
 /// Lets everybody have every device of a simulated host, each handout and each risk included.

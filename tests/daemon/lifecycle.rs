@@ -272,6 +272,32 @@ fn a_policy_that_is_no_text() {
 }
 
 #[test]
+fn a_policy_that_others_can_write_to() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("host.policy.toml");
+    let beside = || command(directory.path(), &Setup::default());
+    let named = || {
+        let mut command = beside();
+        command.arg("--policy").arg(&file);
+        command
+    };
+    for make in [&beside as &dyn Fn() -> Command, &named] {
+        for mode in [0o664, 0o646] {
+            let mut command = make();
+            std::fs::set_permissions(&file, Permissions::from_mode(mode)).unwrap();
+            assert!(refuses(&mut command, directory.path()).contains("chmod go-w"));
+        }
+        std::fs::set_permissions(&file, Permissions::from_mode(0o644)).unwrap();
+        if nix::unistd::geteuid().is_root() {
+            let mut command = make();
+            std::os::unix::fs::chown(&file, Some(12345), None).unwrap();
+            assert!(refuses(&mut command, directory.path()).contains("chown root"));
+            std::os::unix::fs::chown(&file, Some(0), None).unwrap();
+        }
+    }
+}
+
+#[test]
 fn a_broken_policy() {
     let directory = tempfile::tempdir().unwrap();
     for broken in ["version = 1\n[[tenant]\n", "version = 1\nnonsense = 2\n"] {
