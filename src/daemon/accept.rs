@@ -80,7 +80,10 @@ fn try_admit(daemon: &Rc<Daemon>, stream: UnixStream) -> Result<(), Refused> {
         }
     };
     if !seat.account.sends_fds {
-        // Where the kernel can't do it, fds are taken in and end the connection.
+        // Where the kernel can't do it, fds are taken in and end the connection. So do those that
+        // were sent before this: the option is the connection's, and on the listener it would turn
+        // away the fds of tenants that may send them and don't wait to be let in. They are closed
+        // in their sender's lane, be it with what was read or with the socket.
         let _ = refuse_fds(stream.as_fd());
     }
     stream.set_nonblocking(true).map_err(Refused::Poll)?;
