@@ -22,10 +22,16 @@ enum Owner {
     Stranger(u32),
 }
 
+/// The part of all connections that strangers may have together: a user can have very many uids.
+const STRANGERS_PART: usize = 8;
+
 /// All accounts, and all connections.
 #[derive(Debug)]
 pub(super) struct Accounts {
     closer: Closer,
+    /// One for all strangers: with one each, many uids could hold up all closer threads.
+    strangers_lane: Lane,
+    strangers: Cell<usize>,
     by_owner: RefCell<HashMap<Owner, Rc<Account>>>,
     connections: Cell<usize>,
     most_connections: usize,
@@ -59,8 +65,15 @@ pub(super) struct Seat {
 
 impl Accounts {
     pub(super) fn new(most_connections: usize, closer: Closer) -> Self {
-        let (by_owner, connections) = (RefCell::default(), Cell::new(0));
-        Self { closer, by_owner, connections, most_connections }
+        let strangers_lane = closer.lane();
+        Self {
+            closer,
+            strangers_lane,
+            strangers: Cell::new(0),
+            by_owner: RefCell::default(),
+            connections: Cell::new(0),
+            most_connections,
+        }
     }
 
     /// A place for one more connection of this account.
@@ -76,6 +89,10 @@ impl Accounts {
         if self.connections.get() >= self.most_connections {
             return Err(over("connections of all clients together", self.most_connections));
         }
+        let most_strangers = self.most_connections / STRANGERS_PART;
+        if account.is_stranger() && self.strangers.get() >= most_strangers {
+            return Err(over("connections of all who have no tenant", most_strangers));
+        }
         if account.lane.unclosed() >= MOST_UNCLOSED {
             return Err(over("open files of this client that can't be closed", MOST_UNCLOSED));
         }
@@ -88,11 +105,12 @@ impl Accounts {
         }
         account.connections.update(|count| count + 1);
         self.connections.update(|count| count + 1);
+        self.strangers.update(|count| count + usize::from(account.is_stranger()));
         Ok(Seat { account, accounts: Rc::clone(self) })
     }
 
     /// The account of a peer. A tenant's stays; a stranger's goes some time after its last
-    /// connection and the last file of its that is closed.
+    /// connection.
     pub(super) fn account(&self, policy: &Policy, peer: &Peer) -> Rc<Account> {
         let tenant = policy.tenant(peer);
         let owner = match &tenant {
@@ -104,14 +122,18 @@ impl Accounts {
             return Rc::clone(account);
         }
         by_owner.retain(|_, account| !account.is_forgettable());
-        let account = Rc::new(Account::new(owner.clone(), tenant, &self.closer));
+        let lane = match &tenant {
+            Ok(_) => self.closer.lane(),
+            Err(_) => self.strangers_lane.clone(),
+        };
+        let account = Rc::new(Account::new(owner.clone(), tenant, lane, &self.closer));
         by_owner.insert(owner, Rc::clone(&account));
         account
     }
 }
 
 impl Account {
-    fn new(owner: Owner, tenant: Result<&Tenant, Refusal>, closer: &Closer) -> Self {
+    fn new(owner: Owner, tenant: Result<&Tenant, Refusal>, lane: Lane, closer: &Closer) -> Self {
         let (connections, requests) = match &tenant {
             Ok(tenant) => (size(tenant.limits.connections), size(tenant.limits.requests)),
             Err(_) => (STRANGER_CONNECTIONS, 0),
@@ -121,7 +143,7 @@ impl Account {
             owner,
             connections: Cell::new(0),
             most_connections: connections,
-            lane: closer.lane(),
+            lane,
             own_lane: closer.lane(),
             requests: Arc::new(Semaphore::new(most_requests)),
             most_requests,
@@ -130,9 +152,12 @@ impl Account {
         }
     }
 
+    fn is_stranger(&self) -> bool {
+        matches!(self.owner, Owner::Stranger(_))
+    }
+
     fn is_forgettable(&self) -> bool {
-        let stranger = matches!(self.owner, Owner::Stranger(_));
-        stranger && self.connections.get() == 0 && self.lane.unclosed() == 0
+        self.is_stranger() && self.connections.get() == 0
     }
 }
 
@@ -149,5 +174,6 @@ impl Drop for Seat {
     fn drop(&mut self) {
         self.account.connections.update(|count| count - 1);
         self.accounts.connections.update(|count| count - 1);
+        self.accounts.strangers.update(|count| count - usize::from(self.account.is_stranger()));
     }
 }
