@@ -6,6 +6,7 @@ mod common;
 
 use common::daemon::{Daemon, kernel_name, on_real_kernel};
 use common::figures::{heading, median, micros, percentile, table, verdict};
+use common::placement;
 use common::raw::{self, RawClient};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -23,6 +24,7 @@ const MIB_BINARY_GOAL: f64 = 4.0;
 
 fn main() {
     heading(&format!("connections: GetFds round trips beside idle connections, {}", kernel_name()));
+    placement::apart();
     let files = nix::sys::resource::Resource::RLIMIT_NOFILE;
     let (_, most) = nix::sys::resource::getrlimit(files).unwrap();
     nix::sys::resource::setrlimit(files, most, most).unwrap();
@@ -33,13 +35,10 @@ fn main() {
 fn sizes() {
     let daemon = Daemon::start();
     let idle = daemon.resident();
-    // What is allocated once and kept, with the first connections and in a burst of them, is no
-    // connection's: all of them are opened once before.
     let none = daemon.open_files();
-    let before = daemon.resident();
     let connections = open(&daemon, MOST);
     daemon.settle(|files| files >= none + MOST);
-    let a_connection = (daemon.resident().saturating_sub(before)) as f64 / MOST as f64;
+    let a_connection = (daemon.resident().saturating_sub(idle)) as f64 / MOST as f64;
     drop(connections);
     let binary = std::fs::metadata(Daemon::PROGRAM).unwrap().len();
     let kernel = if on_real_kernel() { "" } else { ", the simulated kernel included" };

@@ -13,6 +13,7 @@ mod common;
 use common::daemon::{Daemon, kernel_name};
 use common::figures::{heading, median, median_ratio, micros, percentile, table, verdict};
 use common::floor::{self, Floor};
+use common::placement;
 use common::raw::{self, RawClient};
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -25,6 +26,7 @@ const CALLS: usize = 250;
 fn main() {
     floor::be_it_if_asked();
     heading(&format!("handoff: GetFds round trips on {}", kernel_name()));
+    placement::apart();
     let mut rows = vec![row!["", "median", "p99", "ratio", ""]];
     measure(Handout::Container, "container + group + lease pipe", Some(GOAL), &mut rows);
     measure(Handout::Devices, "device, opened anew + lease pipe", None, &mut rows);

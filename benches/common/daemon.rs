@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 use vfio_broker::client::{Acquire, Client, Lease};
 use vfio_broker::protocol::Handout;
@@ -65,7 +65,7 @@ impl Daemon {
         let dir = tempfile::tempdir().unwrap();
         let path = |name: &str| dir.path().join(name);
         fs::write(path("policy.toml"), policy()).unwrap();
-        let mut command = Command::new(Self::PROGRAM);
+        let mut command = super::placement::server(Self::PROGRAM);
         command.arg("--policy").arg(path("policy.toml")).arg("--socket").arg(path("broker.sock"));
         if !on_real_kernel() {
             fs::write(path("topology.toml"), TOPOLOGY).unwrap();

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use vfio_broker::fdpass::{self, MAX_FDS};
 
 /// Says that this process is to be the floor.
@@ -33,7 +33,8 @@ impl Floor {
     pub fn start(reply: &[u8], files: &[BorrowedFd<'_>]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("floor.sock");
-        let mut command = Command::new("/proc/self/exe");
+        let this = std::env::current_exe().unwrap();
+        let mut command = super::placement::server(this);
         let child = command.env(FLOOR, &path).stdin(Stdio::null()).spawn().unwrap();
         let teacher = connect_soon(&path);
         fdpass::send(teacher.as_fd(), reply, files, MsgFlags::empty()).unwrap();

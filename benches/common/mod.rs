@@ -7,6 +7,7 @@
 pub mod daemon;
 pub mod figures;
 pub mod floor;
+pub mod placement;
 pub mod raw;
 pub mod recorder;
 

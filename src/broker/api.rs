@@ -30,7 +30,7 @@ pub enum SentFd {
     Container(Arc<Container>),
     /// A group of the lease.
     Group(Arc<Group>),
-    /// A lease pipe's read end.
+    /// One made for this: a copy, or a lease pipe's read end.
     Made(OwnedFd),
 }
 

@@ -5,8 +5,8 @@ use super::connection::Connection;
 use super::incoming::Deferred;
 use super::outgoing::Answer;
 use super::workers::Job;
-use crate::broker::{Broker, Caller};
-use crate::protocol::{Acquire, Error, GetFds, MapDma, Release, UnmapDma};
+use crate::broker::{Broker, Caller, SentFd};
+use crate::protocol::{Acquire, Error, GetFds, Handout, MapDma, Release, UnmapDma};
 use std::sync::Arc;
 
 impl Connection {
@@ -15,6 +15,11 @@ impl Connection {
         let work = move |broker: &Broker, caller: &Caller| broker.acquire(caller, &request);
         // A grant that nobody waits for is dropped, its lifeline with it: the lease ends.
         let grant = self.on_worker("Acquire", names.join(" "), work, |_, _, _| {}).await?;
+        if grant.reply.handout == Handout::Container {
+            // The broker keeps all but the lease pipe: no close of ours is the last one.
+            let fds = grant.fds.into_iter().map(SentFd::Made).collect();
+            return Ok(Answer::with_kept(grant.reply, fds));
+        }
         Ok(Answer::with_fds(grant.reply, Deferred::new(grant.fds, &self.seat.account.own_lane)))
     }
 
