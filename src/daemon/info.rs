@@ -13,7 +13,7 @@ pub(super) fn info() -> Info {
         vendor: "vfio-broker".into(),
         product: "vfio-brokerd".into(),
         version: env!("CARGO_PKG_VERSION").into(),
-        url: "https://crates.io/crates/vfio-broker".into(),
+        url: "https://vfiobroker.org".into(),
         interfaces: vec![SERVICE.into(), INTERFACE.into()],
     }
 }
