@@ -7,6 +7,8 @@ LAB_CACHE=${VFIO_LAB_CACHE:-/var/cache/vfio-broker-lab}
 
 # Exit status when the lab itself fails, not the program that it ran.
 LAB_FAILED=125
+# The guest hung before the program started.
+LAB_HUNG=123
 
 say() { printf 'lab: %s\n' "$*" >&2; }
 die() { say "$*"; exit "$LAB_FAILED"; }
