@@ -22,6 +22,8 @@ pub mod peer;
 #[cfg(feature = "async")]
 pub mod readiness;
 pub mod request;
+#[cfg(feature = "sim")]
+pub(crate) mod table;
 
 pub use call::{Arg, FdSlot, Ioctl, Reply};
 pub use container::{

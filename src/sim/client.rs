@@ -30,9 +30,13 @@ impl Wire {
     /// # Errors
     /// What connect(2) says.
     pub fn connect(control: &Path) -> io::Result<Self> {
-        let fd = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)?;
-        connect(fd.as_raw_fd(), &UnixAddr::new(control)?)?;
-        Ok(Self { control: Some(fd) })
+        Self::connect_with(unconnected()?, control)
+    }
+
+    /// The same, with a socket that was made before.
+    pub(super) fn connect_with(socket: OwnedFd, control: &Path) -> io::Result<Self> {
+        connect(socket.as_raw_fd(), &UnixAddr::new(control)?)?;
+        Ok(Self { control: Some(socket) })
     }
 
     /// A kernel for fds that were handed over: open and sysfs fail with ENOSYS.
@@ -91,6 +95,12 @@ impl Wire {
         let control = self.control.as_ref().ok_or(Errno::ENOSYS)?;
         succeeded(call(control.as_fd(), request, &[])?)
     }
+}
+
+/// A socket to connect to a simulation with.
+pub(super) fn unconnected() -> io::Result<OwnedFd> {
+    let (family, kind) = (AddressFamily::Unix, SockType::SeqPacket);
+    Ok(socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?)
 }
 
 impl Kernel for Wire {

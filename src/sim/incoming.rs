@@ -118,7 +118,7 @@ impl Incoming {
         if let Some(file) = file {
             return Named::File(*file);
         }
-        let link = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        let link = fs::read_link(format!("/proc/thread-self/fd/{}", fd.as_raw_fd()));
         if link.is_ok_and(|link| link.as_os_str() == "anon_inode:[eventfd]") {
             return Named::Event(Arc::new(EventFd(fd)));
         }

@@ -56,27 +56,22 @@ pub use profile::Profile;
 pub use stats::{Space, Stats};
 pub use topology::{Topology, TopologyError};
 
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, table};
 use machine::Machine;
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
-};
-use nix::unistd::{Uid, pipe2};
+use nix::unistd::Uid;
 use server::Server;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 use std::thread::JoinHandle;
 
 /// A running simulation. Dropping it ends the thread; fds that are still about then fail with EIO.
 #[derive(Debug)]
 pub struct Sim {
-    /// The write end of a pipe: the thread ends when it is closed.
-    stop: Option<OwnedFd>,
+    stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     wire: Arc<Wire>,
     control: PathBuf,
@@ -103,14 +98,26 @@ impl Sim {
     /// EADDRINUSE there is one already; what making the socket or the thread said.
     pub fn start_in(topology: Topology, directory: &Path) -> io::Result<Self> {
         let control = directory.join("control.sock");
-        let listener = listen_at(&control)?;
-        let (stopped, stop) = pipe2(OFlag::O_CLOEXEC)?;
         let machine = Machine::new(topology, Uid::current().as_raw());
-        let server = Server::new(machine, listener, stopped)?;
-        let thread = std::thread::Builder::new().name("vfio-sim".into());
-        let thread = thread.spawn(move || server.run())?;
-        let wire = Arc::new(Wire::connect(&control)?);
-        Ok(Self { stop: Some(stop), thread: Some(thread), wire, control, _directory: None })
+        let (stop, path) = (Arc::<AtomicBool>::default(), control.clone());
+        let stopped = Arc::clone(&stop);
+        let socket = client::unconnected()?;
+        let (started, start) = channel();
+        let thread = std::thread::Builder::new().name("vfio-sim".into()).spawn(move || {
+            // So that processes which this one forks have no copies of simulated open files, as
+            // they would have none of a kernel's. Where it can't be had, theirs close at exec.
+            let _ = table::have_own();
+            match Server::new(machine, &path, stopped) {
+                Ok(server) => {
+                    let _ = started.send(Ok(()));
+                    server.run();
+                }
+                Err(error) => drop(started.send(Err(error))),
+            }
+        })?;
+        start.recv().map_err(io::Error::other)??;
+        let wire = Arc::new(Wire::connect_with(socket, &control)?);
+        Ok(Self { stop, thread: Some(thread), wire, control, _directory: None })
     }
 
     /// The simulated kernel, for this process.
@@ -163,21 +170,12 @@ impl Sim {
 
 impl Drop for Sim {
     fn drop(&mut self) {
-        drop(self.stop.take());
+        self.stop.store(true, Ordering::SeqCst);
+        // Any call wakes the thread.
+        let _ = self.wire.stats();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
         let _ = std::fs::remove_file(&self.control);
     }
-}
-
-fn listen_at(path: &Path) -> io::Result<UnixListener> {
-    let flags = SockFlag::SOCK_CLOEXEC;
-    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
-    listen(&fd, Backlog::new(128)?)?;
-    // The standard library's listener accepts from any kind of Unix socket.
-    let listener = UnixListener::from(fd);
-    listener.set_nonblocking(true)?;
-    Ok(listener)
 }

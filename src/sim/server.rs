@@ -12,18 +12,21 @@ use crate::kernel::Node;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, setsockopt, socketpair, sockopt,
+    AddressFamily, Backlog, MsgFlags, SockFlag, SockType, UnixAddr, bind, listen, setsockopt,
+    socket, socketpair, sockopt,
 };
 use nix::sys::stat::fstat;
 use std::collections::HashMap;
-use std::io::ErrorKind;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-const STOP: u64 = 0;
-const LISTENER: u64 = 1;
-const FIRST: u64 = 2;
+const LISTENER: u64 = 0;
+const FIRST: u64 = 1;
 
 /// How many messages one fd may have answered before others get their turn.
 const TURN: usize = 32;
@@ -48,8 +51,7 @@ pub(super) struct Server {
     epoll: Epoll,
     /// The simulated open files again, for hang-ups alone.
     hangups: Epoll,
-    /// Kept open: the write end closing is what ends the thread.
-    _stop: OwnedFd,
+    stop: Arc<AtomicBool>,
     listener: UnixListener,
     paused: bool,
     sources: HashMap<u64, Source>,
@@ -60,15 +62,12 @@ pub(super) struct Server {
 }
 
 impl Server {
-    /// A server that ends when the write end of `stop` is closed.
-    pub(super) fn new(
-        machine: Machine,
-        listener: UnixListener,
-        stop: OwnedFd,
-    ) -> Result<Self, Errno> {
+    /// A server that listens at `control`. It ends with the first message or connection that it
+    /// gets after `stop` was set.
+    pub(super) fn new(machine: Machine, control: &Path, stop: Arc<AtomicBool>) -> io::Result<Self> {
+        let listener = listen_at(control)?;
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let hangups = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(&stop, EpollEvent::new(EpollFlags::EPOLLIN, STOP))?;
         epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
         Ok(Self {
             machine,
@@ -76,7 +75,7 @@ impl Server {
             faults: Faults::default(),
             epoll,
             hangups,
-            _stop: stop,
+            stop,
             listener,
             paused: false,
             sources: HashMap::new(),
@@ -90,7 +89,8 @@ impl Server {
     /// Serves until it is stopped.
     pub(super) fn run(mut self) {
         let mut events = [EpollEvent::empty(); 64];
-        loop {
+        // Looked at between the last message that was received and the wait for the next.
+        while !self.stop.load(Ordering::SeqCst) {
             let found = match self.epoll.wait(&mut events, self.timeout()) {
                 Ok(found) => found,
                 Err(Errno::EINTR) => 0,
@@ -98,7 +98,6 @@ impl Server {
             };
             for event in events.iter().take(found) {
                 match event.data() {
-                    STOP => return,
                     LISTENER => self.accept(),
                     token if self.answers.is_held(token) => {
                         self.answers.forget(token);
@@ -408,6 +407,17 @@ impl Server {
 
 /// How many containers one answer to a request for counts has.
 pub(super) const STATS_PAGE: usize = 256;
+
+fn listen_at(path: &Path) -> io::Result<UnixListener> {
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    listen(&fd, Backlog::new(128)?)?;
+    // The standard library's listener accepts from any kind of Unix socket.
+    let listener = UnixListener::from(fd);
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
 
 fn parse_node(path: &str) -> Option<Node> {
     let name = path.strip_prefix("/dev/vfio/")?;

@@ -108,15 +108,9 @@ pub(crate) fn on_sim(case: &Case, profile: Profile) -> String {
         Err(error) => return format!("the simulation did not start: {error}\n"),
     };
     let transcript = in_process(case, Some(sim.control_path()), Duration::from_secs(60));
-    // Cases run side by side: a process that is just being forked for another one has copies of
-    // this process's fds until it has become that other program.
-    let end = Instant::now() + Duration::from_secs(10);
-    loop {
-        match sim.stats() {
-            Ok(stats) if stats.is_idle() => return transcript,
-            Ok(_) if Instant::now() < end => std::thread::sleep(Duration::from_millis(2)),
-            stats => return format!("{transcript}left behind in the simulation: {stats:?}\n"),
-        }
+    match sim.stats() {
+        Ok(stats) if stats.is_idle() => transcript,
+        stats => format!("{transcript}left behind in the simulation: {stats:?}\n"),
     }
 }
 
