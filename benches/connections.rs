@@ -57,7 +57,7 @@ fn size_row(what: &str, value: f64, unit: &str, goal: f64) -> Vec<String> {
 fn delays() {
     let daemon = Daemon::start();
     let lease = daemon.acquire(Handout::Container);
-    let call = raw::get_fds(&lease);
+    let call = raw::get_fds(&lease, true);
     let mut client = RawClient::new(daemon.connect());
     let fds = client.call(&call).1.len();
     let base = daemon.open_files();

@@ -36,7 +36,7 @@ fn a_lease_maps_opens_and_goes_back() {
         container.map(&DmaMap { flags: DmaMap::READ, vaddr, iova: 0, size })?;
         assert_eq!(lease.device(NIC)?.pci_ids()?, (0x8086, 0x15f3));
         let again = client.get_fds(&lease).await?;
-        assert_eq!(again.iter().count(), 3);
+        assert_eq!(again.iter().count(), 2, "container and group");
         drop((container, again));
         assert!(client.release(lease).await?);
         assert!(client.leases().await?.is_empty());

@@ -50,11 +50,11 @@ impl RawClient {
     }
 }
 
-/// A GetFds call for a lease, as bytes.
-pub fn get_fds(lease: &Lease) -> Vec<u8> {
+/// A GetFds call for a lease, as bytes, with or without a further lease pipe.
+pub fn get_fds(lease: &Lease, lifeline: bool) -> Vec<u8> {
     format!(
         "{{\"method\":\"org.vfiobroker.Broker.GetFds\",\
-         \"parameters\":{{\"lease\":\"{}\",\"key\":\"{}\"}}}}\0",
+         \"parameters\":{{\"lease\":\"{}\",\"key\":\"{}\",\"lifeline\":{lifeline}}}}}\0",
         lease.id(),
         lease.key()
     )

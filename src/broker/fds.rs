@@ -49,8 +49,8 @@ pub(super) fn list<F>(named: Vec<Named<F>>) -> (Vec<Fd>, Vec<F>) {
 }
 
 impl Broker {
-    /// The open files of a lease once more, and a further lifeline: the same files where the broker
-    /// keeps them, else opened anew.
+    /// The open files of a lease once more, and a further lifeline unless the request wants none: the
+    /// same files where the broker keeps them, else opened anew.
     ///
     /// # Errors
     /// What the kernel says where it must be asked: EBUSY while somebody has the group open.
@@ -80,7 +80,7 @@ impl Broker {
             }
             Handout::Container | Handout::Iommufd => {}
         }
-        self.with_lifeline(&entry, fds)
+        self.with_lifeline(&entry, request, fds)
     }
 
     /// As [`get_fds`](Self::get_fds) where that takes no kernel call that can block, else `None`:
@@ -102,7 +102,7 @@ impl Broker {
         if lease.handout != Handout::Container {
             return None;
         }
-        Some(self.with_lifeline(&entry, kept(&lease, &entry, &files)))
+        Some(self.with_lifeline(&entry, request, kept(&lease, &entry, &files)))
     }
 
     fn live(&self, entry: &Entry) -> Result<Lease, Error> {
@@ -112,12 +112,15 @@ impl Broker {
     fn with_lifeline<F: From<OwnedFd>>(
         &self,
         entry: &Entry,
+        request: &GetFds,
         mut fds: Vec<Named<F>>,
     ) -> Result<(Fds, Vec<F>), Error> {
-        let (theirs, ()) = self.open_lifeline(entry, |books| {
-            books.ledger.live(entry.id).map(drop).ok_or(Refusal::NoSuchLease(entry.id))
-        })?;
-        fds.push(Named { kind: FdKind::Lease, name: String::new(), fd: theirs.into() });
+        if request.lifeline.unwrap_or(true) {
+            let (theirs, ()) = self.open_lifeline(entry, |books| {
+                books.ledger.live(entry.id).map(drop).ok_or(Refusal::NoSuchLease(entry.id))
+            })?;
+            fds.push(Named { kind: FdKind::Lease, name: String::new(), fd: theirs.into() });
+        }
         let (fds, files) = list(fds);
         Ok((Fds { fds }, files))
     }

@@ -78,22 +78,26 @@ impl Client {
         lease.extend(reply, fds)
     }
 
-    /// The open files of a lease once more, among them a further lease fd.
+    /// The open files of a lease once more, without a further lease fd: `lease` has one.
     ///
     /// # Errors
     /// [`Error::Broker`], where the lease has ended.
     pub fn get_fds(&mut self, lease: &Lease) -> Result<Files> {
-        let call = lease.get_fds_call();
-        self.get_fds_of(&call.lease, &call.key)
+        self.files(&lease.get_fds_call())
     }
 
-    /// The same for a lease that another process acquired.
+    /// The open files of a lease that another process acquired, and a further lease fd: the lease
+    /// then lives as long as either.
     ///
     /// # Errors
     /// [`Error::Broker`], where there is no such lease with that key.
     pub fn get_fds_of(&mut self, lease: &str, key: &str) -> Result<Files> {
-        let call = protocol::GetFds { lease: lease.to_owned(), key: key.to_owned() };
-        let (reply, fds) = self.call(&call, &[])?;
+        let (lease, key) = (lease.to_owned(), key.to_owned());
+        self.files(&protocol::GetFds { lease, key, lifeline: None })
+    }
+
+    fn files(&mut self, call: &protocol::GetFds) -> Result<Files> {
+        let (reply, fds) = self.call(call, &[])?;
         Files::pair(protocol::GetFds::NAME, &reply.fds, fds)
     }
 

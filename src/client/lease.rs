@@ -236,7 +236,8 @@ impl Lease {
     }
 
     pub(super) fn get_fds_call(&self) -> protocol::GetFds {
-        protocol::GetFds { lease: self.id.clone(), key: self.key.clone() }
+        let (lease, key) = (self.id.clone(), self.key.clone());
+        protocol::GetFds { lease, key, lifeline: Some(false) }
     }
 
     pub(super) fn release_call(&self) -> protocol::Release {

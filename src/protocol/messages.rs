@@ -125,6 +125,8 @@ pub struct Acquired {
 pub struct GetFds {
     pub lease: String,
     pub key: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lifeline: Option<bool>,
 }
 method!(GetFds -> Fds, "GetFds");
 
