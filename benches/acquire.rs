@@ -11,8 +11,11 @@ mod common;
 use common::NIC;
 use common::daemon::{Daemon, TOPOLOGY, kernel_name, on_real_kernel, policy};
 use common::figures::{heading, median, median_ratio, micros, percentile, table, verdict};
+use common::floor::{self, Floor};
+use common::placement;
 use common::recorder::Recorder;
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use vfio_broker::broker::{Broker, Caller, Nobody};
@@ -22,7 +25,7 @@ use vfio_broker::kernel::{
     Container, Extension, Group, IommuType, Kernel, Linux, Node, Unmap, UnmapFlags,
 };
 use vfio_broker::policy::{Peer, Policy};
-use vfio_broker::protocol::{Bdf, Release};
+use vfio_broker::protocol::{self, Bdf, Release};
 use vfio_broker::sim::{Sim, Topology};
 use vfio_broker::users::SystemUsers;
 
@@ -31,12 +34,18 @@ const ROUNDS: usize = 30;
 const CALLS: usize = 20;
 
 fn main() {
+    floor::be_it_if_asked();
     heading(&format!("acquire: Acquire + Release of one device on {}", kernel_name()));
+    placement::apart();
     let (kernel, _sim) = kernel();
     let calls = same_calls(&kernel);
     let daemon = Daemon::start();
     let mut client = daemon.client();
+    let inside = Inside::new(&kernel);
+    let pipe = nix::unistd::pipe().unwrap().0;
+    let mut bare_loop = Floor::start(b"{}\0", &[pipe.as_fd(); 3]);
     let (mut ours, mut theirs, mut pairs) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut library, mut trips) = (Vec::new(), Vec::new());
     for round in 0..=ROUNDS {
         let broker = time(|| through(&mut client));
         let bare = time(|| directly(&kernel));
@@ -45,6 +54,11 @@ fn main() {
             pairs.push((median(&broker), median(&bare)));
             ours.extend(broker);
             theirs.extend(bare);
+            library.extend(time(|| inside.acquire_and_release()));
+            trips.extend(time(|| {
+                bare_loop.client.call(b"{}\0");
+                bare_loop.client.call(b"{}\0");
+            }));
         }
     }
     let ratio = median_ratio(pairs);
@@ -52,6 +66,8 @@ fn main() {
         row!["", "median", "p99", "ratio", ""],
         line("broker: Acquire, close, Release", &ours, format!("{ratio:.2}"), verdict(ratio, GOAL)),
         line(&format!("the same {calls} calls directly"), &theirs, "1".into(), String::new()),
+        line("the broker as a library, no daemon", &library, String::new(), String::new()),
+        line("two round trips with a bare epoll loop", &trips, String::new(), String::new()),
     ]);
     if !on_real_kernel() {
         println!(
@@ -104,20 +120,36 @@ fn directly(kernel: &Arc<dyn Kernel>) {
     Group::open(Arc::clone(kernel), Node::Group(id)).unwrap();
 }
 
+/// The broker in this process, without a daemon around it.
+struct Inside {
+    broker: Arc<Broker>,
+    caller: Caller,
+    wanted: protocol::Acquire,
+}
+
+impl Inside {
+    fn new(kernel: &Arc<dyn Kernel>) -> Self {
+        let policy = Policy::parse("policy of the bench", &policy(), &SystemUsers).unwrap();
+        let broker = Broker::new(Arc::clone(kernel), Arc::new(policy), Arc::new(Nobody));
+        let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+        let pid = std::process::id() as i32;
+        let peer = Peer { uid, gid, groups: Vec::new(), pid, unit: None, label: None };
+        let wanted = Acquire::new("bench").device(NIC).into_request().unwrap();
+        Self { broker, caller: Caller { peer }, wanted }
+    }
+
+    fn acquire_and_release(&self) {
+        let grant = self.broker.acquire(&self.caller, &self.wanted).unwrap();
+        let (lease, key) = (grant.reply.lease, grant.reply.key);
+        drop(grant.fds);
+        assert!(self.broker.release(&self.caller, &Release { lease, key }).unwrap().proved);
+    }
+}
+
 /// Checks that broker and floor ask the same, and returns how much that is.
 fn same_calls(kernel: &Arc<dyn Kernel>) -> usize {
     let recorder = Recorder::new(Arc::clone(kernel));
-    let policy = Policy::parse("policy of the bench", &policy(), &SystemUsers).unwrap();
-    let broker = Broker::new(Arc::<Recorder>::clone(&recorder), Arc::new(policy), Arc::new(Nobody));
-    let (uid, gid) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
-    let pid = std::process::id() as i32;
-    let peer = Peer { uid, gid, groups: Vec::new(), pid, unit: None, label: None };
-    let caller = Caller { peer };
-    let wanted = Acquire::new("bench").device(NIC).into_request().unwrap();
-    let grant = broker.acquire(&caller, &wanted).unwrap();
-    let (lease, key) = (grant.reply.lease, grant.reply.key);
-    drop(grant.fds);
-    assert!(broker.release(&caller, &Release { lease, key }).unwrap().proved);
+    Inside::new(&(recorder.clone() as Arc<dyn Kernel>)).acquire_and_release();
     let broker = recorder.take();
     directly(&(recorder.clone() as Arc<dyn Kernel>));
     assert_eq!(broker, recorder.take(), "the floor does not make the broker's calls");
