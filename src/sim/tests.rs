@@ -305,6 +305,25 @@ fn forks_hold_nothing_open() {
     assert!(status.success(), "a group that was closed was still open");
 }
 
+/// A handler that ran on the simulation's thread would write into files that it does not mean.
+#[test]
+fn its_threads_take_no_signals() {
+    let _sim = start("workstation");
+    let mut seen = 0;
+    for task in std::fs::read_dir("/proc/self/task").unwrap() {
+        // Threads of other tests come and go.
+        let status = std::fs::read_to_string(task.unwrap().path().join("status"));
+        let status = status.unwrap_or_default();
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
+        if field("Name:").is_some_and(|name| name.trim() == "vfio-sim") {
+            let blocked = u64::from_str_radix(field("SigBlk:").unwrap().trim(), 16).unwrap();
+            assert_ne!(blocked & 1 << (nix::libc::SIGTERM - 1), 0);
+            seen += 1;
+        }
+    }
+    assert!(seen > 0);
+}
+
 /// The body of another process of [`a_killed_process_lets_go`].
 #[test]
 fn holder() {
