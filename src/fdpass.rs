@@ -66,6 +66,26 @@ pub fn send(
     }
 }
 
+/// What the next read of a stream would bring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Next {
+    /// How many bytes; 0 at the end.
+    pub len: usize,
+    /// Whether fds come with them.
+    pub fds: bool,
+}
+
+/// Says what there is to be read, at most as much as fits into `buf`, and takes nothing. Does not
+/// wait, and installs no fd.
+///
+/// # Errors
+/// The errno of recvmsg(2); EAGAIN where there is nothing yet.
+pub fn peek(socket: BorrowedFd<'_>, buf: &mut [u8]) -> Result<Next, Errno> {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let Received { len, cut, .. } = receive_into(socket, buf, &mut [], flags)?;
+    Ok(Next { len, fds: cut })
+}
+
 /// Receives bytes and at most `limit` fds, [`MAX_FDS`] at most. With a limit of 0 there is no room
 /// for any: the kernel drops what was sent without installing it, and the answer is
 /// [`ReceiveError::Truncated`].

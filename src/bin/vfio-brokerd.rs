@@ -13,6 +13,9 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    if let Some(ended) = daemon::be_porter_if_asked() {
+        return ended;
+    }
     match daemon::run(&Arguments::parse().options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -22,17 +22,9 @@ impl Memory {
     /// # Errors
     /// [`Error::BadRequest`] that says what it is instead.
     pub(super) fn check(fd: OwnedFd) -> Result<Self, Error> {
-        // Only these two have seals, and asking for seals asks no file system: everything below
-        // could block for ever on a hostile one.
-        if fcntl(&fd, FcntlArg::F_GET_SEALS).is_err() {
-            return Err(refused(&fd, "not a file on tmpfs or hugetlbfs"));
-        }
+        check_memory(&fd)?;
         let stat = fstat(&fd).map_err(|errno| system("fstat", "memory", errno))?;
         let fs = fstatfs(&fd).map_err(|errno| system("fstatfs", "memory", errno))?;
-        let regular = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG;
-        if !regular || ![TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&fs.filesystem_type()) {
-            return Err(refused(&fd, "not a regular file on tmpfs or hugetlbfs"));
-        }
         let huge = fs.filesystem_type() == HUGETLBFS_MAGIC;
         let page = if huge { fs.block_size() as u64 } else { page_size() };
         Ok(Self { fd, size: stat.st_size as u64, page })
@@ -59,6 +51,25 @@ impl Memory {
         }
         Ok(())
     }
+}
+
+/// Whether a file is a regular one on tmpfs or hugetlbfs, whose close asks nobody. Never blocks.
+///
+/// # Errors
+/// [`Error::BadRequest`] that says what it is instead.
+pub fn check_memory(fd: &OwnedFd) -> Result<(), Error> {
+    // Only these two have seals, and asking for seals asks no file system: everything below could
+    // block for ever on a hostile one.
+    if fcntl(fd, FcntlArg::F_GET_SEALS).is_err() {
+        return Err(refused(fd, "not a file on tmpfs or hugetlbfs"));
+    }
+    let stat = fstat(fd).map_err(|errno| system("fstat", "memory", errno))?;
+    let fs = fstatfs(fd).map_err(|errno| system("fstatfs", "memory", errno))?;
+    let regular = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFREG;
+    if regular && [TMPFS_MAGIC, HUGETLBFS_MAGIC].contains(&fs.filesystem_type()) {
+        return Ok(());
+    }
+    Err(refused(fd, "not a regular file on tmpfs or hugetlbfs"))
 }
 
 /// The kernel's page size in bytes.

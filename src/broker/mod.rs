@@ -21,6 +21,7 @@ mod reclaim;
 mod space;
 
 pub use api::{Caller, Ended, Grant, LifelineId, Nobody, Observer, SentFd};
+pub use memory::check_memory;
 
 use crate::kernel::Kernel;
 use crate::ledger::{Lease, LeaseId};

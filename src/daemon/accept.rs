@@ -1,13 +1,15 @@
 //! Takes new connections in.
 
 use super::Daemon;
+use super::account::Account;
 use super::connection::Connection;
 use super::limit::RateLimit;
 use super::outgoing::Answer;
 use super::peer;
 use crate::broker::Caller;
 use crate::kernel::peer::refuse_fds;
-use crate::kernel::readiness::watch;
+use crate::kernel::readiness::{try_watch, watch};
+use crate::policy::Peer;
 use crate::protocol::Error;
 use nix::errno::Errno;
 use std::io::ErrorKind;
@@ -22,6 +24,9 @@ use tracing::{debug, error, warn};
 /// How long nobody is let in after a failure that will not go away by itself: those who connect
 /// wait in the socket's queue.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// Whom porters work for where it is not known who it was.
+const NOBODY: u32 = u32::MAX;
 
 /// Serves everybody who connects, for ever.
 pub(super) async fn serve(daemon: Rc<Daemon>, listener: UnixListener) {
@@ -61,34 +66,48 @@ fn gone_again(failure: &std::io::Error) -> bool {
 
 /// Finds out who it is, and serves it if there is room.
 fn admit(daemon: &Rc<Daemon>, stream: UnixStream) {
-    if let Err(reason) = try_admit(daemon, stream) {
-        debug!(%reason, "not let in");
+    let described = peer::describe(stream.as_fd(), daemon.names_units);
+    let peer = match described {
+        Ok(peer) => peer,
+        Err(errno) => {
+            debug!(reason = %Refused::Failed { call: "getsockopt", errno }, "not let in");
+            return daemon.porters.close(NOBODY, stream.into(), daemon.accounts.strangers_lane());
+        }
+    };
+    let uid = peer.uid;
+    let account = daemon.accounts.account(daemon.broker.policy(), &peer);
+    let lane = account.lane.clone();
+    if let Err((stream, reason)) = try_admit(daemon, stream, peer, account) {
+        debug!(uid, %reason, "not let in");
+        daemon.porters.close(uid, stream, &lane);
     }
 }
 
-fn try_admit(daemon: &Rc<Daemon>, stream: UnixStream) -> Result<(), Refused> {
-    let failed = |call| move |errno| Refused::Failed { call, errno };
-    let peer = peer::describe(stream.as_fd(), daemon.names_units).map_err(failed("getsockopt"))?;
-    let account = daemon.accounts.account(daemon.broker.policy(), &peer);
-    let lane = account.lane.clone();
+fn try_admit(
+    daemon: &Rc<Daemon>,
+    stream: UnixStream,
+    peer: Peer,
+    account: Rc<Account>,
+) -> Result<(), (OwnedFd, Box<Refused>)> {
     let seat = match daemon.accounts.seat(account) {
         Ok(seat) => seat,
         Err(over) => {
             Answer::error(&over).send_what_fits(stream.as_fd());
-            lane.close([OwnedFd::from(stream)]);
-            return Err(Refused::Over(over));
+            return Err((stream.into(), Box::new(Refused::Over(over))));
         }
     };
     if !seat.account.sends_fds {
-        // Where the kernel can't do it, fds are taken in and end the connection. So do those that
-        // were sent before this: the option is the connection's, and on the listener it would turn
-        // away the fds of tenants that may send them and don't wait to be let in. They are closed
-        // in their sender's lane, be it with what was read or with the socket.
+        // Where the kernel can't do it, fds end the connection. So do those that were sent before
+        // this: the option is the connection's, and on the listener it would turn away the fds of
+        // tenants that may send them and don't wait to be let in.
         let _ = refuse_fds(stream.as_fd());
     }
-    stream.set_nonblocking(true).map_err(Refused::Poll)?;
+    if let Err(error) = stream.set_nonblocking(true) {
+        return Err((stream.into(), Box::new(Refused::Poll(error))));
+    }
     let both = Interest::READABLE | Interest::WRITABLE;
-    let socket = watch(stream.into(), both).map_err(Refused::Poll)?;
+    let socket = try_watch(stream.into(), both)
+        .map_err(|(stream, error)| (stream, Box::new(Refused::Poll(error))))?;
     let connection = Connection::new(Rc::clone(daemon), Caller { peer }, socket, seat);
     spawn_local(connection.serve());
     Ok(())

@@ -76,6 +76,11 @@ impl Accounts {
         }
     }
 
+    /// The lane of those who belong to no tenant.
+    pub(super) fn strangers_lane(&self) -> &Lane {
+        &self.strangers_lane
+    }
+
     /// A place for one more connection of this account.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 //! a result that comes too late.
 
 use super::connection::Connection;
-use super::incoming::Deferred;
+use super::incoming::{Deferred, Sent};
 use super::outgoing::Answer;
 use super::workers::Job;
 use crate::broker::{Broker, Caller, SentFd};
@@ -46,21 +46,16 @@ impl Connection {
         released.map(Answer::reply)
     }
 
-    pub(super) async fn map_dma(
-        &self,
-        request: MapDma,
-        mut fds: Deferred,
-    ) -> Result<Answer, Error> {
-        let count = fds.fds().len();
-        let Some(memory) = fds.take(request.memory) else {
-            let reason = format!("fd {} is not there: {count} came with the call", request.memory);
-            return Err(Error::bad("memory", reason));
-        };
-        drop(fds);
+    pub(super) async fn map_dma(&self, request: MapDma, fds: Sent) -> Result<Answer, Error> {
+        // Wherever the job is dropped, the file goes to its lane.
+        let mut memory = fds.take(request.memory)?;
         let object = request.lease.clone();
         let MapDma { lease, key, iova, size, .. } = request.clone();
         let undo = UnmapDma { lease, key, iova, size };
-        let work = move |broker: &Broker, caller: &Caller| broker.map_dma(caller, &request, memory);
+        let work = move |broker: &Broker, caller: &Caller| {
+            let gone = || Error::bad("memory", "it is gone");
+            broker.map_dma(caller, &request, memory.take_first().ok_or_else(gone)?)
+        };
         let late = move |broker: &Broker, caller: &Caller, _| {
             // It can only fail if the mapping is gone already, with its lease.
             let _ = broker.unmap_dma(caller, &undo);

@@ -1,6 +1,6 @@
-//! Closes open files whose close can block: what peers sent, and sockets that may still hold such
-//! files. A FUSE file's close waits for its server, a lingering socket's for its peer; both can be
-//! for ever.
+//! Closes open files whose close can take long: devices, which are reset by it, and guests' memory,
+//! whose pages are freed by it. Also, where no process can be had for them, peers' sockets; what is
+//! in those can make it take for ever.
 //!
 //! Every owner has a lane: its files wait for each other and for nobody else's, and however many
 //! of them hang, they hold up a few threads of their own.

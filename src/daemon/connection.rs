@@ -2,10 +2,11 @@
 
 use super::Daemon;
 use super::account::Seat;
-use super::incoming::{Deferred, Flags, Incoming, Message, StrayFds};
+use super::incoming::{Flags, Incoming, Message, Sent, StrayFds};
 use super::outgoing::{Answer, SendError};
+use super::porter::NotTaken;
 use crate::broker::Caller;
-use crate::fdpass;
+use crate::fdpass::{self, ReceiveError};
 use crate::protocol::{Error, Oversize, Request};
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
@@ -35,8 +36,10 @@ pub(super) enum Lost {
     Oversize(#[from] Oversize),
     #[error("{0}")]
     StrayFds(#[from] StrayFds),
-    #[error("{0} fds in one message: {1} are taken from this client")]
-    TooManyFds(usize, usize),
+    #[error("fds in a message: none are taken from this client")]
+    FdsNotTaken,
+    #[error("{0}")]
+    NotTaken(#[from] NotTaken),
     #[error("closed in the midst of a message")]
     HalfMessage,
     #[error("half a message and then silence")]
@@ -49,6 +52,8 @@ pub(super) enum Lost {
     Send(#[from] SendError),
     #[error("recvmsg: {} ({_0:?})", _0.desc())]
     Receive(Errno),
+    #[error("{0}")]
+    Read(#[from] ReceiveError),
     #[error("{0}")]
     Poll(std::io::Error),
 }
@@ -67,12 +72,12 @@ impl Connection {
     /// Serves it until it ends.
     pub(super) async fn serve(mut self) {
         let ended = self.answer_calls().await;
-        let peer = &self.caller.peer;
+        let peer = self.caller.peer.clone();
         if let Err(reason) = ended {
             debug!(uid = peer.uid, pid = peer.pid, %reason, "disconnected");
         }
-        // Fds that the socket still holds are closed with it, and that can block.
-        self.seat.account.lane.close([self.socket.into_inner()]);
+        let Self { daemon, seat, socket, .. } = self;
+        daemon.porters.close(peer.uid, socket.into_inner(), &seat.account.lane);
     }
 
     /// One call at a time, as Varlink has it. What can take long is boxed, so that the task of an
@@ -112,11 +117,11 @@ impl Connection {
         &self,
         request: Result<Request, Error>,
         flags: Flags,
-        fds: &Deferred,
+        fds: &Sent,
     ) -> Result<Request, Error> {
         let request = request?;
         if let Request::GetInfo | Request::GetInterfaceDescription(_) = request {
-            return if fds.fds().is_empty() { Ok(request) } else { Err(fds_not_taken()) };
+            return if fds.len() == 0 { Ok(request) } else { Err(fds_not_taken()) };
         }
         if let Some(denied) = &self.seat.account.denied {
             return Err(denied.clone());
@@ -124,7 +129,7 @@ impl Connection {
         match request {
             _ if flags.upgrade => Err(Error::bad("upgrade", "no method here can be upgraded")),
             Request::MapDma(_) => Ok(request),
-            _ if !fds.fds().is_empty() => Err(fds_not_taken()),
+            _ if fds.len() > 0 => Err(fds_not_taken()),
             Request::Watch(_) if !flags.more => Err(Error::ExpectedMore {}),
             // Their replies are what they are for.
             Request::Acquire(_) | Request::GetFds(_) | Request::Watch(_) if flags.oneway => {
@@ -149,8 +154,9 @@ impl Connection {
                 self.socket.readable().await
             };
             let readable = readable.map_err(Lost::Poll)?;
-            match receive(&self.daemon, &self.seat, &mut self.incoming, &mut self.more, readable)? {
+            match receive(&self.daemon, &mut self.incoming, &mut self.more, readable)? {
                 Got::Bytes => {}
+                Got::Files => Box::pin(self.take_files()).await?,
                 Got::End if self.incoming.is_partial() => return Err(Lost::HalfMessage),
                 Got::End => return Ok(None),
             }
@@ -160,7 +166,19 @@ impl Connection {
     /// Waits until the peer sends something, or closes, and takes it.
     pub(super) async fn receive(&mut self) -> Result<Got, Lost> {
         let readable = self.socket.readable().await.map_err(Lost::Poll)?;
-        receive(&self.daemon, &self.seat, &mut self.incoming, &mut self.more, readable)
+        receive(&self.daemon, &mut self.incoming, &mut self.more, readable)
+    }
+
+    /// Takes a message that has files with it.
+    async fn take_files(&mut self) -> Result<(), Lost> {
+        let account = &self.seat.account;
+        if !account.sends_fds {
+            return Err(Lost::FdsNotTaken);
+        }
+        let porters = &self.daemon.porters;
+        let taken = porters.take(self.caller.peer.uid, self.socket.get_ref()).await?;
+        self.more = true;
+        Ok(self.incoming.push(&taken.bytes, Sent::new(taken.files, &account.lane))?)
     }
 
     pub(super) async fn send(&self, answer: Answer) -> Result<(), Lost> {
@@ -181,41 +199,42 @@ fn fds_not_taken() -> Error {
 /// What a read brought.
 pub(super) enum Got {
     Bytes,
+    /// Nothing yet: files come with what is next.
+    Files,
     End,
 }
 
-/// Takes what the socket has, by way of the buffer that all connections share.
+/// Takes what the socket has, by way of the buffer that all connections share. Looks first: what
+/// files come with is not for this process to receive.
 fn receive(
     daemon: &Daemon,
-    seat: &Seat,
     incoming: &mut Incoming,
     more: &mut bool,
     mut readable: AsyncFdReadyGuard<'_, OwnedFd>,
 ) -> Result<Got, Lost> {
     let mut buffer = daemon.buffer.borrow_mut();
     let socket = readable.get_inner().as_fd();
-    let got = match fdpass::receive_all(socket, &mut buffer, MsgFlags::MSG_DONTWAIT) {
+    let next = match fdpass::peek(socket, &mut buffer) {
         Err(Errno::EAGAIN) => {
             readable.clear_ready();
             return Ok(Got::Bytes);
         }
         Err(errno) => return Err(Lost::Receive(errno)),
-        Ok(got) => got,
+        Ok(next) => next,
     };
-    let count = got.fds.len();
-    let fds = Deferred::new(got.fds, &seat.account.lane);
-    let most = if seat.account.sends_fds { fdpass::MAX_FDS } else { 0 };
-    if got.cut || count > most {
-        return Err(Lost::TooManyFds(count, most));
+    if next.fds {
+        return Ok(Got::Files);
     }
-    if got.len == 0 {
+    if next.len == 0 {
         return Ok(Got::End);
     }
-    // Less than there was room for, and no fds, which end a read early: there is nothing more.
-    *more = got.len == buffer.len() || count > 0;
+    let got = fdpass::receive(socket, &mut buffer[..next.len], 0, MsgFlags::MSG_DONTWAIT);
+    let len = got?.len;
+    // Less than there was room for: there is nothing more.
+    *more = len == buffer.len();
     if !*more {
         readable.clear_ready();
     }
-    incoming.push(&buffer[..got.len], fds)?;
+    incoming.push(&buffer[..len], Sent::default())?;
     Ok(Got::Bytes)
 }

@@ -8,6 +8,46 @@ use super::closer::Lane;
 use crate::protocol::{Call, Error, Frames, Oversize, Request};
 use std::os::fd::OwnedFd;
 
+/// Open files that came with a message and can be memory, and what the others were instead. Closing
+/// one can take as long as freeing its pages does.
+#[derive(Debug, Default)]
+pub(super) struct Sent {
+    files: Vec<Result<OwnedFd, Error>>,
+    lane: Option<Lane>,
+}
+
+impl Sent {
+    pub(super) fn new(files: Vec<Result<OwnedFd, Error>>, lane: &Lane) -> Self {
+        Self { files, lane: Some(lane.clone()) }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.files.len()
+    }
+
+    /// Takes the one at `index` alone.
+    ///
+    /// # Errors
+    /// [`Error::BadRequest`]: there is none, or it can't be memory.
+    pub(super) fn take(mut self, index: usize) -> Result<Deferred, Error> {
+        let count = self.len();
+        if index >= count {
+            let reason = format!("fd {index} is not there: {count} came with the call");
+            return Err(Error::bad("memory", reason));
+        }
+        let file = self.files.swap_remove(index)?;
+        Ok(Deferred { fds: vec![file], lane: self.lane.clone() })
+    }
+}
+
+impl Drop for Sent {
+    fn drop(&mut self) {
+        if let Some(lane) = &self.lane {
+            lane.close(self.files.drain(..).flatten());
+        }
+    }
+}
+
 /// Open files that are closed by a closer thread unless they are taken out.
 #[derive(Debug, Default)]
 pub(super) struct Deferred {
@@ -25,9 +65,9 @@ impl Deferred {
         &self.fds
     }
 
-    /// Takes the one at `index`.
-    pub(super) fn take(&mut self, index: usize) -> Option<OwnedFd> {
-        (index < self.fds.len()).then(|| self.fds.swap_remove(index))
+    /// Takes the first.
+    pub(super) fn take_first(&mut self) -> Option<OwnedFd> {
+        (!self.fds.is_empty()).then(|| self.fds.swap_remove(0))
     }
 }
 
@@ -45,7 +85,7 @@ impl Drop for Deferred {
 pub(super) struct Message {
     pub(super) request: Result<Request, Error>,
     pub(super) flags: Flags,
-    pub(super) fds: Deferred,
+    pub(super) fds: Sent,
 }
 
 /// How the caller wants to be answered.
@@ -67,14 +107,14 @@ pub(super) struct Incoming {
     frames: Frames,
     /// Fds, and how many messages come before the one they belong to. Two at most: one for a
     /// message of which a part is missing, one for a message after that.
-    fds: Vec<(usize, Deferred)>,
+    fds: Vec<(usize, Sent)>,
 }
 
 impl Incoming {
     /// Adds what one read brought, at least a byte. Only when
     /// [`next_message`](Self::next_message) has nothing more.
-    pub(super) fn push(&mut self, bytes: &[u8], fds: Deferred) -> Result<(), StrayFds> {
-        if !fds.fds().is_empty() {
+    pub(super) fn push(&mut self, bytes: &[u8], fds: Sent) -> Result<(), StrayFds> {
+        if fds.len() > 0 {
             let before = bytes.split_last().map_or(&[][..], |(_, before)| before);
             let ends = before.iter().filter(|&&byte| byte == 0).count();
             if ends == 0 && self.is_partial() {
@@ -115,8 +155,8 @@ impl Incoming {
         Ok(Some(Message { request, flags, fds }))
     }
 
-    fn next_fds(&mut self) -> Deferred {
-        let mut own = Deferred::default();
+    fn next_fds(&mut self) -> Sent {
+        let mut own = Sent::default();
         self.fds.retain_mut(|(before, fds)| match before.checked_sub(1) {
             Some(less) => {
                 *before = less;
@@ -169,10 +209,11 @@ mod tests {
             if got.len == 0 {
                 return Ok(counts);
             }
-            incoming.push(&buffer[..got.len], Deferred::new(got.fds, &lane))?;
+            let files = got.fds.into_iter().map(Ok).collect();
+            incoming.push(&buffer[..got.len], Sent::new(files, &lane))?;
             while let Some(message) = incoming.next_message().unwrap() {
                 assert_eq!(message.request, Ok(Request::GetInfo));
-                counts.push(message.fds.fds().len());
+                counts.push(message.fds.len());
             }
         }
     }
@@ -208,7 +249,7 @@ mod tests {
         let call = format!(
             "{{\"method\":\"org.vfiobroker.Broker.Leases\",\"parameters\":{{\"{long}\":1}}}}\0"
         );
-        incoming.push(call.as_bytes(), Deferred::default()).unwrap();
+        incoming.push(call.as_bytes(), Sent::default()).unwrap();
         let message = incoming.next_message().unwrap().unwrap();
         let Err(Error::BadRequest { reason, .. }) = message.request else { panic!() };
         assert!(reason.len() < 400);

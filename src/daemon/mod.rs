@@ -1,8 +1,9 @@
 //! The daemon: sockets, peers, limits, one task a connection.
 //!
 //! One thread serves all connections. Whatever can block in the kernel is done elsewhere: broker
-//! calls on worker threads with a deadline ([`workers`]), closing what peers sent on closer threads
-//! ([`closer`]).
+//! calls on worker threads with a deadline ([`workers`]), closing the broker's own files on closer
+//! threads ([`closer`]), receiving and closing what peers sent in processes of their own
+//! ([`porter`]).
 
 mod accept;
 mod account;
@@ -19,6 +20,7 @@ mod observer;
 mod options;
 mod outgoing;
 mod peer;
+mod porter;
 mod reclaim;
 mod start;
 mod trust;
@@ -27,6 +29,7 @@ mod workers;
 
 pub use log::LogFormat;
 pub use options::Options;
+pub use porter::be_one_if_asked as be_porter_if_asked;
 pub use start::{StartError, run};
 
 use crate::broker::Broker;
@@ -36,6 +39,7 @@ use account::Accounts;
 use closer::Closer;
 use limit::RateLimit;
 use observer::DaemonObserver;
+use porter::Porters;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -50,6 +54,7 @@ struct Daemon {
     /// Told when something may have become pending for [`reclaim::retry`].
     pending: Arc<Notify>,
     accounts: Rc<Accounts>,
+    porters: Rc<Porters>,
     deadlines: Deadlines,
     /// Whether the policy has tenants by unit.
     names_units: bool,
@@ -78,6 +83,7 @@ impl Daemon {
             observer,
             pending: Arc::default(),
             accounts: Rc::new(Accounts::new(most_connections, Closer::new()?)),
+            porters: Rc::default(),
             deadlines: Deadlines {
                 call: options.call_deadline,
                 read: options.read_deadline,

@@ -144,9 +144,12 @@ pub fn run(options: &Options) -> Result<(), StartError> {
         .map_err(StartError::set_up("the event loop"))?;
     let daemon = Daemon::new(broker, observer, most_connections(files), options)
         .map_err(StartError::set_up("the closer thread"))?;
-    let served = LocalSet::new().block_on(&runtime, serve(Rc::new(daemon), &listening));
+    let tasks = LocalSet::new();
+    let served = tasks.block_on(&runtime, serve(Rc::new(daemon), &listening));
     listening.remove_file();
-    // A worker may be stuck in the kernel: it ends with the process.
+    // A worker may be stuck in the kernel: it ends with the process. So do the connections: what
+    // peers sent and nobody has read must not be closed here, where that can block.
+    std::mem::forget(tasks);
     runtime.shutdown_background();
     served
 }

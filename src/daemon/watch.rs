@@ -34,8 +34,10 @@ impl Connection {
             if self.incoming.is_partial() {
                 return Err(Lost::SpokeWhileWatching);
             }
-            if let Got::End = self.receive().await? {
-                return Ok(());
+            match self.receive().await? {
+                Got::End => return Ok(()),
+                Got::Files => return Err(Lost::SpokeWhileWatching),
+                Got::Bytes => {}
             }
         }
     }

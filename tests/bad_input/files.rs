@@ -1,6 +1,6 @@
 //! Open files where they do not belong.
 
-use crate::common::raw::call;
+use crate::common::raw::{Raw, call};
 use crate::common::{Daemon, Held, Setup, beside, eventually, policy};
 use crate::{DEVICE, PAGE, is_free, map, memory, unread};
 use nix::errno::Errno;
@@ -117,7 +117,7 @@ fn files_that_linger_when_they_are_closed() {
             let (lingering, reader) = lingering();
             readers.push(reader);
             // Ours goes first, so that the daemon's is the last and has to wait.
-            daemon.signal(Signal::SIGSTOP);
+            daemon.pause();
             client.send_with(&call("Leases", &json!({})), &[lingering.as_fd()]).unwrap();
             drop(lingering);
             daemon.signal(Signal::SIGCONT);
@@ -125,6 +125,83 @@ fn files_that_linger_when_they_are_closed() {
             client.call("Leases", json!({})).ok();
         }
     });
+}
+
+/// Sends files with a call and closes them here before the daemon can act: its close is the last one.
+fn send_and_forget(client: &Raw, message: &[u8], files: Vec<OwnedFd>) {
+    let (last, before) = message.split_last().unwrap();
+    let borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    client.send_with(before, &borrowed).unwrap();
+    drop(files);
+    client.send(&[*last]);
+}
+
+/// Sockets whose closes take an hour, or until the others behind them are closed.
+fn plug() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
+    (0..4).map(|_| lingering()).map(|(sender, reader)| (sender, OwnedFd::from(reader))).unzip()
+}
+
+#[test]
+fn files_whose_closes_wait_for_each_other() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        // A lease fd that has to wait for them would keep its lease for ever.
+        let mut client = daemon.connect();
+        let lease = Held::acquire(&mut client, DEVICE, "container");
+        for backwards in [false, true] {
+            let (senders, readers) = plug();
+            let copy = lease.fds.last().unwrap().try_clone().unwrap();
+            let mut files: Vec<_> = readers.into_iter().chain([copy]).chain(senders).collect();
+            if backwards {
+                files.reverse();
+            }
+            send_and_forget(&client, &call("Leases", &json!({})), files);
+            client.reply().bad("fds");
+        }
+        // The same in the queue of a connection that is closed.
+        let (senders, readers) = plug();
+        let copy = lease.fds.last().unwrap().try_clone().unwrap();
+        let files: Vec<_> = readers.into_iter().chain([copy]).chain(senders).collect();
+        send_and_forget(&daemon.connect(), b"half a message", files);
+        drop(lease);
+        eventually("the device is free again", || is_free(&mut client, DEVICE));
+    });
+}
+
+#[test]
+fn memory_whose_close_waits() {
+    let daemon =
+        Daemon::with(Setup::policy(policy("requests = 4")).argument("--call-deadline", "2000"));
+    beside(&daemon, || {
+        let mut readers = Vec::new();
+        let mut clients: Vec<_> = (0..8).map(|_| daemon.connect()).collect();
+        let nobodys = json!({
+            "lease": "0000000000000000", "key": "00000000000000000000000000000000", "iova": 0,
+            "size": PAGE, "read": true, "write": true, "memory": 0, "offset": 0,
+        });
+        for client in &mut clients {
+            let (sender, reader) = lingering();
+            readers.push(reader);
+            send_and_forget(client, &call("MapDma", &nobodys), vec![sender]);
+        }
+        for client in &mut clients {
+            client.reply().bad("memory");
+        }
+    });
+}
+
+#[test]
+fn files_that_are_unread_when_the_daemon_ends() {
+    let mut daemon = Daemon::start();
+    let (sender, _reader) = lingering();
+    let client = daemon.connect();
+    daemon.pause();
+    client.send_with(b"half a message", &[sender.as_fd()]).unwrap();
+    drop(sender);
+    daemon.signal(Signal::SIGTERM);
+    daemon.signal(Signal::SIGCONT);
+    assert!(daemon.wait().success());
+    assert!(!daemon.socket.exists());
 }
 
 /// A TCP socket whose close takes an hour: SO_LINGER, unsent bytes, and a peer that does not read.

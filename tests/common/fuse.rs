@@ -28,7 +28,7 @@ pub struct Fuse {
 
 #[derive(Default)]
 struct State {
-    /// The process whose requests are left without an answer.
+    /// The process whose requests, and its children's, are left without an answer.
     unanswered: Option<u32>,
     /// Which of its threads are waiting.
     waiting: BTreeSet<u32>,
@@ -62,16 +62,16 @@ impl Fuse {
         open(&path, OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).unwrap()
     }
 
-    /// From now on, nothing that this process asks is answered.
+    /// From now on, nothing that this process or a child of it asks is answered.
     pub fn stop_answering(&self, pid: u32) {
         self.state.lock().unwrap().unanswered = Some(pid);
     }
 
-    /// Waits until that process waits for an answer.
-    pub fn waits_for(&self, pid: u32) {
-        super::eventually(&format!("process {pid} waits for the file system"), || {
-            !self.state.lock().unwrap().waiting.is_empty()
-        });
+    /// Waits until one of them waits for an answer; returns the threads that do.
+    pub fn waiting(&self) -> Vec<u32> {
+        let waiting = || self.state.lock().unwrap().waiting.clone();
+        super::eventually("somebody waits for the file system", || !waiting().is_empty());
+        waiting().into_iter().collect()
     }
 
     /// Ends it: whoever waits gets an error.
@@ -106,9 +106,10 @@ fn serve(mut device: File, state: &Mutex<State>) {
         let body = &request[40..len];
         {
             let mut state = state.lock().unwrap();
-            let of =
-                |pid: u32| std::path::Path::new(&format!("/proc/{pid}/task/{thread}")).exists();
-            if state.unanswered.is_some_and(of) {
+            if state
+                .unanswered
+                .is_some_and(|pid| is_thread(pid, thread) || parent(thread) == Some(pid))
+            {
                 state.waiting.insert(thread);
                 continue;
             }
@@ -132,6 +133,17 @@ fn serve(mut device: File, state: &Mutex<State>) {
             return;
         }
     }
+}
+
+/// Whether a thread is one of a process.
+pub fn is_thread(pid: u32, thread: u32) -> bool {
+    std::path::Path::new(&format!("/proc/{pid}/task/{thread}")).exists()
+}
+
+/// The process that started the process of a thread.
+fn parent(thread: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
 }
 
 /// struct fuse_init_out of 7.31, with no features.

@@ -166,6 +166,17 @@ impl Daemon {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
+    /// Stops it; SIGCONT lets it go on.
+    pub fn pause(&self) {
+        self.signal(Signal::SIGSTOP);
+        eventually("the daemon has stopped", || {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+            let stats =
+                tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")));
+            stats.into_iter().all(|stat| stat.is_ok_and(|stat| stat.contains(") T ")))
+        });
+    }
+
     /// Waits for its end.
     pub fn wait(&mut self) -> ExitStatus {
         let mut ended = None;

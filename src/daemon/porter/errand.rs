@@ -1,0 +1,173 @@
+//! What a porter does, in its own process: one errand, and then it ends.
+
+use super::{NotTaken, Taken};
+use crate::broker::check_memory;
+use crate::fdpass;
+use crate::protocol::{Error, MAX_MESSAGE};
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::sys::socket::{MsgFlags, getsockopt, sockopt};
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+use serde::{Deserialize, Serialize};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+
+/// What it is called in the list of processes; a program that is started under this name is one.
+pub(super) const NAME: &str = "vfio-broker-porter";
+
+/// A report and what it reports on, at most.
+pub(super) const MOST_BYTES: usize = MAX_MESSAGE + (16 << 10);
+
+/// Nobody: where the rights of the daemon end.
+const NOBODY: u32 = 65534;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Errand {
+    /// Receive one message of the socket that is given, and report.
+    Take,
+    /// Close all that is given.
+    Close,
+}
+
+impl Errand {
+    const ALL: [Self; 2] = [Self::Take, Self::Close];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Take => "take",
+            Self::Close => "close",
+        }
+    }
+}
+
+/// What was received. The files that can be memory come with it.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Report {
+    /// For each file of the message why it can't be memory, if so.
+    refused: Vec<Option<String>>,
+    /// There were more files than a message may have.
+    too_many: bool,
+    #[serde(skip)]
+    bytes: Vec<u8>,
+}
+
+impl Report {
+    /// A line of JSON and then the message.
+    fn encode(&self) -> Vec<u8> {
+        // It has no maps and no floats: it can be written.
+        let mut bytes = serde_json::to_vec(self).unwrap_or_default();
+        bytes.push(b'\n');
+        bytes.extend(&self.bytes);
+        bytes
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+        let end = bytes.iter().position(|&byte| byte == b'\n')?;
+        let report: Self = serde_json::from_slice(&bytes[..end]).ok()?;
+        Some(Self { bytes: bytes[end + 1..].to_vec(), ..report })
+    }
+
+    pub(super) fn into_taken(self, files: Vec<OwnedFd>) -> Result<Taken, NotTaken> {
+        if self.too_many {
+            return Err(NotTaken::TooMany);
+        }
+        let mut good = files.into_iter();
+        let each = self.refused.into_iter().map(|refused| match refused {
+            Some(reason) => Ok(Err(Error::bad("memory", reason))),
+            None => good.next().map(Ok).ok_or(()),
+        });
+        let files = each.collect::<Result<_, ()>>();
+        let files = files.map_err(|()| NotTaken::Failed(nix::errno::Errno::EPROTO.into()))?;
+        Ok(Taken { bytes: self.bytes, files })
+    }
+}
+
+/// Does an errand if this program was started as a porter: call it first of all in `main`.
+pub fn be_one_if_asked() -> Option<ExitCode> {
+    let mut args = std::env::args_os();
+    if args.next().is_none_or(|name| name != NAME) {
+        return None;
+    }
+    let errand = args.next()?;
+    let errand = Errand::ALL.into_iter().find(|it| errand == it.name())?;
+    Some(match do_it(errand) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    })
+}
+
+fn do_it(errand: Errand) -> nix::Result<()> {
+    if Uid::effective().is_root() {
+        setgroups(&[])?;
+        let (uid, gid) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
+        setresgid(gid, gid, gid)?;
+        setresuid(uid, uid, uid)?;
+    }
+    let given = given();
+    if let (Errand::Take, Some(socket)) = (errand, given.first()) {
+        take(socket)?;
+    }
+    close(given);
+    Ok(())
+}
+
+/// What the daemon gives, on standard input.
+fn given() -> Vec<OwnedFd> {
+    let mut files = Vec::new();
+    let stdin = std::io::stdin();
+    while let Ok(got) = fdpass::receive_all(stdin.as_fd(), &mut [0; 1], MsgFlags::empty()) {
+        if got.len == 0 {
+            break;
+        }
+        files.extend(got.fds);
+    }
+    files
+}
+
+fn take(socket: &OwnedFd) -> nix::Result<()> {
+    let mut buffer = vec![0; MAX_MESSAGE];
+    let got = fdpass::receive_all(socket.as_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?;
+    buffer.truncate(got.len);
+    let too_many = got.cut || got.fds.len() > fdpass::MAX_FDS;
+    let (mut refused, mut good, mut bad) = (Vec::new(), Vec::new(), Vec::new());
+    for file in got.fds {
+        match check_memory(&file) {
+            Ok(()) if !too_many => {
+                refused.push(None);
+                good.push(file);
+            }
+            Ok(()) => bad.push(file),
+            Err(error) => {
+                refused.push(Some(reason(error)));
+                bad.push(file);
+            }
+        }
+    }
+    let report = Report { refused, too_many, bytes: buffer };
+    let files: Vec<_> = good.iter().map(AsFd::as_fd).collect();
+    let sent = fdpass::send(std::io::stdin().as_fd(), &report.encode(), &files, MsgFlags::empty());
+    close(bad);
+    sent.map(drop)
+}
+
+fn reason(error: Error) -> String {
+    match error {
+        Error::BadRequest { reason, .. } => reason,
+        error => error.to_string(),
+    }
+}
+
+/// Closes all, and nothing has to wait for what hangs: a lease pipe may be among them, or in the
+/// queue of a socket among them. None of what is asked here asks a file system.
+fn close(files: Vec<OwnedFd>) {
+    let is_pipe = |file: &OwnedFd| fcntl(file, FcntlArg::F_GETPIPE_SZ).is_ok();
+    let is_socket = |file: &OwnedFd| getsockopt(file, sockopt::SockType).is_ok();
+    let (pipes, rest): (Vec<_>, Vec<_>) = files.into_iter().partition(is_pipe);
+    drop(pipes);
+    let (sockets, rest): (Vec<_>, Vec<_>) = rest.into_iter().partition(is_socket);
+    std::thread::scope(|threads| {
+        for socket in sockets {
+            threads.spawn(move || drop(socket));
+        }
+    });
+    drop(rest);
+}
