@@ -124,6 +124,7 @@ fn get_fds_gives_the_same_files_again() {
     let (fds, without) = world.broker.try_get_fds(&caller(1000), &alone).expect("quick").unwrap();
     let kinds: Vec<_> = fds.fds.iter().map(|fd| fd.kind).collect();
     assert_eq!(kinds, [FdKind::Container, FdKind::Group]);
+    drop(without);
     let held = grant.reply.clone();
     drop(grant);
     world.serve_hang_ups();
@@ -132,7 +133,6 @@ fn get_fds_gives_the_same_files_again() {
     world.serve_hang_ups();
     let ended = world.broker.try_get_fds(&caller(1000), &get_fds(&held)).expect("quick");
     assert_eq!(ended.unwrap_err(), gone(&held));
-    drop(without);
     let grant = world.acquire(1000, &want_as(Handout::Devices, &["0000:02:00.0"])).unwrap();
     assert!(world.broker.try_get_fds(&caller(1000), &get_fds(&grant.reply)).is_none());
     let (fds, files) = world.broker.get_fds(&caller(1000), &get_fds(&grant.reply)).unwrap();
