@@ -124,10 +124,7 @@ impl Server {
         for _ in 0..TURN {
             match self.listener.accept() {
                 Ok((stream, _)) => {
-                    let fd = OwnedFd::from(stream);
-                    if setsockopt(&fd, sockopt::PassCred, &true).is_ok() {
-                        let _ = self.add(fd, None, 0);
-                    }
+                    let _ = self.add(OwnedFd::from(stream), None, 0);
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
                 // Out of fds: the listener would report itself again and again.
@@ -408,9 +405,12 @@ impl Server {
 /// How many containers one answer to a request for counts has.
 pub(super) const STATS_PAGE: usize = 256;
 
-fn listen_at(path: &Path) -> io::Result<UnixListener> {
+pub(super) fn listen_at(path: &Path) -> io::Result<UnixListener> {
     let flags = SockFlag::SOCK_CLOEXEC;
     let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    // Connections inherit it: set on them, it would come too late for a message that is already
+    // there, whose sender would then be nobody.
+    setsockopt(&fd, sockopt::PassCred, &true)?;
     bind(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
     listen(&fd, Backlog::new(128)?)?;
     // The standard library's listener accepts from any kind of Unix socket.

@@ -7,7 +7,9 @@ use crate::kernel::{
     IrqData, Kernel, Mapped, Node, Unmap, UnmapFlags, request,
 };
 use nix::sys::eventfd::EventFd;
-use nix::sys::socket::{MsgFlags, SockFlag, SockType, socketpair};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, socket, socketpair,
+};
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -54,6 +56,21 @@ fn all_topologies_start() {
         }
     }
     assert_eq!(topology("large").groups.len(), 512);
+}
+
+#[test]
+fn a_connection_says_who_sends_from_the_start() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = server::listen_at(&path).unwrap();
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let ours = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+    connect(ours.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+    let (theirs, _) = listener.accept().unwrap();
+    let none = MsgFlags::empty();
+    fdpass::send(ours.as_fd(), b"early", &[], none).unwrap();
+    let got = fdpass::receive(theirs.as_fd(), &mut [0; 8], 1, none).unwrap();
+    assert_eq!(got.sender.unwrap().pid(), std::process::id() as i32);
 }
 
 #[test]
