@@ -104,6 +104,26 @@ impl Device {
     }
 }
 
+/// The N of a device's own node, `/dev/vfio/devices/vfioN`; `None` for a device that has none: it is
+/// on no VFIO driver, has no IOMMU, or the kernel was built without cdevs.
+///
+/// It is the device's only until it is bound to a driver anew.
+///
+/// # Errors
+/// What reading sysfs says.
+pub fn cdev(kernel: &dyn Kernel, bdf: Bdf) -> Result<Option<u32>> {
+    let path = format!("bus/pci/devices/{bdf}/vfio-dev");
+    let names = gone_is_none(list(kernel, &path))?.unwrap_or_default();
+    for name in names {
+        let number = name.strip_prefix("vfio").and_then(|number| number.parse().ok());
+        if number.is_some() && gone_is_none(read(kernel, &format!("{path}/{name}/dev")))?.is_some()
+        {
+            return Ok(number);
+        }
+    }
+    Ok(None)
+}
+
 fn name_of_link(kernel: &dyn Kernel, path: &str) -> Result<Option<String>> {
     let target = gone_is_none(link(kernel, path))?;
     Ok(target.map(|target| target.rsplit('/').next().unwrap_or_default().to_owned()))

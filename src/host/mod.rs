@@ -4,7 +4,7 @@
 mod device;
 mod group;
 
-pub use device::Device;
+pub use device::{Device, cdev};
 pub use group::Group;
 
 use crate::kernel::{Error, Kernel, Result};

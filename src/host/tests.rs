@@ -92,3 +92,26 @@ fn a_device_is_found_by_its_address() {
     assert!(Group::scan(&*sim.kernel(), 77).unwrap().is_none());
     assert_eq!(allows_unsafe_interrupts(&*sim.kernel()), Ok(false));
 }
+
+#[test]
+fn a_device_on_vfio_has_a_node_of_its_own() {
+    let node = |sim: &Sim, text| cdev(&*sim.kernel(), bdf(text)).unwrap();
+    let sim = machine();
+    let (gpu, vf) = (node(&sim, "0000:01:00.0").unwrap(), node(&sim, "0000:02:00.1").unwrap());
+    assert_ne!(gpu, vf);
+    assert!(crate::kernel::Device::open_cdev(sim.kernel(), gpu, "gpu").is_ok());
+    // On the host's driver, on none, without an IOMMU, not there.
+    for other in ["0000:01:00.1", "0000:01:00.2", "0000:03:00.0", "0000:77:00.0"] {
+        assert_eq!(node(&sim, other), None, "{other}");
+    }
+    // Bound anew it takes the lowest number that is free.
+    sim.set_driver("0000:01:00.0", None).unwrap();
+    assert_eq!(node(&sim, "0000:01:00.0"), None);
+    sim.set_driver("0000:01:00.0", Some("vfio-pci")).unwrap();
+    assert_eq!(node(&sim, "0000:01:00.0"), Some(gpu));
+    // A kernel without them still shows which devices are on VFIO.
+    let without = MACHINE.replace("6.12", "7.2");
+    let sim = Sim::start(Topology::from_toml(&without).unwrap()).unwrap();
+    assert_eq!(node(&sim, "0000:01:00.0"), None);
+    assert!(Group::scan(&*sim.kernel(), 1).unwrap().unwrap().devices[1].on_vfio);
+}

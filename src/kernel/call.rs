@@ -22,7 +22,7 @@ pub enum Arg<'a> {
     Text(&'a CStr),
     /// A pointer to an `int` that names an open file (`VFIO_GROUP_SET_CONTAINER`).
     Fd(BorrowedFd<'a>),
-    /// A pointer to a struct whose first field is `argsz`.
+    /// A pointer to a struct whose first field is its length: `argsz`, or `size` in iommufd's.
     Struct {
         /// The struct, in the machine's own byte order. `argsz` in it may be smaller than the
         /// buffer, never larger. The kernel's answer replaces it.
@@ -30,7 +30,8 @@ pub enum Arg<'a> {
         /// Open files that the struct names: their numbers are written into it.
         fds: &'a [FdSlot<'a>],
         /// A second buffer that the struct points to, and where in the struct that pointer is
-        /// (`vfio_bitmap.data`).
+        /// (`vfio_bitmap.data`, `iommu_ioas_iova_ranges.allowed_iovas`). The kernel may read it,
+        /// write it, or both.
         out: Option<(usize, &'a mut [u8])>,
     },
     /// An address that is mapped nowhere: what the kernel answers with EFAULT.

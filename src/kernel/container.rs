@@ -304,7 +304,7 @@ impl Container {
 }
 
 /// Pinned memory counts against RLIMIT_MEMLOCK, and ENOMEM is all that the kernel says about it.
-fn memlock_note(size: u64) -> String {
+pub(super) fn memlock_note(size: u64) -> String {
     let needed = format!("{size} bytes more were to be pinned");
     match getrlimit(Resource::RLIMIT_MEMLOCK) {
         Ok((RLIM_INFINITY, _)) | Err(_) => needed,

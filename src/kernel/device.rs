@@ -95,11 +95,24 @@ pub enum IrqData<'a> {
     Eventfd(&'a [Option<BorrowedFd<'a>>]),
 }
 
+/// Whose a device is that a hot reset would hit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HotResetOwner {
+    /// Asked on a device that came from a group: its IOMMU group.
+    Group(u32),
+    /// Asked on a cdev: bound to the same iommufd, under this id.
+    Bound(u32),
+    /// Asked on a cdev: not bound, but another device of its group is bound to the same iommufd.
+    Owned,
+    /// Asked on a cdev: not the iommufd's. The reset would be refused.
+    NotOwned,
+}
+
 /// A device that a hot reset would hit (`struct vfio_pci_dependent_device`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HotResetDevice {
-    /// Its IOMMU group.
-    pub group: u32,
+    /// Whose it is.
+    pub owner: HotResetOwner,
     /// PCI segment.
     pub segment: u16,
     /// Bus.
@@ -108,7 +121,8 @@ pub struct HotResetDevice {
     pub devfn: u8,
 }
 
-/// An open device. The last copy's close switches bus mastering and interrupts off.
+/// An open device: from its group, or its cdev (`cdev.rs` has what only those can do). The last
+/// copy's close switches bus mastering and interrupts off.
 #[derive(Debug)]
 pub struct Device {
     kernel: Arc<dyn Kernel>,
@@ -144,14 +158,14 @@ impl Device {
         move |errno| Error::new(call, name.clone(), errno)
     }
 
-    fn ioctl(&self, request: Request, arg: Arg<'_>) -> Result<i32> {
+    pub(super) fn ioctl(&self, request: Request, arg: Arg<'_>) -> Result<i32> {
         self.kernel
             .ioctl(self.as_fd(), Ioctl { request, arg })
             .map(|reply| reply.value)
             .map_err(self.failed(request.name))
     }
 
-    fn ioctl_struct(&self, request: Request, bytes: &mut [u8]) -> Result<i32> {
+    pub(super) fn ioctl_struct(&self, request: Request, bytes: &mut [u8]) -> Result<i32> {
         self.ioctl(request, Arg::Struct { bytes, fds: &[], out: None })
     }
 
@@ -253,8 +267,9 @@ impl Device {
                 }
                 Err(error) => return Err(error),
                 Ok(_) => {
+                    let by_id = u32_at(&bytes, 4) & uapi::VFIO_PCI_HOT_RESET_FLAG_DEV_ID != 0;
                     let entry = |i: usize| HotResetDevice {
-                        group: u32_at(&bytes, 12 + 8 * i),
+                        owner: hot_reset_owner(by_id, u32_at(&bytes, 12 + 8 * i)),
                         segment: u16_at(&bytes, 16 + 8 * i),
                         bus: bytes[18 + 8 * i],
                         devfn: bytes[19 + 8 * i],
@@ -265,11 +280,12 @@ impl Device {
         }
     }
 
-    /// `VFIO_DEVICE_PCI_HOT_RESET` with the groups that prove the right to it.
+    /// `VFIO_DEVICE_PCI_HOT_RESET` with the groups that prove the right to it: none for a cdev, for
+    /// which the iommufd that it is bound to does.
     ///
     /// # Errors
-    /// EINVAL a device that would be hit is in no group given, or an fd is not a group; EBUSY
-    /// another reset is going on.
+    /// EINVAL a device that would be hit is in no group given or is not the iommufd's, or an fd is
+    /// not a group; EBUSY another reset is going on.
     pub fn hot_reset(&self, groups: &[BorrowedFd<'_>]) -> Result<()> {
         let slots: Vec<_> = groups
             .iter()
@@ -326,6 +342,16 @@ impl RegionInfo {
             offset: u64_at(bytes, 24),
             caps,
         }
+    }
+}
+
+fn hot_reset_owner(by_id: bool, number: u32) -> HotResetOwner {
+    const NOT_OWNED: u32 = uapi::VFIO_PCI_DEVID_NOT_OWNED as u32;
+    match number {
+        group if !by_id => HotResetOwner::Group(group),
+        uapi::VFIO_PCI_DEVID_OWNED => HotResetOwner::Owned,
+        NOT_OWNED => HotResetOwner::NotOwned,
+        id => HotResetOwner::Bound(id),
     }
 }
 

@@ -15,7 +15,7 @@ use std::os::unix::ffi::OsStrExt;
 pub struct Linux;
 
 /// Structs are handed to the kernel in a buffer of at least this many bytes, zeros after the
-/// caller's own: a request that reads more than `argsz` promises finds zeros there.
+/// caller's own: a request that reads more than its first field promises finds zeros there.
 const SCRATCH: usize = 256;
 
 impl Kernel for Linux {
@@ -58,7 +58,8 @@ impl Kernel for Linux {
                     let address = buffer.as_mut_ptr().expose_provenance() as u64;
                     put(&mut scratch, offset, &address.to_ne_bytes())?;
                 }
-                // SAFETY: the kernel reads and writes at most `argsz` bytes, which is within
+                // SAFETY: the kernel reads and writes at most as many bytes as the first field says,
+                // which is checked above, or those of the request's fixed head, which is within
                 // `scratch`, and through the pointer in it at most the length that stands beside
                 // it, which the typed layer took from that buffer; both live through the call.
                 let value = unsafe { libc::ioctl(raw, number, scratch.as_mut_ptr()) };

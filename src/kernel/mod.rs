@@ -2,18 +2,21 @@
 //!
 //! Two layers. [`Kernel`] is the ioctl layer: seven calls, made either on the real Linux
 //! ([`Linux`]) or on the simulated one (`sim`). On top of it, written once for both, are typed
-//! handles: [`Container`], [`Group`] and [`Device`], which own their fd, parse what the kernel
-//! answers and say in every [`Error`] which call failed on which object with which errno.
+//! handles: [`Container`], [`Group`], [`Iommufd`] and [`Device`], which own their fd, parse what
+//! the kernel answers and say in every [`Error`] which call failed on which object with which
+//! errno.
 //!
 //! Because the lower layer is made of requests and bytes, a simulated ioctl carries the same
 //! bytes as a real one, and the order in which a kernel checks its arguments can be compared.
 
 mod call;
+mod cdev;
 mod container;
 mod device;
 mod error;
 mod group;
 pub mod inherited;
+mod iommufd;
 mod linux;
 mod memory;
 mod node;
@@ -30,11 +33,12 @@ pub use container::{
     Container, DirtyOp, DmaMap, Extension, IommuInfo, IommuType, IovaRange, Unmap, UnmapFlags,
 };
 pub use device::{
-    Device, DeviceInfo, HotResetDevice, IrqAction, IrqData, IrqInfo, PCI_CONFIG_REGION, RegionCap,
-    RegionInfo, SparseArea,
+    Device, DeviceInfo, HotResetDevice, HotResetOwner, IrqAction, IrqData, IrqInfo,
+    PCI_CONFIG_REGION, RegionCap, RegionInfo, SparseArea,
 };
 pub use error::{Error, Result};
 pub use group::{Group, GroupStatus};
+pub use iommufd::{IoasCopy, IoasMap, IoasMapFile, IoasRanges, Iommufd, MapFlags};
 pub use linux::Linux;
 pub use memory::Mapped;
 pub use node::Node;
@@ -53,7 +57,7 @@ pub trait Kernel: Debug + Send + Sync {
     /// Opens a VFIO device node read-write, close-on-exec. The caller owns the fd.
     ///
     /// # Errors
-    /// What open(2) says: ENOENT no such node, EBUSY a group that is open already, EPERM a
+    /// What open(2) says: ENOENT no such node, EBUSY a group that is in use already, EPERM a
     /// no-IOMMU group without CAP_SYS_RAWIO, ENODEV a group without drivers.
     fn open(&self, node: &Node) -> std::result::Result<OwnedFd, Errno>;
 

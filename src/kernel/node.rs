@@ -1,4 +1,4 @@
-//! The device nodes that VFIO is reached through.
+//! The device nodes that VFIO and iommufd are reached through.
 
 use std::fmt;
 
@@ -11,6 +11,10 @@ pub enum Node {
     Group(u32),
     /// `/dev/vfio/noiommu-N`: a group without an IOMMU behind it.
     NoIommuGroup(u32),
+    /// `/dev/iommu`: a new iommufd with every open.
+    Iommu,
+    /// `/dev/vfio/devices/vfioN`: a device by itself, not by its group.
+    Cdev(u32),
 }
 
 impl fmt::Display for Node {
@@ -19,6 +23,8 @@ impl fmt::Display for Node {
             Node::Container => f.write_str("/dev/vfio/vfio"),
             Node::Group(id) => write!(f, "/dev/vfio/{id}"),
             Node::NoIommuGroup(id) => write!(f, "/dev/vfio/noiommu-{id}"),
+            Node::Iommu => f.write_str("/dev/iommu"),
+            Node::Cdev(number) => write!(f, "/dev/vfio/devices/vfio{number}"),
         }
     }
 }

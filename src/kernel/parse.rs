@@ -22,7 +22,8 @@ pub(crate) fn u64_at(bytes: &[u8], offset: usize) -> u64 {
     u64::from_ne_bytes(at(bytes, offset))
 }
 
-/// A struct under construction; `argsz` comes first and is set by [`Fields::done`].
+/// A struct under construction; `argsz`, which iommufd calls `size`, comes first and is set by
+/// [`Fields::done`].
 #[derive(Default)]
 pub(crate) struct Fields(Vec<u8>);
 

@@ -1,5 +1,7 @@
-//! The ioctl requests of `linux/vfio.h`, with the names the header gives them.
+//! The ioctl requests of `linux/vfio.h` and `linux/iommufd.h`, with the names the headers give
+//! them.
 
+use iommufd_bindings::iommufd;
 use std::fmt;
 use std::os::raw::c_ulong;
 use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_TYPE};
@@ -28,8 +30,16 @@ impl fmt::Debug for Request {
 /// A request that no version of the kernel knows, for the errno of unknown ones.
 pub const UNKNOWN: Request = vfio("VFIO unknown request", 99);
 
+/// A request that no version of iommufd knows.
+pub const IOMMU_UNKNOWN: Request = iommu("IOMMU unknown request", 255);
+
 const fn vfio(name: &'static str, nr: u32) -> Request {
     let number: c_ulong = ioctl_expr(_IOC_NONE, VFIO_TYPE as u32, VFIO_BASE + nr, 0);
+    Request { number: number as u32, name, returns_fd: false }
+}
+
+const fn iommu(name: &'static str, nr: u32) -> Request {
+    let number: c_ulong = ioctl_expr(_IOC_NONE, iommufd::IOMMUFD_TYPE as u32, nr, 0);
     Request { number: number as u32, name, returns_fd: false }
 }
 
@@ -70,3 +80,32 @@ pub const IOMMU_MAP_DMA: Request = vfio("VFIO_IOMMU_MAP_DMA", 13);
 pub const IOMMU_UNMAP_DMA: Request = vfio("VFIO_IOMMU_UNMAP_DMA", 14);
 /// `VFIO_IOMMU_DIRTY_PAGES`: container.
 pub const IOMMU_DIRTY_PAGES: Request = vfio("VFIO_IOMMU_DIRTY_PAGES", 17);
+/// `VFIO_DEVICE_BIND_IOMMUFD`: cdev.
+pub const DEVICE_BIND_IOMMUFD: Request = vfio("VFIO_DEVICE_BIND_IOMMUFD", 18);
+/// `VFIO_DEVICE_ATTACH_IOMMUFD_PT`: cdev.
+pub const DEVICE_ATTACH_IOMMUFD_PT: Request = vfio("VFIO_DEVICE_ATTACH_IOMMUFD_PT", 19);
+/// `VFIO_DEVICE_DETACH_IOMMUFD_PT`: cdev.
+pub const DEVICE_DETACH_IOMMUFD_PT: Request = vfio("VFIO_DEVICE_DETACH_IOMMUFD_PT", 20);
+/// `IOMMU_DESTROY`: iommufd.
+pub const IOMMU_DESTROY: Request = iommu("IOMMU_DESTROY", iommufd::IOMMUFD_CMD_DESTROY);
+/// `IOMMU_IOAS_ALLOC`: iommufd.
+pub const IOAS_ALLOC: Request = iommu("IOMMU_IOAS_ALLOC", iommufd::IOMMUFD_CMD_IOAS_ALLOC);
+/// `IOMMU_IOAS_ALLOW_IOVAS`: iommufd.
+pub const IOAS_ALLOW_IOVAS: Request =
+    iommu("IOMMU_IOAS_ALLOW_IOVAS", iommufd::IOMMUFD_CMD_IOAS_ALLOW_IOVAS);
+/// `IOMMU_IOAS_COPY`: iommufd.
+pub const IOAS_COPY: Request = iommu("IOMMU_IOAS_COPY", iommufd::IOMMUFD_CMD_IOAS_COPY);
+/// `IOMMU_IOAS_IOVA_RANGES`: iommufd.
+pub const IOAS_IOVA_RANGES: Request =
+    iommu("IOMMU_IOAS_IOVA_RANGES", iommufd::IOMMUFD_CMD_IOAS_IOVA_RANGES);
+/// `IOMMU_IOAS_MAP`: iommufd.
+pub const IOAS_MAP: Request = iommu("IOMMU_IOAS_MAP", iommufd::IOMMUFD_CMD_IOAS_MAP);
+/// `IOMMU_IOAS_UNMAP`: iommufd.
+pub const IOAS_UNMAP: Request = iommu("IOMMU_IOAS_UNMAP", iommufd::IOMMUFD_CMD_IOAS_UNMAP);
+/// `IOMMU_OPTION`: iommufd.
+pub const IOMMU_OPTION: Request = iommu("IOMMU_OPTION", iommufd::IOMMUFD_CMD_OPTION);
+/// `IOMMU_IOAS_MAP_FILE`: iommufd, Linux 6.13 and later.
+pub const IOAS_MAP_FILE: Request = iommu("IOMMU_IOAS_MAP_FILE", iommufd::IOMMUFD_CMD_IOAS_MAP_FILE);
+/// `IOMMU_IOAS_CHANGE_PROCESS`: iommufd, Linux 6.14 and later.
+pub const IOAS_CHANGE_PROCESS: Request =
+    iommu("IOMMU_IOAS_CHANGE_PROCESS", iommufd::IOMMUFD_CMD_IOAS_CHANGE_PROCESS);

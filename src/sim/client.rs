@@ -66,20 +66,19 @@ impl Wire {
     /// # Errors
     /// ENOSYS detached.
     pub fn stats(&self) -> Result<Stats, Errno> {
-        let mut stats = Stats::default();
-        loop {
-            let first = stats.spaces.len() as u64;
+        let (mut spaces, mut iommufds) = (Vec::new(), Vec::new());
+        for first in (0..).step_by(STATS_PAGE) {
             let request = Request { value: first, ..Request::new(Op::Stats) };
             let (answer, _) = self.control_call(&request)?;
             let page: Stats = serde_json::from_slice(&answer.bytes).map_err(|_| Errno::EPROTO)?;
-            let last = page.spaces.len() < STATS_PAGE;
-            let mut spaces = std::mem::take(&mut stats.spaces);
+            let last = page.spaces.len().max(page.iommufds.len()) < STATS_PAGE;
             spaces.extend(page.spaces.iter().cloned());
-            stats = Stats { spaces, ..page };
+            iommufds.extend(page.iommufds.iter().cloned());
             if last {
-                return Ok(stats);
+                return Ok(Stats { spaces, iommufds, ..page });
             }
         }
+        Err(Errno::EPROTO)
     }
 
     /// Binds a device to a driver, or to none.

@@ -6,6 +6,7 @@ use super::process::Process;
 use super::wire::{FDS_WITH_CALL, Request};
 use crate::fdpass;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, UnixAddr, UnixCredentials, getsockname};
 use nix::sys::stat::{SFlag, fstat};
@@ -122,9 +123,17 @@ impl Incoming {
         if link.is_ok_and(|link| link.as_os_str() == "anon_inode:[eventfd]") {
             return Named::Event(Arc::new(EventFd(fd)));
         }
+        let memory = memory_of(&fd);
         self.disposer.close(fd);
-        Named::Other
+        memory.map_or(Named::Other, Named::Memory)
     }
+}
+
+/// How many bytes a file of memory has; `None` for any other file. Only files of tmpfs and hugetlbfs
+/// have seals, and asking for them never reaches a file system, which could block.
+fn memory_of(fd: &OwnedFd) -> Option<u64> {
+    fcntl(fd, FcntlArg::F_GET_SEALS).ok()?;
+    u64::try_from(fstat(fd).ok()?.st_size).ok()
 }
 
 /// An eventfd that interrupts are signalled to.

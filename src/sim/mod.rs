@@ -1,5 +1,5 @@
-//! A simulated kernel: VFIO groups, containers, type1 and vfio-pci devices, and their sysfs,
-//! without hardware, without a hypervisor and without root.
+//! A simulated kernel: VFIO groups, containers, type1, iommufd and vfio-pci devices, and their
+//! sysfs, without hardware, without a hypervisor and without root.
 //!
 //! A [`Sim`] is a thread that plays the kernel of a [`Topology`]. Its open files are real fds: they
 //! travel over Unix sockets, they are inherited, and the last close in any process releases them.
@@ -53,7 +53,7 @@ pub use crate::bdf::Bdf;
 pub use client::Wire;
 pub use fault::{Effect, Fault};
 pub use profile::Profile;
-pub use stats::{Space, Stats};
+pub use stats::{IommufdState, Space, Stats};
 pub use topology::{Topology, TopologyError};
 
 use crate::kernel::{Kernel, table};

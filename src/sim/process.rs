@@ -4,9 +4,10 @@
 use super::machine::{Caller, Capability, Mm};
 use nix::sys::socket::UnixCredentials;
 use std::fs;
+use std::sync::Arc;
 
 /// The process that sent a message, by the credentials that the kernel put beside it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Process {
     pid: i32,
     uid: u32,
@@ -24,6 +25,10 @@ impl Process {
 }
 
 impl Caller for Process {
+    fn keep(&self) -> Arc<dyn Caller + Send + Sync> {
+        Arc::new(self.clone())
+    }
+
     fn mm(&self) -> Mm {
         // The command in field 2 can hold anything, so fields are counted from its last bracket:
         // the start time is field 22.
@@ -43,6 +48,7 @@ impl Caller for Process {
             Capability::DacOverride => 1,
             Capability::IpcLock => 14,
             Capability::SysRawio => 17,
+            Capability::SysResource => 24,
         };
         // A capability counts in the simulation's own user namespace only, which stands for the
         // first one of a real kernel.

@@ -61,6 +61,23 @@ impl Profile {
     pub(crate) fn counts_groups_first(self) -> bool {
         self >= Profile::V6_12
     }
+
+    /// Whether the lab's kernel of this version has iommufd and cdevs: Debian's own have not, 6.12
+    /// is built with them.
+    pub(crate) fn has_cdev(self) -> bool {
+        self == Profile::V6_12
+    }
+
+    /// Whether iommufd maps files, since 6.13, and can change the process that is charged, since
+    /// 6.14.
+    pub(crate) fn maps_files(self) -> bool {
+        self >= Profile::V7_2
+    }
+
+    /// Whether `VFIO_DEVICE_BIND_IOMMUFD` asks for VF tokens, since 6.17: before, a cdev needs none.
+    pub(crate) fn binds_with_token(self) -> bool {
+        self >= Profile::V7_2
+    }
 }
 
 impl FromStr for Profile {

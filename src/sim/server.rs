@@ -378,6 +378,7 @@ impl Server {
                 stats.held = self.answers.held();
                 let first = usize::try_from(request.value).unwrap_or(usize::MAX);
                 stats.spaces = stats.spaces.into_iter().skip(first).take(STATS_PAGE).collect();
+                stats.iommufds = stats.iommufds.into_iter().skip(first).take(STATS_PAGE).collect();
                 serde_json::to_vec(&stats).map_err(|_| Errno::EIO)?
             }
             Op::SetDriver => {
@@ -402,7 +403,7 @@ impl Server {
     }
 }
 
-/// How many containers one answer to a request for counts has.
+/// How many containers and iommufds each one answer to a request for counts has.
 pub(super) const STATS_PAGE: usize = 256;
 
 pub(super) fn listen_at(path: &Path) -> io::Result<UnixListener> {
@@ -420,12 +421,18 @@ pub(super) fn listen_at(path: &Path) -> io::Result<UnixListener> {
 }
 
 fn parse_node(path: &str) -> Option<Node> {
+    if path == "/dev/iommu" {
+        return Some(Node::Iommu);
+    }
     let name = path.strip_prefix("/dev/vfio/")?;
     if name == "vfio" {
         return Some(Node::Container);
     }
     // Only as the kernel writes numbers: no sign, no leading zeros.
     let number = |text: &str| text.parse().ok().filter(|it: &u32| it.to_string() == text);
+    if let Some(rest) = name.strip_prefix("devices/vfio") {
+        return number(rest).map(Node::Cdev);
+    }
     match name.strip_prefix("noiommu-") {
         Some(rest) => number(rest).map(Node::NoIommuGroup),
         None => number(name).map(Node::Group),

@@ -19,6 +19,9 @@ pub(crate) struct Sysfs(HashMap<String, Entry>);
 /// How many links a path may lead through, as in the kernel.
 const MOST_LINKS: u32 = 40;
 
+/// Real kernels take one that is free.
+const CDEV_MAJOR: u32 = 510;
+
 impl Sysfs {
     /// The tree of a machine as it is now.
     pub(crate) fn of(machine: &Machine) -> Self {
@@ -55,13 +58,13 @@ impl Sysfs {
                 tree.vfio_class("vfio", &machine.node_name(group.id));
             }
         }
-        for (index, device) in machine.views().enumerate() {
-            tree.device(index, &device);
+        for device in machine.views() {
+            tree.device(&device);
         }
         tree
     }
 
-    fn device(&mut self, index: usize, view: &DeviceView<'_>) {
+    fn device(&mut self, view: &DeviceView<'_>) {
         let device = view.facts;
         let bdf = device.bdf.to_string();
         let home = format!("devices/pci{:04x}:{:02x}", device.bdf.segment, device.bdf.bus);
@@ -116,10 +119,13 @@ impl Sysfs {
             self.link(&format!("{path}/driver"), &format!("../../../{home}"));
             self.link(&format!("{home}/{bdf}"), &format!("../../../../{path}"));
         }
-        if view.on_vfio {
-            let name = format!("vfio{index}");
+        if let Some(number) = view.number {
+            let name = format!("vfio{number}");
             let home = format!("{path}/vfio-dev/{name}");
             self.directory(&home);
+            if view.has_cdev {
+                self.file(&format!("{home}/dev"), &format!("{CDEV_MAJOR}:{number}\n"));
+            }
             self.link(&format!("class/vfio-dev/{name}"), &format!("../../{home}"));
         }
     }

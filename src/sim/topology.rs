@@ -15,6 +15,9 @@ use std::collections::{BTreeMap, BTreeSet};
 pub struct Topology {
     /// Which kernel is simulated.
     pub kernel: Profile,
+    /// Whether the kernel has iommufd and devices' own nodes; as the lab's of this version where it
+    /// is left out.
+    pub cdev: Option<bool>,
     /// The type1 versions that exist: 1 and 2 unless said otherwise.
     #[serde(default = "both_versions")]
     pub type1: Vec<u32>,
@@ -335,6 +338,11 @@ impl Topology {
     pub fn with_kernel(mut self, kernel: Profile) -> Self {
         self.kernel = kernel;
         self
+    }
+
+    /// Whether there are iommufds and cdevs.
+    pub fn has_cdev(&self) -> bool {
+        self.cdev.unwrap_or(self.kernel.has_cdev())
     }
 
     /// All devices with the number of their group.

@@ -35,7 +35,7 @@ pub(crate) enum Op {
     Pread = 1,
     /// pwrite(2), on a simulated device.
     Pwrite = 2,
-    /// open(2) of a node under `/dev/vfio`, on a control connection; so are all that follow.
+    /// open(2) of a node under `/dev`, on a control connection; so are all that follow.
     Open = 16,
     /// Reads a file of sysfs.
     SysfsRead = 17,

@@ -1,6 +1,6 @@
 //! An ioctl as the machine sees it: a number, and an argument that stands for user memory.
 
-use crate::kernel::parse::{u32_at, u64_at};
+use crate::kernel::parse::{u16_at, u32_at, u64_at};
 use nix::errno::Errno;
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -22,6 +22,8 @@ pub enum Named {
     File(FileId),
     /// An eventfd.
     Event(Arc<dyn Event + Sync>),
+    /// Memory that can be mapped by its file, of so many bytes.
+    Memory(u64),
     /// Open, but of no use to VFIO.
     Other,
 }
@@ -66,7 +68,7 @@ pub struct UserStruct {
     pub bytes: Vec<u8>,
     /// Open files that the struct names, by offset.
     pub fds: Vec<(u32, Option<Named>)>,
-    /// A buffer that the struct points to, such as a dirty bitmap.
+    /// A buffer that the struct points to, such as a dirty bitmap or a list of ranges.
     pub out: Option<Vec<u8>>,
 }
 
@@ -76,9 +78,13 @@ impl UserStruct {
         Self { bytes, ..Self::default() }
     }
 
-    /// Its first field.
+    /// Its first field: `argsz`, or `size` in iommufd's.
     pub(crate) fn argsz(&self) -> usize {
         self.u32(0) as usize
+    }
+
+    pub(crate) fn u16(&self, offset: usize) -> u16 {
+        u16_at(&self.bytes, offset)
     }
 
     pub(crate) fn u32(&self, offset: usize) -> u32 {

@@ -1,6 +1,7 @@
 //! Who makes a call, as far as a kernel would want to know.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 /// An address space, for as long as the machine lives: the process and when it started, so that a
 /// pid that is used again is another one.
@@ -21,10 +22,15 @@ pub enum Capability {
     IpcLock,
     /// CAP_SYS_RAWIO: groups without an IOMMU.
     SysRawio,
+    /// CAP_SYS_RESOURCE: who is charged for an iommufd's memory.
+    SysResource,
 }
 
 /// What a kernel knows of a caller. Asked for only when a call depends on it.
 pub trait Caller: Debug {
+    /// The same process, to be asked later; dead or replaced by then, its [`Caller::mm`] is another.
+    fn keep(&self) -> Arc<dyn Caller + Send + Sync>;
+
     /// Its address space.
     fn mm(&self) -> Mm;
 

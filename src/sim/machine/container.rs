@@ -165,7 +165,7 @@ impl Machine {
         Ok(())
     }
 
-    fn interrupts_are_safe(&self) -> bool {
+    pub(super) fn interrupts_are_safe(&self) -> bool {
         self.topology.interrupt_remapping || self.topology.allow_unsafe_interrupts
     }
 

@@ -1,5 +1,6 @@
 //! Devices on vfio-pci: what is open, `VFIO_DEVICE_GET_INFO`, features and function reset.
 
+use super::cdev::Bound;
 use super::config::Config;
 use super::irqs::Irqs;
 use super::regions::Memory;
@@ -16,8 +17,14 @@ pub(super) struct DeviceState {
     pub(super) group: u32,
     pub(super) driver: Option<String>,
     pub(super) on_vfio: bool,
-    /// Open files of it.
+    /// Open files of it that are of use: from its group, or a bound cdev.
     pub(super) opens: u32,
+    /// Open files of its own node, bound or not.
+    pub(super) cdevs: u32,
+    /// Where it is bound to.
+    pub(super) bound: Option<Bound>,
+    /// The N of its `vfioN`, the lowest that was free; only while it is on a VFIO driver.
+    pub(super) number: Option<u32>,
     pub(super) config: Config,
     pub(super) memory: Memory,
     pub(super) irqs: Irqs,
@@ -42,6 +49,9 @@ impl DeviceState {
             group,
             driver,
             opens: 0,
+            cdevs: 0,
+            bound: None,
+            number: None,
             resets: 0,
         }
     }
@@ -78,6 +88,16 @@ impl Machine {
     }
 
     pub(super) fn close_device(&mut self, index: usize) {
+        self.one_close(index);
+        let Some(id) = self.devices.get(index).map(|device| device.group) else { return };
+        if let Some(group) = self.groups.get_mut(&id) {
+            group.open_devices = group.open_devices.saturating_sub(1);
+        }
+        self.release_group(id);
+    }
+
+    /// One open less; the last one switches interrupts and bus mastering off.
+    pub(super) fn one_close(&mut self, index: usize) {
         let Some(device) = self.devices.get_mut(index) else { return };
         device.opens = device.opens.saturating_sub(1);
         if device.opens == 0 {
@@ -87,11 +107,6 @@ impl Machine {
             }
             device.config.disable();
         }
-        let id = device.group;
-        if let Some(group) = self.groups.get_mut(&id) {
-            group.open_devices = group.open_devices.saturating_sub(1);
-        }
-        self.release_group(id);
     }
 
     pub(super) fn device_ioctl(
@@ -113,6 +128,10 @@ impl Machine {
             }
             _ if number == request::DEVICE_PCI_HOT_RESET.number => {
                 self.hot_reset(index, arg.user()?)
+            }
+            // Asked for on a device of a group.
+            _ if number == request::DEVICE_BIND_IOMMUFD.number && self.topology.has_cdev() => {
+                self.check_bind(arg.user()?).and(Err(Errno::EINVAL))
             }
             number::DEVICE_FEATURE => self.feature(index, arg.user()?),
             _ => Err(Errno::ENOTTY),

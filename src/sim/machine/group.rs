@@ -33,7 +33,7 @@ impl GroupState {
     }
 
     /// Whether its file is open: by an fd of its own, or held by a device's.
-    fn file_open(&self) -> bool {
+    pub(super) fn file_open(&self) -> bool {
         self.fd_open || self.open_devices > 0
     }
 }
@@ -51,7 +51,7 @@ impl Machine {
     }
 
     /// Whether no driver of the group uses DMA for the host.
-    fn viable(&self, group: &GroupState) -> bool {
+    pub(super) fn viable(&self, group: &GroupState) -> bool {
         let claims = |&index: &usize| self.devices.get(index).is_some_and(|it| it.claims_dma());
         !group.devices.iter().any(claims)
     }
@@ -62,21 +62,19 @@ impl Machine {
         noiommu: bool,
         caller: &dyn Caller,
     ) -> Result<FileId, Errno> {
-        let has_node = self.has_node(id);
-        let owner = self.owner;
-        let group = self.groups.get_mut(&id).ok_or(Errno::ENOENT)?;
-        if group.facts.noiommu != noiommu || !has_node {
+        let group = self.groups.get(&id).ok_or(Errno::ENOENT)?;
+        if group.facts.noiommu != noiommu || !self.has_node(id) {
             return Err(Errno::ENOENT);
         }
-        if caller.uid() != owner && !caller.capable(Capability::DacOverride) {
-            return Err(Errno::EACCES);
-        }
+        self.may_open(caller)?;
         if noiommu && !caller.capable(Capability::SysRawio) {
             return Err(Errno::EPERM);
         }
-        if group.file_open() {
+        // Used by its cdevs, or open already.
+        if self.dma_owner(id).is_some() || group.file_open() {
             return Err(Errno::EBUSY);
         }
+        let group = self.groups.get_mut(&id).ok_or(Errno::ENOENT)?;
         group.fd_open = true;
         let life = group.life;
         Ok(self.new_file(File::Group(id, life)))

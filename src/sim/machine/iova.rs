@@ -1,4 +1,4 @@
-//! Which addresses a container can map: the aperture without what its groups have reserved.
+//! Which addresses devices can be given: the aperture without what their groups have reserved.
 
 use super::Machine;
 use super::container::ContainerId;
@@ -10,16 +10,24 @@ impl Machine {
         let mut unusable = Vec::new();
         unusable.extend(first.checked_sub(1).map(|end| (0, end)));
         unusable.extend(last.checked_add(1).map(|start| (start, u64::MAX)));
-        let of_groups = groups.iter().filter_map(|id| self.groups.get(id));
-        let reserved = of_groups.flat_map(|group| &group.facts.reserved);
-        for region in self.topology.reserved.iter().chain(reserved) {
-            // Relaxable regions may be given away.
-            if region.kind != "direct-relaxable" {
-                unusable.push((region.start, region.end));
-            }
-        }
+        unusable.extend(self.reserved_of(groups));
         unusable.sort_unstable();
         unusable
+    }
+
+    /// What no device of these groups may be given within the aperture.
+    pub(super) fn reserved_of(&self, groups: &[u32]) -> Vec<(u64, u64)> {
+        let of_groups = groups.iter().filter_map(|id| self.groups.get(id));
+        let own = of_groups.flat_map(|group| &group.facts.reserved);
+        let all = self.topology.reserved.iter().chain(own);
+        // Relaxable regions may be given away.
+        let hard = all.filter(|region| region.kind != "direct-relaxable");
+        hard.map(|region| (region.start, region.end)).collect()
+    }
+
+    /// The smallest page of the IOMMU.
+    pub(super) fn page(&self) -> u64 {
+        self.topology.page_sizes.iter().copied().min().unwrap_or(super::memlock::PAGE)
     }
 
     /// Works out anew what can be mapped, after groups have come or gone.

@@ -5,6 +5,7 @@
 
 mod call;
 mod caller;
+mod cdev;
 mod config;
 mod container;
 mod device;
@@ -12,14 +13,21 @@ mod dirty;
 mod drivers;
 mod group;
 mod hot_reset;
+mod ioas;
+mod iommufd;
 mod iova;
 mod irqs;
+mod mappings;
 mod memlock;
+mod pages;
 mod regions;
+mod tables;
 mod token;
 mod type1;
 mod view;
 
+#[cfg(test)]
+mod iommufd_properties;
 #[cfg(test)]
 mod properties;
 #[cfg(test)]
@@ -31,12 +39,14 @@ pub(crate) use token::parse_uuid;
 pub(crate) use view::DeviceView;
 
 use super::profile::Profile;
-use super::stats::{Space, Stats};
+use super::stats::{IommufdState, Space, Stats};
 use super::topology::Topology;
 use crate::kernel::Node;
 use container::{Container, ContainerId};
 use device::DeviceState;
 use group::GroupState;
+use iommufd::{Context, ContextId};
+use memlock::Accounts;
 use nix::errno::Errno;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -47,7 +57,11 @@ enum File {
     Container(ContainerId),
     /// The group, and which of its lives: a group dies with its last device on VFIO.
     Group(u32, u32),
+    /// A device that came from its group.
     Device(usize),
+    /// A device by its own node, bound or not.
+    Cdev(usize),
+    Iommufd(ContextId),
 }
 
 /// A simulated kernel.
@@ -57,9 +71,10 @@ pub struct Machine {
     owner: u32,
     files: BTreeMap<FileId, File>,
     containers: BTreeMap<ContainerId, Container>,
+    contexts: BTreeMap<ContextId, Context>,
     groups: BTreeMap<u32, GroupState>,
     devices: Vec<DeviceState>,
-    locked: BTreeMap<Mm, u64>,
+    accounts: Accounts,
     next: u64,
 }
 
@@ -67,10 +82,13 @@ impl Machine {
     /// A machine just booted. `owner` is the uid that the group nodes belong to.
     pub fn new(topology: Topology, owner: u32) -> Self {
         let topology = Arc::new(topology);
-        let devices: Vec<_> = topology
+        let mut devices: Vec<_> = topology
             .devices()
             .map(|(group, device)| DeviceState::new(device.clone(), group))
             .collect();
+        for (device, number) in devices.iter_mut().filter(|device| device.on_vfio).zip(0..) {
+            device.number = Some(number);
+        }
         let mut groups: BTreeMap<u32, GroupState> = topology
             .groups
             .iter()
@@ -82,13 +100,14 @@ impl Machine {
             }
         }
         Self {
-            topology,
             owner,
             files: BTreeMap::new(),
             containers: BTreeMap::new(),
+            contexts: BTreeMap::new(),
             groups,
             devices,
-            locked: BTreeMap::new(),
+            accounts: Accounts::new(topology.memlock),
+            topology,
             next: 1,
         }
     }
@@ -119,7 +138,16 @@ impl Machine {
             Node::Container => Ok(self.open_container()),
             Node::Group(id) => self.open_group(id, false, caller),
             Node::NoIommuGroup(id) => self.open_group(id, true, caller),
+            Node::Iommu => self.open_iommufd(caller),
+            Node::Cdev(number) => self.open_cdev(number, caller),
         }
+    }
+
+    /// # Errors
+    /// EACCES: the nodes are another user's.
+    fn may_open(&self, caller: &dyn Caller) -> Result<(), Errno> {
+        let may = caller.uid() == self.owner || caller.capable(Capability::DacOverride);
+        if may { Ok(()) } else { Err(Errno::EACCES) }
     }
 
     /// ioctl(2) on an open file.
@@ -137,6 +165,8 @@ impl Machine {
             File::Container(id) => self.container_ioctl(id, number, arg, caller),
             File::Group(id, life) => self.group_ioctl(id, life, number, arg, caller),
             File::Device(index) => self.device_ioctl(index, number, arg),
+            File::Cdev(index) => self.cdev_ioctl(file, index, number, arg),
+            File::Iommufd(id) => self.iommufd_ioctl(id, number, arg, caller),
         }
     }
 
@@ -147,6 +177,10 @@ impl Machine {
     pub fn read(&mut self, file: FileId, len: usize, offset: u64) -> Result<Vec<u8>, Errno> {
         match *self.files.get(&file).ok_or(Errno::EBADF)? {
             File::Device(index) => self.device_read(index, len, offset),
+            File::Cdev(index) => {
+                self.bound_by(file, index)?;
+                self.device_read(index, len, offset)
+            }
             _ => Err(Errno::EINVAL),
         }
     }
@@ -158,6 +192,10 @@ impl Machine {
     pub fn write(&mut self, file: FileId, bytes: &[u8], offset: u64) -> Result<usize, Errno> {
         match *self.files.get(&file).ok_or(Errno::EBADF)? {
             File::Device(index) => self.device_write(index, bytes, offset),
+            File::Cdev(index) => {
+                self.bound_by(file, index)?;
+                self.device_write(index, bytes, offset)
+            }
             _ => Err(Errno::EINVAL),
         }
     }
@@ -168,6 +206,8 @@ impl Machine {
             Some(File::Container(id)) => self.close_container(id),
             Some(File::Group(id, life)) => self.close_group(id, life),
             Some(File::Device(index)) => self.close_device(index),
+            Some(File::Cdev(index)) => self.close_cdev(file, index),
+            Some(File::Iommufd(id)) => self.close_iommufd(id),
             None => {}
         }
     }
@@ -177,7 +217,8 @@ impl Machine {
         match self.files.get(&file) {
             Some(File::Container(_)) => Node::Container.to_string(),
             Some(File::Group(id, _)) => self.node(*id).to_string(),
-            Some(File::Device(index)) => self
+            Some(File::Iommufd(_)) => Node::Iommu.to_string(),
+            Some(File::Device(index) | File::Cdev(index)) => self
                 .devices
                 .get(*index)
                 .map(|device| device.facts.bdf.to_string())
@@ -194,6 +235,8 @@ impl Machine {
                 File::Container(_) => stats.containers += 1,
                 File::Group(..) => stats.groups += 1,
                 File::Device(_) => stats.devices += 1,
+                File::Cdev(_) => stats.cdevs += 1,
+                File::Iommufd(_) => stats.open_iommufds += 1,
             }
         }
         for (id, container) in &self.containers {
@@ -208,7 +251,23 @@ impl Machine {
                 pinned_bytes: iommu.map_or(0, type1::Type1::charged_bytes),
             });
         }
-        stats.locked = self.locked.iter().map(|(mm, bytes)| (mm.pid, *bytes)).collect();
+        for (id, context) in &self.contexts {
+            let is_device = |kind: &iommufd::Kind| matches!(kind, iommufd::Kind::Device);
+            let objects = context.objects.values();
+            stats.iommufds.push(IommufdState {
+                id: id.0,
+                open: context.open,
+                per_process: context.per_process,
+                spaces: context.all_ioas().count() as u64,
+                devices: objects.filter(|object| is_device(&object.kind)).count() as u64,
+                mappings: context.all_ioas().map(|ioas| ioas.areas.len() as u64).sum(),
+                mapped_bytes: context.all_ioas().map(ioas::Ioas::mapped_bytes).sum(),
+                pinned_bytes: context.pages.values().map(pages::Pages::pinned_bytes).sum(),
+            });
+        }
+        let processes = self.accounts.processes.iter();
+        stats.locked = processes.map(|(mm, bytes)| (mm.pid, *bytes)).collect();
+        stats.locked_users = self.accounts.users.clone();
         stats
     }
 }

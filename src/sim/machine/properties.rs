@@ -1,14 +1,14 @@
 //! Random calls on the machine: whatever they are, nothing overlaps, nothing leaks, nobody pays for
 //! what is not mapped.
 
-use super::tests::{Someone, machine, map_arg, unmap_arg};
+use super::tests::{Someone, machine, map_arg, unmap_arg, words};
 use super::*;
 use crate::kernel::request;
 use proptest::prelude::*;
 
 /// A step of a random run; numbers choose among what is open.
 #[derive(Clone, Debug)]
-enum Step {
+pub(super) enum Step {
     OpenContainer,
     OpenGroup(u32),
     Close(usize),
@@ -20,6 +20,16 @@ enum Step {
     Unmap(usize, u64, u64, u64),
     NewAddress(usize, i32, u64, u64),
     Driver(u32, bool),
+    OpenIommufd,
+    OpenCdev(u32),
+    Bind(usize, usize),
+    Attach(usize, u32),
+    Detach(usize),
+    Alloc(usize),
+    Destroy(usize, u32),
+    IoasMap(usize, i32, u32, u64, u64),
+    IoasCopy(usize, [u32; 2], [u64; 3]),
+    IoasUnmap(usize, u32, u64, u64),
     Any(usize, u32, Vec<u8>),
 }
 
@@ -40,7 +50,8 @@ fn step() -> impl Strategy<Value = Step> {
         (file.clone(), 1..4i32, page(), page())
             .prop_map(|(a, b, c, d)| Step::NewAddress(a, b, c, d)),
         (1..4u32, any::<bool>()).prop_map(|(a, b)| Step::Driver(a, b)),
-        (file, 0..20u32, proptest::collection::vec(any::<u8>(), 0..64))
+        super::iommufd_properties::step(),
+        (file, 0..40u32, proptest::collection::vec(any::<u8>(), 0..64))
             .prop_map(|(a, b, c)| Step::Any(a, b, c)),
     ]
 }
@@ -56,8 +67,27 @@ impl Run {
         (!self.open.is_empty()).then(|| self.open[nth % self.open.len()])
     }
 
-    fn call(&mut self, nth: usize, number: u32, mut arg: CallArg, pid: i32) {
-        let Some(file) = self.nth(nth) else { return };
+    /// The nth open file of a kind.
+    fn nth_of(&self, kind: fn(&File) -> bool, nth: usize) -> Option<FileId> {
+        let fits = |file: &&FileId| self.machine.files.get(file).is_some_and(kind);
+        let open: Vec<_> = self.open.iter().filter(fits).copied().collect();
+        (!open.is_empty()).then(|| open[nth % open.len()])
+    }
+
+    fn iommufd(&self, nth: usize) -> Option<FileId> {
+        self.nth_of(|file| matches!(file, File::Iommufd(_)), nth)
+    }
+
+    fn cdev(&self, nth: usize) -> Option<FileId> {
+        self.nth_of(|file| matches!(file, File::Cdev(_)), nth)
+    }
+
+    fn call(&mut self, nth: usize, number: u32, arg: CallArg, pid: i32) {
+        self.call_on(self.nth(nth), number, arg, pid);
+    }
+
+    fn call_on(&mut self, file: Option<FileId>, number: u32, mut arg: CallArg, pid: i32) {
+        let Some(file) = file else { return };
         let caller = Someone { pid, capable: pid == 1, memlock: 6 * 4096 };
         if let Ok(done) = self.machine.ioctl(file, number, &mut arg, &caller) {
             self.open.extend(done.file);
@@ -108,6 +138,47 @@ impl Run {
                 let bdf = format!("0000:01:{:02x}.0", id - 1).parse().unwrap();
                 let _ = self.machine.set_driver(bdf, bound.then_some("vfio-pci"));
             }
+            Step::OpenIommufd => {
+                self.open.push(self.machine.open(&Node::Iommu, root).unwrap());
+            }
+            Step::OpenCdev(number) => {
+                self.open.extend(self.machine.open(&Node::Cdev(number), root));
+            }
+            Step::Bind(device, iommufd) => {
+                let Some(iommufd) = self.iommufd(iommufd) else { return };
+                let fds = vec![(8, Some(Named::File(iommufd)))];
+                let CallArg::Struct(user) = words(&[16, 0]) else { return };
+                let arg = CallArg::Struct(UserStruct { fds, ..user });
+                self.call_on(self.cdev(device), request::DEVICE_BIND_IOMMUFD.number, arg, 1);
+            }
+            Step::Attach(device, id) => {
+                let number = request::DEVICE_ATTACH_IOMMUFD_PT.number;
+                self.call_on(self.cdev(device), number, words(&[12, id.into()]), 1);
+            }
+            Step::Detach(device) => {
+                let number = request::DEVICE_DETACH_IOMMUFD_PT.number;
+                self.call_on(self.cdev(device), number, words(&[8]), 1);
+            }
+            Step::Alloc(file) => {
+                self.call_on(self.iommufd(file), request::IOAS_ALLOC.number, words(&[12, 0]), 1);
+            }
+            Step::Destroy(file, id) => {
+                let arg = words(&[8 | u64::from(id) << 32]);
+                self.call_on(self.iommufd(file), request::IOMMU_DESTROY.number, arg, 1);
+            }
+            Step::IoasMap(file, pid, id, iova, size) => {
+                let arg = words(&[40 | 7 << 32, id.into(), 8192, size, iova]);
+                self.call_on(self.iommufd(file), request::IOAS_MAP.number, arg, pid);
+            }
+            Step::IoasCopy(file, [to, from], [size, to_iova, from_iova]) => {
+                let ids = u64::from(to) | u64::from(from) << 32;
+                let arg = words(&[40 | 7 << 32, ids, size, to_iova, from_iova]);
+                self.call_on(self.iommufd(file), request::IOAS_COPY.number, arg, 1);
+            }
+            Step::IoasUnmap(file, id, iova, size) => {
+                let arg = words(&[24 | u64::from(id) << 32, iova, size]);
+                self.call_on(self.iommufd(file), request::IOAS_UNMAP.number, arg, 1);
+            }
             Step::Any(file, number, bytes) => {
                 let number = request::GET_API_VERSION.number + number;
                 self.call(file, number, CallArg::Struct(UserStruct::new(bytes)), 1);
@@ -117,8 +188,12 @@ impl Run {
 
     fn check(&self) {
         let stats = self.machine.stats();
-        let pinned: u64 = stats.spaces.iter().map(|space| space.pinned_bytes).sum();
-        assert_eq!(pinned, stats.locked.values().sum::<u64>(), "charge is not what is mapped");
+        let type1: u64 = stats.spaces.iter().map(|space| space.pinned_bytes).sum();
+        let contexts = self.machine.contexts.values();
+        let of_iommufds =
+            contexts.flat_map(|context| context.pages.values()).map(|pages| pages.charged_bytes());
+        let charged: u64 = stats.locked.values().chain(stats.locked_users.values()).sum();
+        assert_eq!(type1 + of_iommufds.sum::<u64>(), charged, "charge is not what is mapped");
         for space in &stats.spaces {
             assert!(space.open || !space.groups.is_empty(), "a container nobody has");
             assert!(space.iommu.is_none() || !space.groups.is_empty(), "an IOMMU without group");
@@ -126,11 +201,17 @@ impl Run {
             assert_eq!(space.mapped_bytes, space.pinned_bytes);
         }
         for (id, group) in &self.machine.groups {
-            let open = |&index: &usize| self.machine.devices[index].opens;
-            assert_eq!(group.open_devices, group.devices.iter().map(open).sum::<u32>());
+            let devices = || group.devices.iter().map(|&index| &self.machine.devices[index]);
+            let from_group = devices().map(|it| it.opens - u32::from(it.bound.is_some()));
+            assert_eq!(group.open_devices, from_group.sum::<u32>());
+            let bound = devices().any(|device| device.bound.is_some());
+            assert!(!bound || !group.file_open(), "a group is used in two ways");
             let inside = stats.spaces.iter().filter(|space| space.groups.contains(id)).count();
             assert_eq!(inside, usize::from(group.container.is_some()));
             assert!(group.container.is_none() || group.fd_open || group.open_devices > 0);
+        }
+        for (id, context) in &self.machine.contexts {
+            super::iommufd_properties::check(&self.machine, *id, context);
         }
         for container in self.machine.containers.values() {
             let Some(type1) = container.type1() else { continue };
@@ -139,19 +220,25 @@ impl Run {
     }
 }
 
+/// Whatever the steps are: after each all is as it should be, and after the last close nothing is
+/// left.
+pub(super) fn run(machine: Machine, steps: Vec<Step>) {
+    let mut run = Run { machine, open: Vec::new() };
+    for step in steps {
+        run.take(step);
+        run.check();
+    }
+    for file in std::mem::take(&mut run.open) {
+        run.machine.close(file);
+        run.check();
+    }
+    assert!(run.machine.stats().is_idle());
+    assert!(run.machine.files.is_empty());
+}
+
 proptest! {
     #[test]
     fn nothing_overlaps_and_nothing_leaks(steps in proptest::collection::vec(step(), 0..120)) {
-        let mut run = Run { machine: machine(Profile::V7_2), open: Vec::new() };
-        for step in steps {
-            run.take(step);
-            run.check();
-        }
-        for file in std::mem::take(&mut run.open) {
-            run.machine.close(file);
-        }
-        run.check();
-        prop_assert!(run.machine.stats().is_idle());
-        prop_assert!(run.machine.files.is_empty());
+        run(machine(Profile::V7_2), steps);
     }
 }

@@ -16,6 +16,10 @@ impl Someone {
 }
 
 impl Caller for Someone {
+    fn keep(&self) -> Arc<dyn Caller + Send + Sync> {
+        Arc::new(*self)
+    }
+
     fn mm(&self) -> Mm {
         Mm { pid: self.pid, started: 0 }
     }
@@ -40,6 +44,7 @@ impl Caller for Someone {
 pub(super) fn machine(kernel: Profile) -> Machine {
     let text = r#"
         kernel = "6.12"
+        cdev = true
         aperture = [0, 0x7fffffffff]
         dma_entry_limit = 5
         [[group]]

@@ -1,4 +1,5 @@
-//! Device names and VF tokens: what `VFIO_GROUP_GET_DEVICE_FD` is given.
+//! Device names and VF tokens: what `VFIO_GROUP_GET_DEVICE_FD` is given, and newer kernels'
+//! `VFIO_DEVICE_BIND_IOMMUFD`.
 
 use super::Machine;
 use nix::errno::Errno;
@@ -49,7 +50,11 @@ impl Machine {
         Ok(true)
     }
 
-    fn check_token(&mut self, index: usize, token: Option<[u8; 16]>) -> Result<(), Errno> {
+    pub(super) fn check_token(
+        &mut self,
+        index: usize,
+        token: Option<[u8; 16]>,
+    ) -> Result<(), Errno> {
         let Some(device) = self.devices.get(index) else { return Err(Errno::ENODEV) };
         if let Some(pf) = device.facts.physfn {
             let pf = self.devices.iter().find(|device| device.facts.bdf == pf && device.on_vfio);

@@ -11,7 +11,10 @@ pub(crate) struct DeviceView<'a> {
     pub(crate) facts: &'a Device,
     pub(crate) group: u32,
     pub(crate) driver: Option<&'a str>,
-    pub(crate) on_vfio: bool,
+    /// The N of its `vfioN`, while it is on a VFIO driver.
+    pub(crate) number: Option<u32>,
+    /// Whether that can be opened.
+    pub(crate) has_cdev: bool,
     pub(crate) vfs: Vec<Bdf>,
     pub(crate) config: &'a [u8],
 }
@@ -25,11 +28,12 @@ impl Machine {
                 vfs.entry(pf).or_default().push(device.facts.bdf);
             }
         }
-        self.devices.iter().map(move |device| DeviceView {
+        self.devices.iter().enumerate().map(move |(index, device)| DeviceView {
             facts: &device.facts,
             group: device.group,
             driver: device.driver.as_deref(),
-            on_vfio: device.on_vfio,
+            number: device.number,
+            has_cdev: self.cdev_number(index).is_some(),
             vfs: vfs.get(&device.facts.bdf).cloned().unwrap_or_default(),
             config: device.config.bytes(),
         })
@@ -55,7 +59,22 @@ impl Machine {
         ];
         const GROUP: [Request; 4] =
             [GROUP_GET_STATUS, GROUP_SET_CONTAINER, GROUP_UNSET_CONTAINER, GROUP_GET_DEVICE_FD];
-        const DEVICE: [Request; 7] = [
+        const IOMMUFD: [Request; 10] = [
+            IOMMU_DESTROY,
+            IOMMU_OPTION,
+            IOAS_ALLOC,
+            IOAS_ALLOW_IOVAS,
+            IOAS_COPY,
+            IOAS_IOVA_RANGES,
+            IOAS_MAP,
+            IOAS_MAP_FILE,
+            IOAS_UNMAP,
+            IOAS_CHANGE_PROCESS,
+        ];
+        const DEVICE: [Request; 10] = [
+            DEVICE_BIND_IOMMUFD,
+            DEVICE_ATTACH_IOMMUFD_PT,
+            DEVICE_DETACH_IOMMUFD_PT,
             DEVICE_GET_INFO,
             DEVICE_GET_REGION_INFO,
             DEVICE_GET_IRQ_INFO,
@@ -67,7 +86,8 @@ impl Machine {
         let known: &[Request] = match self.files.get(&file) {
             Some(File::Container(_)) => &CONTAINER,
             Some(File::Group(..)) => &GROUP,
-            Some(File::Device(_)) => &DEVICE,
+            Some(File::Device(_) | File::Cdev(_)) => &DEVICE,
+            Some(File::Iommufd(_)) => &IOMMUFD,
             None => &[],
         };
         known.iter().find(|request| request.number == number).map_or("", |request| request.name)
