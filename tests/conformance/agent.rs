@@ -10,7 +10,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use vfio_broker::fdpass;
 use vfio_broker::kernel::{
-    Container, Device, DmaMap, Error, Group, Kernel, Linux, Mapped, Node, Unmap, UnmapFlags,
+    Container, Device, DmaMap, Error, Group, IoasMap, IoasMapFile, Iommufd, Kernel, Linux,
+    MapFlags, Mapped, Node, Unmap, UnmapFlags,
 };
 use vfio_broker::sim::Wire;
 
@@ -79,6 +80,7 @@ struct Things {
     container: Option<Container>,
     group: Option<Group>,
     device: Option<Device>,
+    iommufd: Option<Iommufd>,
     memory: Vec<Mapped>,
 }
 
@@ -126,6 +128,7 @@ fn obey(
     let here = || Arc::clone(kernel);
     let mut fds = fds.into_iter();
     let container = things.container.as_ref();
+    let iommufd = things.iommufd.as_ref();
     let missing = || Error::new("agent", "", nix::errno::Errno::EBADF);
     match words[0] {
         "take-container" => {
@@ -182,6 +185,45 @@ fn obey(
         "status" => {
             let status = things.group.as_ref().ok_or_else(missing)?.status()?;
             return Ok(format!("viable {} attached {}", status.viable, status.attached));
+        }
+        "take-iommufd" => {
+            things.iommufd = fds.next().map(|fd| Iommufd::from_fd(here(), fd));
+        }
+        "open-iommufd" => things.iommufd = Some(Iommufd::open(here())?),
+        "open-cdev" => things.device = Some(Device::open_cdev(here(), number(1) as u32, "cdev")?),
+        "rlimit-mode" => iommufd.ok_or_else(missing)?.set_rlimit_mode(true)?,
+        "bind" => {
+            let device = things.device.as_ref().ok_or_else(missing)?;
+            return Ok(device.bind_iommufd(iommufd.ok_or_else(missing)?)?.to_string());
+        }
+        "attach" => {
+            let device = things.device.as_ref().ok_or_else(missing)?;
+            return Ok(device.attach_iommufd_pt(number(1) as u32)?.to_string());
+        }
+        "ioas-map" => {
+            let memory = memory(number(3));
+            let map = IoasMap {
+                flags: MapFlags::FIXED_IOVA | MapFlags::READ | MapFlags::WRITE,
+                vaddr: memory.vaddr(),
+                iova: number(2) * PAGE,
+                size: number(3) * PAGE,
+            };
+            iommufd.ok_or_else(missing)?.ioas_map(number(1) as u32, &map)?;
+            things.memory.push(memory);
+        }
+        "ioas-map-file" => {
+            let (file, _memory) = Mapped::memfd((number(3) * PAGE) as usize).unwrap();
+            let map = IoasMapFile {
+                flags: MapFlags::FIXED_IOVA | MapFlags::READ | MapFlags::WRITE,
+                start: 0,
+                iova: number(2) * PAGE,
+                size: number(3) * PAGE,
+            };
+            iommufd.ok_or_else(missing)?.ioas_map_file(number(1) as u32, file.as_fd(), &map)?;
+        }
+        "ioas-unmap-all" => {
+            let unmapped = iommufd.ok_or_else(missing)?.ioas_unmap_all(number(1) as u32)?;
+            return Ok(unmapped.to_string());
         }
         "close" => *things = Things::default(),
         _ => return Ok("unknown command".into()),

@@ -14,6 +14,14 @@ use vfio_broker::sim::Profile;
 /// The machines of the lab that cases are for.
 const MACHINES: [&str; 3] = ["default", "no-intremap", "no-iommu"];
 
+/// The kernels of the lab: name, profile, and whether they have iommufd and cdevs.
+const KERNELS: [(&str, Profile, bool); 4] = [
+    ("6.1", Profile::V6_1, false),
+    ("6.12", Profile::V6_12, true),
+    ("7.2", Profile::V7_2, false),
+    ("7.2-cdev", Profile::V7_2, true),
+];
+
 /// What a real kernel said to each case.
 type Recorded = BTreeMap<String, String>;
 
@@ -22,24 +30,20 @@ pub(crate) fn with_recorded(options: &Options) -> bool {
     let start = Instant::now();
     let is_root = nix::unistd::Uid::effective().is_root();
     let (mut passed, mut failed, mut ignored) = (0, Vec::new(), 0);
-    for profile in Profile::ALL {
+    for (kernel, profile, cdev) in KERNELS {
         for machine in MACHINES {
-            let Ok(recorded) = fs::read_to_string(transcript_path(profile, machine)) else {
+            let Ok(recorded) = fs::read_to_string(transcript_path(kernel, machine)) else {
                 continue;
             };
             let recorded = parse(&recorded);
-            let mut cases = options.cases(machine);
-            println!("\nrunning {} tests on {} ({machine})", cases.len(), profile.name());
+            let mut cases = options.cases(machine, cdev);
+            println!("\nrunning {} tests on {kernel} ({machine})", cases.len());
             for case in cases.extract_if(.., |case| case.root && !is_root) {
                 ignored += 1;
-                println!(
-                    "test {}::{machine}::{} ... ignored, needs root",
-                    profile.name(),
-                    case.name
-                );
+                println!("test {kernel}::{machine}::{} ... ignored, needs root", case.name);
             }
-            for (case, simulated) in in_parallel(&cases, |case| run::on_sim(case, profile)) {
-                let name = format!("{}::{machine}::{}", profile.name(), case.name);
+            for (case, simulated) in in_parallel(&cases, |case| run::on_sim(case, profile, cdev)) {
+                let name = format!("{kernel}::{machine}::{}", case.name);
                 match recorded.get(&case.name) {
                     None => {
                         ignored += 1;
@@ -73,12 +77,13 @@ pub(crate) fn with_real(options: &Options) -> bool {
         }
     };
     let machine = std::env::var("LAB_TOPOLOGY").unwrap_or_else(|_| "default".into());
-    let cases = options.cases(&machine);
+    let cdev = Path::new("/dev/iommu").exists();
+    let cases = options.cases(&machine, cdev);
     println!("\nrunning {} tests on kernel {release} and on its simulation", cases.len());
     let (mut passed, mut failed, mut record) = (0, Vec::new(), String::new());
     for case in &cases {
         let (real, simulated) = std::thread::scope(|scope| {
-            let simulated = scope.spawn(|| run::on_sim(case, profile));
+            let simulated = scope.spawn(|| run::on_sim(case, profile, cdev));
             (run::on_real(case), simulated.join().unwrap_or_default())
         });
         let _ = write!(record, "== {}\n{real}", case.name);
@@ -102,10 +107,10 @@ pub(crate) fn with_real(options: &Options) -> bool {
 }
 
 /// Where what a kernel said on a machine of the lab is kept.
-fn transcript_path(profile: Profile, machine: &str) -> PathBuf {
+fn transcript_path(kernel: &str, machine: &str) -> PathBuf {
     let name = match machine {
-        "default" => format!("{}.txt", profile.name()),
-        other => format!("{}.{other}.txt", profile.name()),
+        "default" => format!("{kernel}.txt"),
+        other => format!("{kernel}.{other}.txt"),
     };
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance/transcripts").join(name)
 }

@@ -53,13 +53,16 @@ impl Options {
         options
     }
 
-    /// The cases for a machine of the lab that the filters let through.
-    pub(crate) fn cases(&self, machine: &str) -> Vec<Case> {
+    /// The cases for a machine of the lab that the filters let through, those that want cdevs only
+    /// where the kernel has them.
+    pub(crate) fn cases(&self, machine: &str, cdev: bool) -> Vec<Case> {
         let wanted = |case: &Case| {
             let fits = |filter: &String| {
                 if self.exact { case.name == *filter } else { case.name.contains(filter) }
             };
-            case.machine == machine && (self.filters.is_empty() || self.filters.iter().any(fits))
+            case.machine == machine
+                && (cdev || !case.cdev)
+                && (self.filters.is_empty() || self.filters.iter().any(fits))
         };
         cases::all().into_iter().filter(wanted).collect()
     }
@@ -97,9 +100,10 @@ pub(crate) fn on_real(case: &Case) -> String {
     transcript
 }
 
-/// Runs a case on a new simulation of a kernel.
-pub(crate) fn on_sim(case: &Case, profile: Profile) -> String {
+/// Runs a case on a new simulation of a kernel, which has cdevs or not.
+pub(crate) fn on_sim(case: &Case, profile: Profile, cdev: bool) -> String {
     let mut topology = machine(case.machine).with_kernel(profile);
+    topology.cdev = Some(cdev);
     if let Some(limit) = case.limit {
         topology.dma_entry_limit = limit;
     }

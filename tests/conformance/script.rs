@@ -5,8 +5,8 @@ use std::fmt::{Debug, Write as _};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use vfio_broker::kernel::{
-    Arg, Container, Device, DmaMap, Error, Group, Ioctl, IommuType, Kernel, Mapped, Node, Request,
-    request,
+    Arg, Container, Device, DmaMap, Error, Group, IoasMap, Ioctl, IommuType, Iommufd, Kernel,
+    MapFlags, Mapped, Node, Request, request,
 };
 use vfio_broker::sim::Wire;
 
@@ -152,6 +152,53 @@ impl Script {
         Ready { container, group, device }
     }
 
+    /// Opens an iommufd, which has to work.
+    pub(crate) fn iommufd(&self) -> Iommufd {
+        Iommufd::open(self.kernel()).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The N of a device's own node.
+    pub(crate) fn cdev_number(&self, bdf: &str) -> Option<u32> {
+        let path = format!("bus/pci/devices/{bdf}/vfio-dev");
+        let names = self.kernel.sysfs_list(&path).ok()?;
+        names.first()?.strip_prefix("vfio")?.parse().ok()
+    }
+
+    /// Opens a device by its own node, which has to work.
+    pub(crate) fn cdev(&self, bdf: &str) -> Device {
+        let number = self.cdev_number(bdf).unwrap_or_else(|| panic!("{bdf} has no node"));
+        Device::open_cdev(self.kernel(), number, bdf).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// A device bound to an iommufd.
+    pub(crate) fn bound(&self, bdf: &str, iommufd: &Iommufd) -> Device {
+        let device = self.cdev(bdf);
+        device.bind_iommufd(iommufd).unwrap_or_else(|error| panic!("{error}"));
+        device
+    }
+
+    /// An iommufd with one IOAS.
+    pub(crate) fn ioas(&self) -> (Iommufd, u32) {
+        let iommufd = self.iommufd();
+        let ioas = iommufd.ioas_alloc().unwrap_or_else(|error| panic!("{error}"));
+        (iommufd, ioas)
+    }
+
+    /// An iommufd with one IOAS and a device attached to it.
+    pub(crate) fn attached_ioas(&self, bdf: &str) -> (Iommufd, u32, Device) {
+        let (iommufd, ioas) = self.ioas();
+        let device = self.bound(bdf, &iommufd);
+        device.attach_iommufd_pt(ioas).unwrap_or_else(|error| panic!("{error}"));
+        (iommufd, ioas, device)
+    }
+
+    /// `IOMMU_IOAS_MAP` at a fixed address for reading and writing, written down.
+    pub(crate) fn ioas_map(&self, what: &str, iommufd: &Iommufd, ioas: u32, at: (u64, u64, u64)) {
+        let flags = MapFlags::FIXED_IOVA | MapFlags::READ | MapFlags::WRITE;
+        let (vaddr, iova, size) = at;
+        self.value(what, iommufd.ioas_map(ioas, &IoasMap { flags, vaddr, size, iova }));
+    }
+
     /// `VFIO_IOMMU_MAP_DMA`, written down.
     pub(crate) fn map(&self, what: &str, container: &Container, flags: u32, at: (u64, u64, u64)) {
         let (vaddr, iova, size) = at;
@@ -193,6 +240,7 @@ pub(crate) struct Ready {
 #[derive(Clone, Copy)]
 pub(crate) enum Field {
     U8(u8),
+    U16(u16),
     U32(u32),
     U64(u64),
 }
@@ -202,6 +250,7 @@ fn encode(fields: &[Field]) -> Vec<u8> {
     for field in fields {
         match field {
             Field::U8(value) => bytes.push(*value),
+            Field::U16(value) => bytes.extend_from_slice(&value.to_ne_bytes()),
             Field::U32(value) => bytes.extend_from_slice(&value.to_ne_bytes()),
             Field::U64(value) => bytes.extend_from_slice(&value.to_ne_bytes()),
         }

@@ -1,10 +1,17 @@
 //! The cases. Each is a function that makes calls and writes down what the kernel says.
 
+mod attach;
+mod cdev;
+mod charges;
 mod container;
 mod device;
 mod dirty;
 mod drivers;
 mod group;
+mod ioas;
+mod ioas_copy;
+mod ioas_file;
+mod iommufd;
 mod irqs;
 mod lifetimes;
 mod machines;
@@ -28,6 +35,8 @@ pub(crate) struct Case {
     pub(crate) limit: Option<u32>,
     /// Whether it needs rights to give up, so that only root can run it.
     pub(crate) root: bool,
+    /// Whether it is for kernels with iommufd and cdevs alone.
+    pub(crate) cdev: bool,
     pub(crate) run: fn(&Script),
 }
 
@@ -41,6 +50,7 @@ macro_rules! cases {
                 machine: "default",
                 limit: None,
                 root: false,
+                cdev: false,
                 run: $name,
             }),*]
         }
@@ -70,6 +80,17 @@ pub(crate) fn all() -> Vec<Case> {
     ] {
         all.extend(file());
     }
+    for file in [
+        iommufd::cases,
+        ioas::cases,
+        ioas_copy::cases,
+        ioas_file::cases,
+        cdev::cases,
+        attach::cases,
+        charges::cases,
+    ] {
+        all.extend(file().into_iter().map(|case| Case { cdev: true, ..case }));
+    }
     for case in &mut all {
         match case.name.as_str() {
             "map::as_many_as_the_limit" | "map::the_limit_comes_after_overlap" => {
@@ -79,7 +100,13 @@ pub(crate) fn all() -> Vec<Case> {
             name if name.starts_with("machines::no_iommu") => {
                 (case.machine, case.root) = ("no-iommu", true);
             }
-            "lifetimes::nodes_of_others" => case.root = true,
+            "lifetimes::nodes_of_others"
+            | "iommufd::nodes_of_others"
+            | "iommufd::rlimit_mode"
+            | "iommufd::rlimit_mode_of_one_in_use"
+            | "iommufd::rlimit_mode_wants_a_right"
+            | "charges::each_process_has_its_own_limit"
+            | "charges::root_is_not_charged" => case.root = true,
             _ => {}
         }
     }
