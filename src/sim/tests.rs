@@ -3,8 +3,8 @@
 use super::*;
 use crate::fdpass;
 use crate::kernel::{
-    Arg, Container, Device, DirtyOp, DmaMap, Error, Extension, Group, IommuType, IrqAction,
-    IrqData, Kernel, Mapped, Node, Unmap, UnmapFlags, request,
+    Arg, Container, Device, DirtyOp, DmaMap, Error, Extension, Group, IommuType, Iommufd,
+    IrqAction, IrqData, Kernel, Mapped, Node, Unmap, UnmapFlags, request,
 };
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{
@@ -394,4 +394,58 @@ fn the_python_example_of_the_docs_works() {
             assert_eq!(String::from_utf8_lossy(&out), "regions, irqs: (9, 5)\n", "{errors}");
         }
     }
+}
+
+/// A card's own node, open and not yet bound.
+fn cdev(sim: &Sim) -> Device {
+    let path = "bus/pci/devices/0000:03:00.0/vfio-dev";
+    let names = sim.kernel().sysfs_list(path).unwrap();
+    let number = names[0].strip_prefix("vfio").unwrap().parse().unwrap();
+    Device::open_cdev(sim.kernel(), number, "0000:03:00.0").unwrap()
+}
+
+#[test]
+fn an_open_cdev_holds_its_driver_and_is_asked_back() {
+    let sim = start("workstation");
+    let iommufd = Iommufd::open(sim.kernel()).unwrap();
+    let (device, stale) = (cdev(&sim), cdev(&sim));
+    device.bind_iommufd(&iommufd).unwrap();
+    let event = EventFd::from_flags(nix::sys::eventfd::EfdFlags::EFD_NONBLOCK).unwrap();
+    let request = [Some(event.as_fd())];
+    device.set_irqs(4, 0, IrqAction::Trigger, IrqData::Eventfd(&request)).unwrap();
+    assert_eq!(sim.set_driver("0000:03:00.0", None), Err(Errno::EBUSY));
+    assert_eq!(event.read(), Ok(1));
+    drop(device);
+    // The other open file holds it too, bound or not.
+    assert_eq!(sim.set_driver("0000:03:00.0", None), Err(Errno::EBUSY));
+    drop(stale);
+    sim.set_driver("0000:03:00.0", None).unwrap();
+    drop(iommufd);
+    assert!(sim.stats().unwrap().is_idle());
+}
+
+#[test]
+fn iommufds_are_counted_and_faulted_by_name() {
+    let sim = start("workstation");
+    sim.fault(Fault::fail("open", Errno::EMFILE).on("/dev/iommu")).unwrap();
+    assert_eq!(errno(Iommufd::open(sim.kernel())), Errno::EMFILE);
+    let iommufd = Iommufd::open(sim.kernel()).unwrap();
+    sim.fault(Fault::fail("VFIO_DEVICE_BIND_IOMMUFD", Errno::EIO).on("0000:03:00.0")).unwrap();
+    sim.fault(Fault::fail("IOMMU_IOAS_ALLOC", Errno::EIO).on("/dev/iommu")).unwrap();
+    let device = cdev(&sim);
+    let failed = device.bind_iommufd(&iommufd).unwrap_err();
+    assert_eq!((failed.call, &*failed.object), ("VFIO_DEVICE_BIND_IOMMUFD", "0000:03:00.0"));
+    assert_eq!(errno(iommufd.ioas_alloc()), Errno::EIO);
+    device.bind_iommufd(&iommufd).unwrap();
+    let ioas = iommufd.ioas_alloc().unwrap();
+    device.attach_iommufd_pt(ioas).unwrap();
+    drop(iommufd);
+    // More of them than one answer to a request for counts has room for.
+    let more: Vec<_> = (0..300).map(|_| Iommufd::open(sim.kernel()).unwrap()).collect();
+    let stats = sim.stats().unwrap();
+    assert_eq!((stats.open_iommufds, stats.cdevs, stats.iommufds.len()), (300, 1, 301));
+    let first = &stats.iommufds[0];
+    assert_eq!((first.open, first.spaces, first.devices), (false, 1, 1));
+    drop((more, device));
+    assert!(sim.stats().unwrap().is_idle());
 }

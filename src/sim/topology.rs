@@ -42,6 +42,10 @@ pub struct Topology {
     /// A parameter of vfio: groups without an IOMMU can be used.
     #[serde(default)]
     pub noiommu: bool,
+    /// Whether the simulation's own user has CAP_SYS_RAWIO and CAP_SYS_RESOURCE in it, whatever its
+    /// processes have.
+    #[serde(default)]
+    pub owner_rights: bool,
     /// Whether the IOMMU can enforce cache coherence (`VFIO_DMA_CC_IOMMU`).
     #[serde(default = "yes")]
     pub dma_coherent: bool,

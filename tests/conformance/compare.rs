@@ -1,7 +1,7 @@
 //! Compares transcripts: the simulation's with the recorded ones, or with the real kernel's.
 
 use crate::cases::Case;
-use crate::run::{self, Options};
+use crate::run::{self, Cases, Options};
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
@@ -14,12 +14,12 @@ use vfio_broker::sim::Profile;
 /// The machines of the lab that cases are for.
 const MACHINES: [&str; 3] = ["default", "no-intremap", "no-iommu"];
 
-/// The kernels of the lab: name, profile, and whether they have iommufd and cdevs.
-const KERNELS: [(&str, Profile, bool); 4] = [
-    ("6.1", Profile::V6_1, false),
-    ("6.12", Profile::V6_12, true),
-    ("7.2", Profile::V7_2, false),
-    ("7.2-cdev", Profile::V7_2, true),
+/// The kernels of the lab: name, profile, and which cases are for them.
+const KERNELS: [(&str, Profile, Cases); 4] = [
+    ("6.1", Profile::V6_1, Cases::WithoutCdev),
+    ("6.12", Profile::V6_12, Cases::All),
+    ("7.2", Profile::V7_2, Cases::WithoutCdev),
+    ("7.2-cdev", Profile::V7_2, Cases::CdevAlone),
 ];
 
 /// What a real kernel said to each case.
@@ -30,19 +30,19 @@ pub(crate) fn with_recorded(options: &Options) -> bool {
     let start = Instant::now();
     let is_root = nix::unistd::Uid::effective().is_root();
     let (mut passed, mut failed, mut ignored) = (0, Vec::new(), 0);
-    for (kernel, profile, cdev) in KERNELS {
+    for (kernel, profile, which) in KERNELS {
         for machine in MACHINES {
             let Ok(recorded) = fs::read_to_string(transcript_path(kernel, machine)) else {
                 continue;
             };
             let recorded = parse(&recorded);
-            let mut cases = options.cases(machine, cdev);
+            let mut cases = options.cases(machine, which);
             println!("\nrunning {} tests on {kernel} ({machine})", cases.len());
             for case in cases.extract_if(.., |case| case.root && !is_root) {
                 ignored += 1;
                 println!("test {kernel}::{machine}::{} ... ignored, needs root", case.name);
             }
-            for (case, simulated) in in_parallel(&cases, |case| run::on_sim(case, profile, cdev)) {
+            for (case, simulated) in in_parallel(&cases, |case| run::on_sim(case, profile, which)) {
                 let name = format!("{kernel}::{machine}::{}", case.name);
                 match recorded.get(&case.name) {
                     None => {
@@ -77,13 +77,18 @@ pub(crate) fn with_real(options: &Options) -> bool {
         }
     };
     let machine = std::env::var("LAB_TOPOLOGY").unwrap_or_else(|_| "default".into());
-    let cdev = Path::new("/dev/iommu").exists();
-    let cases = options.cases(&machine, cdev);
+    let which = match (Path::new("/dev/iommu").exists(), profile) {
+        (false, _) => Cases::WithoutCdev,
+        // The others are for Debian's own kernel of this version.
+        (true, Profile::V7_2) => Cases::CdevAlone,
+        (true, _) => Cases::All,
+    };
+    let cases = options.cases(&machine, which);
     println!("\nrunning {} tests on kernel {release} and on its simulation", cases.len());
     let (mut passed, mut failed, mut record) = (0, Vec::new(), String::new());
     for case in &cases {
         let (real, simulated) = std::thread::scope(|scope| {
-            let simulated = scope.spawn(|| run::on_sim(case, profile, cdev));
+            let simulated = scope.spawn(|| run::on_sim(case, profile, which));
             (run::on_real(case), simulated.join().unwrap_or_default())
         });
         let _ = write!(record, "== {}\n{real}", case.name);

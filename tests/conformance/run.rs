@@ -16,6 +16,26 @@ pub(crate) const CONTROL: &str = "VFIO_CONFORMANCE_CONTROL";
 /// Where the machine's parameters can be written, on a real kernel.
 const LIMIT: &str = "/sys/module/vfio_iommu_type1/parameters/dma_entry_limit";
 
+/// Which cases a kernel is asked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cases {
+    All,
+    /// It has neither iommufd nor cdevs.
+    WithoutCdev,
+    /// It differs in having them from one that is asked the rest.
+    CdevAlone,
+}
+
+impl Cases {
+    fn are_for(self, case: &Case) -> bool {
+        match self {
+            Cases::All => true,
+            Cases::WithoutCdev => !case.cdev,
+            Cases::CdevAlone => case.cdev,
+        }
+    }
+}
+
 /// The command line.
 pub(crate) struct Options {
     pub(crate) filters: Vec<String>,
@@ -53,15 +73,14 @@ impl Options {
         options
     }
 
-    /// The cases for a machine of the lab that the filters let through, those that want cdevs only
-    /// where the kernel has them.
-    pub(crate) fn cases(&self, machine: &str, cdev: bool) -> Vec<Case> {
+    /// The cases for a kernel and a machine of the lab that the filters let through.
+    pub(crate) fn cases(&self, machine: &str, which: Cases) -> Vec<Case> {
         let wanted = |case: &Case| {
             let fits = |filter: &String| {
                 if self.exact { case.name == *filter } else { case.name.contains(filter) }
             };
             case.machine == machine
-                && (cdev || !case.cdev)
+                && which.are_for(case)
                 && (self.filters.is_empty() || self.filters.iter().any(fits))
         };
         cases::all().into_iter().filter(wanted).collect()
@@ -100,10 +119,11 @@ pub(crate) fn on_real(case: &Case) -> String {
     transcript
 }
 
-/// Runs a case on a new simulation of a kernel, which has cdevs or not.
-pub(crate) fn on_sim(case: &Case, profile: Profile, cdev: bool) -> String {
+/// Runs a case on a new simulation of a kernel.
+pub(crate) fn on_sim(case: &Case, profile: Profile, which: Cases) -> String {
     let mut topology = machine(case.machine).with_kernel(profile);
-    topology.cdev = Some(cdev);
+    topology.owner_rights = case.rights;
+    topology.cdev = Some(which != Cases::WithoutCdev);
     if let Some(limit) = case.limit {
         topology.dma_entry_limit = limit;
     }

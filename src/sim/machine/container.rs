@@ -139,7 +139,7 @@ impl Machine {
             if !self.noiommu_extension(kind) {
                 return Err(Errno::ENODEV);
             }
-            if !caller.capable(Capability::SysRawio) {
+            if !self.has_right(caller, Capability::SysRawio) {
                 return Err(Errno::EPERM);
             }
             Iommu::NoIommu
@@ -178,7 +178,7 @@ impl Machine {
         viable: bool,
         caller: &dyn Caller,
     ) -> Result<(), Errno> {
-        if noiommu && !caller.capable(Capability::SysRawio) {
+        if noiommu && !self.has_right(caller, Capability::SysRawio) {
             return Err(Errno::EPERM);
         }
         let container = self.containers.get(&id).ok_or(Errno::EBADF)?;

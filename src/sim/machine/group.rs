@@ -67,7 +67,7 @@ impl Machine {
             return Err(Errno::ENOENT);
         }
         self.may_open(caller)?;
-        if noiommu && !caller.capable(Capability::SysRawio) {
+        if noiommu && !self.has_right(caller, Capability::SysRawio) {
             return Err(Errno::EPERM);
         }
         // Used by its cdevs, or open already.
@@ -220,7 +220,7 @@ impl Machine {
         if first && !ready {
             return Err(Errno::EINVAL);
         }
-        if first && group.facts.noiommu && !caller.capable(Capability::SysRawio) {
+        if first && group.facts.noiommu && !self.has_right(caller, Capability::SysRawio) {
             return Err(Errno::EPERM);
         }
         self.first_or_next_open(index);

@@ -111,14 +111,14 @@ impl Context {
         Ok(())
     }
 
-    fn rlimit_mode(&mut self, user: &UserStruct, caller: &dyn Caller) -> Result<u64, Errno> {
+    fn rlimit_mode(&mut self, user: &UserStruct, may_set: bool) -> Result<u64, Errno> {
         if user.u32(12) != 0 {
             return Err(Errno::EOPNOTSUPP);
         }
         match user.u16(8) {
             GET => Ok(self.per_process.into()),
             SET => {
-                if !caller.capable(Capability::SysResource) {
+                if !may_set {
                     return Err(Errno::EPERM);
                 }
                 if !self.objects.is_empty() {
@@ -155,12 +155,12 @@ impl Context {
         Ok(value)
     }
 
-    fn option(&mut self, user: &mut UserStruct, caller: &dyn Caller) -> Result<(), Errno> {
+    fn option(&mut self, user: &mut UserStruct, may_set: bool) -> Result<(), Errno> {
         if user.u16(10) != 0 {
             return Err(Errno::EOPNOTSUPP);
         }
         let value = match user.u32(4) {
-            uapi::iommufd_option_IOMMU_OPTION_RLIMIT_MODE => self.rlimit_mode(user, caller)?,
+            uapi::iommufd_option_IOMMU_OPTION_RLIMIT_MODE => self.rlimit_mode(user, may_set)?,
             uapi::iommufd_option_IOMMU_OPTION_HUGE_PAGES => self.large_pages(user)?,
             _ => return Err(Errno::EOPNOTSUPP),
         };
@@ -216,11 +216,13 @@ impl Machine {
             return Err(Errno::E2BIG);
         }
         let page = self.page();
+        let option = number == request::IOMMU_OPTION.number;
+        let may_set = option && self.has_right(caller, Capability::SysResource);
         let context = self.contexts.get_mut(&id).ok_or(Errno::EBADF)?;
         let accounts = &mut self.accounts;
         let result = match number {
             _ if number == request::IOMMU_DESTROY.number => context.destroy(accounts, user.u32(4)),
-            _ if number == request::IOMMU_OPTION.number => context.option(user, caller),
+            _ if option => context.option(user, may_set),
             _ if number == request::IOAS_ALLOC.number => {
                 if user.u32(4) != 0 {
                     return Err(Errno::EOPNOTSUPP);

@@ -150,6 +150,12 @@ impl Machine {
         if may { Ok(()) } else { Err(Errno::EACCES) }
     }
 
+    /// Whether a caller has a capability that using a device takes.
+    fn has_right(&self, caller: &dyn Caller, right: Capability) -> bool {
+        let as_owner = self.topology.owner_rights && caller.uid() == self.owner;
+        as_owner || caller.capable(right)
+    }
+
     /// ioctl(2) on an open file.
     ///
     /// # Errors

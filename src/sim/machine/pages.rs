@@ -24,6 +24,8 @@ pub(super) struct Pages {
     process: Arc<dyn Caller + Send + Sync>,
     mm: Mm,
     payer: Payer,
+    /// How much the payer may have pinned, as the process last said.
+    limit: u64,
     pub(super) writable: bool,
     /// How many areas have some of it.
     pub(super) areas: u32,
@@ -45,8 +47,8 @@ impl Pages {
             true => Payer::Process(mm),
             false => Payer::User(caller.uid()),
         };
-        let process = caller.keep();
-        Self { source, process, mm, payer, writable, areas: 0, filled: Vec::new() }
+        let (process, limit) = (caller.keep(), accounts.limit(caller));
+        Self { source, process, mm, payer, limit, writable, areas: 0, filled: Vec::new() }
     }
 
     /// The address that the kernel takes its alignment from.
@@ -70,14 +72,17 @@ impl Pages {
         accounts: &mut Accounts,
         (first, last): (u64, u64),
     ) -> Result<(), Errno> {
-        let limit = accounts.limit(&*self.process);
+        // Its limit outlives the process.
+        if self.is_alive() {
+            self.limit = accounts.limit(&*self.process);
+        }
         let mut charged = 0;
         for (first, last) in self.gaps(first, last) {
             let size = (last - first + 1) * PAGE;
             // Pages are pinned one after the other: what comes first, the end of the limit or of
             // the memory, says which error it is.
             let result = self.reachable(first * PAGE, size).and_then(|reachable| {
-                accounts.charge(self.payer, limit, reachable)?;
+                accounts.charge(self.payer, self.limit, reachable)?;
                 charged += reachable;
                 if reachable < size { Err(Errno::EFAULT) } else { Ok(()) }
             });
@@ -113,12 +118,17 @@ impl Pages {
     pub(super) fn move_to(&mut self, accounts: &mut Accounts, payer: Payer, caller: &dyn Caller) {
         accounts.uncharge(self.payer, self.pinned_bytes());
         (self.payer, self.process, self.mm) = (payer, caller.keep(), caller.mm());
+        self.limit = accounts.limit(caller);
+    }
+
+    fn is_alive(&self) -> bool {
+        self.process.mm() == self.mm
     }
 
     /// How many of `size` bytes from `offset` on can be pinned.
     fn reachable(&self, offset: u64, size: u64) -> Result<u64, Errno> {
         match self.source {
-            Source::Process(start) if self.process.mm() == self.mm => {
+            Source::Process(start) if self.is_alive() => {
                 let bytes = self.process.accessible(start + offset, size, self.writable);
                 Ok(bytes & !(PAGE - 1))
             }

@@ -245,6 +245,33 @@ fn a_vf_wants_the_token_of_its_pf() {
 }
 
 #[test]
+fn a_vf_by_its_own_node_wants_the_token_on_newer_kernels_only() {
+    let root = &Someone::ROOT;
+    let (wrong, right) = (Some(2), Some(1));
+    for (kernel, expected) in [
+        (Profile::V6_12, [Some(Errno::EINVAL), Some(Errno::EINVAL), None]),
+        (Profile::V7_2, [Some(Errno::EACCES), None, Some(Errno::EINVAL)]),
+    ] {
+        let (older, ..) = pf_and_vf();
+        let topology = Topology { cdev: Some(true), ..older.topology().clone() };
+        let machine = &mut Machine::new(topology.with_kernel(kernel), 0);
+        let iommufd = machine.open(&Node::Iommu, root).unwrap();
+        let device = machine.open(&Node::Cdev(1), root).unwrap();
+        let mut bind = |token: Option<u8>| {
+            let mut bytes = vec![0; 24];
+            bytes[0] = if token.is_some() { 24 } else { 16 };
+            bytes[4] = u8::from(token.is_some());
+            let token = token.map(|last| [&[0; 15][..], &[last]].concat());
+            let fds = vec![(8, Some(Named::File(iommufd)))];
+            let mut arg = CallArg::Struct(UserStruct { bytes, fds, out: token });
+            machine.ioctl(device, request::DEVICE_BIND_IOMMUFD.number, &mut arg, root).err()
+        };
+        // 7.2 has it bound by the time of the last one; 6.12 wants no token and knows none.
+        assert_eq!([bind(wrong), bind(right), bind(None)], expected, "{kernel:?}");
+    }
+}
+
+#[test]
 fn a_bus_reset_wants_every_group_it_hits() {
     let machine = &mut machine(Profile::V6_12);
     let root = &Someone::ROOT;

@@ -97,11 +97,15 @@ fn files_overflow(t: &Script) {
 
 fn files_outlive_their_process(t: &Script) {
     let (iommufd, ioas) = t.ioas();
-    let agent = Agent::start();
+    let agent = Agent::unprivileged(4 * PAGE);
     agent.ask("take-iommufd", &[iommufd.as_fd()]);
     t.note("agent maps", agent.ask(&format!("ioas-map-file {ioas} 0 4"), &[]));
+    t.note("and more", agent.ask(&format!("ioas-map-file {ioas} 16 1"), &[]));
     agent.kill();
     let device = t.bound(device::EDU0, &iommufd);
+    // So does its limit.
+    t.value("attach", device.attach_iommufd_pt(ioas));
+    t.value("unmap one", iommufd.ioas_unmap(ioas, 16 * PAGE, PAGE));
     t.value("attach", device.attach_iommufd_pt(ioas));
     t.value("unmap", iommufd.ioas_unmap_all(ioas));
 }

@@ -3,15 +3,17 @@
 use crate::agent::Agent;
 use crate::script::{PAGE, Script, device, memory};
 use std::os::fd::AsFd;
-use vfio_broker::kernel::{Arg, DmaMap, Group, IommuType, request};
+use vfio_broker::kernel::{Arg, Device, DmaMap, Group, IommuType, Iommufd, request};
 
 super::cases![
     no_intremap_type,
     no_intremap_again,
+    no_intremap_cdev,
     no_iommu_open,
     no_iommu_types,
     no_iommu_device,
     no_iommu_without_rights,
+    no_iommu_cdev,
 ];
 
 fn no_intremap_type(t: &Script) {
@@ -31,6 +33,15 @@ fn no_intremap_again(t: &Script) {
     t.ok("type", container.set_iommu(IommuType::Type1v2));
     t.ok("detach", group.unset_container());
     t.ok("type", container.set_iommu(IommuType::Type1v2));
+}
+
+fn no_intremap_cdev(t: &Script) {
+    let iommufd = t.iommufd();
+    let device = t.cdev(device::EDU0);
+    t.value("bind", device.bind_iommufd(&iommufd));
+    t.value("ioas", iommufd.ioas_alloc());
+    t.value("ids", device.pci_ids());
+    t.ok("group", Group::open(t.kernel(), t.node(device::EDU0)));
 }
 
 fn no_iommu_open(t: &Script) {
@@ -87,4 +98,16 @@ fn no_iommu_without_rights(t: &Script) {
     let open = t.ok("device", group.device(device::E1000E));
     t.note("device", agent.ask(&format!("open-device {}", device::E1000E), &[]));
     drop(open);
+}
+
+fn no_iommu_cdev(t: &Script) {
+    t.ok("iommufd", Iommufd::open(t.kernel()));
+    let number = t.cdev_number(device::E1000E);
+    t.note("name", number.is_some());
+    let path =
+        format!("bus/pci/devices/{}/vfio-dev/vfio{}/dev", device::E1000E, number.unwrap_or(0));
+    t.note("node in sysfs", t.kernel().sysfs_read(&path).map(|_| ()));
+    if let Some(number) = number {
+        t.ok("open", Device::open_cdev(t.kernel(), number, "e1000e"));
+    }
 }

@@ -35,6 +35,8 @@ pub(crate) struct Case {
     pub(crate) limit: Option<u32>,
     /// Whether it needs rights to give up, so that only root can run it.
     pub(crate) root: bool,
+    /// Whether it takes rights that are not even every root's.
+    pub(crate) rights: bool,
     /// Whether it is for kernels with iommufd and cdevs alone.
     pub(crate) cdev: bool,
     pub(crate) run: fn(&Script),
@@ -50,6 +52,7 @@ macro_rules! cases {
                 machine: "default",
                 limit: None,
                 root: false,
+                rights: false,
                 cdev: false,
                 run: $name,
             }),*]
@@ -96,17 +99,26 @@ pub(crate) fn all() -> Vec<Case> {
             "map::as_many_as_the_limit" | "map::the_limit_comes_after_overlap" => {
                 case.limit = Some(3);
             }
-            name if name.starts_with("machines::no_intremap") => case.machine = "no-intremap",
+            name if name.starts_with("machines::no_intremap") => {
+                case.machine = "no-intremap";
+                case.cdev = name.ends_with("_cdev");
+            }
             name if name.starts_with("machines::no_iommu") => {
                 (case.machine, case.root) = ("no-iommu", true);
+                case.cdev = name.ends_with("_cdev");
             }
+            // What a kernel without them says.
+            "iommufd::opens"
+            | "cdev::nodes"
+            | "cdev::opens_that_do_not_work"
+            | "cdev::attach_of_a_device_from_its_group" => case.cdev = false,
             "lifetimes::nodes_of_others"
             | "iommufd::nodes_of_others"
-            | "iommufd::rlimit_mode"
-            | "iommufd::rlimit_mode_of_one_in_use"
             | "iommufd::rlimit_mode_wants_a_right"
-            | "charges::each_process_has_its_own_limit"
             | "charges::root_is_not_charged" => case.root = true,
+            "iommufd::rlimit_mode"
+            | "iommufd::rlimit_mode_of_one_in_use"
+            | "charges::each_process_has_its_own_limit" => case.rights = true,
             _ => {}
         }
     }
