@@ -35,7 +35,7 @@ pub(super) async fn serve(daemon: Rc<Daemon>, listener: UnixListener) {
         Ok(watched) => watched,
         Err(failure) => return error!(%failure, "can't wait for connections"),
     };
-    let mut failures = RateLimit::default();
+    let mut failures = RateLimit::new(20);
     loop {
         let mut readable = match watched.readable().await {
             Ok(readable) => readable,

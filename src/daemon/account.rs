@@ -2,6 +2,7 @@
 //! tenant, by uid.
 
 use super::closer::{Closer, Lane};
+use super::limit::RateLimit;
 use crate::policy::{Peer, Policy, Refusal, Tenant};
 use crate::protocol::{Error, Handout};
 use std::cell::{Cell, RefCell};
@@ -22,8 +23,10 @@ enum Owner {
     Stranger(u32),
 }
 
-/// The part of all connections that strangers may have together: a user can have very many uids.
+/// The part of all connections that strangers may have together, and the most: a user can have very
+/// many uids, and each connection can hold half a message.
 const STRANGERS_PART: usize = 8;
+const MOST_STRANGERS: usize = 1000;
 
 /// All accounts, and all connections.
 #[derive(Debug)]
@@ -52,6 +55,8 @@ pub(super) struct Account {
     pub(super) most_requests: usize,
     /// Whether its calls can need open files: only MapDma's do.
     pub(super) sends_fds: bool,
+    /// What is denied it and gets into the log.
+    pub(super) denials: RefCell<RateLimit>,
     /// What a stranger gets for every call but the introspection.
     pub(super) denied: Option<Error>,
 }
@@ -94,7 +99,7 @@ impl Accounts {
         if self.connections.get() >= self.most_connections {
             return Err(over("connections of all clients together", self.most_connections));
         }
-        let most_strangers = self.most_connections / STRANGERS_PART;
+        let most_strangers = (self.most_connections / STRANGERS_PART).min(MOST_STRANGERS);
         if account.is_stranger() && self.strangers.get() >= most_strangers {
             return Err(over("connections of all who have no tenant", most_strangers));
         }
@@ -152,6 +157,7 @@ impl Account {
             own_lane: closer.lane(),
             requests: Arc::new(Semaphore::new(most_requests)),
             most_requests,
+            denials: RefCell::new(RateLimit::new(20)),
             sends_fds: tenant.as_ref().is_ok_and(|tenant| may_map(tenant)),
             denied: tenant.err().map(Error::from),
         }

@@ -14,7 +14,11 @@ impl Connection {
         let names = request.devices.iter().map(ToString::to_string).collect::<Vec<_>>();
         let work = move |broker: &Broker, caller: &Caller| broker.acquire(caller, &request);
         // A grant that nobody waits for is dropped, its lifeline with it: the lease ends.
-        let grant = self.on_worker("Acquire", names.join(" "), work, |_, _, _| {}).await?;
+        let grant = self.on_worker("Acquire", names.join(" "), work, |_, _, _| {}).await;
+        if let Err(Error::Quarantined { .. } | Error::Conflict { .. }) = grant {
+            self.daemon.wanted.notify_one();
+        }
+        let grant = grant?;
         if grant.reply.handout == Handout::Container {
             // The broker keeps all but the lease pipe: no close of ours is the last one.
             let fds = grant.fds.into_iter().map(SentFd::Made).collect();

@@ -187,7 +187,7 @@ impl Connection {
 
     /// An error as its answer, logged as it deserves.
     fn refuse(&self, error: &Error) -> Answer {
-        self.daemon.log_refusal(&self.caller.peer, error);
+        Daemon::log_refusal(&self.seat.account, &self.caller.peer, error);
         Answer::error(error)
     }
 }

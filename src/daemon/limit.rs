@@ -2,17 +2,21 @@
 
 use std::time::{Duration, Instant};
 
-/// At most [`RateLimit::BURST`] in each [`RateLimit::PERIOD`]; the rest is counted.
-#[derive(Debug, Default)]
+/// At most so many in each [`RateLimit::PERIOD`]; the rest is counted.
+#[derive(Debug)]
 pub(super) struct RateLimit {
+    burst: u32,
     since: Option<Instant>,
     passed: u32,
     held_back: u64,
 }
 
 impl RateLimit {
-    pub(super) const BURST: u32 = 20;
     pub(super) const PERIOD: Duration = Duration::from_secs(10);
+
+    pub(super) const fn new(burst: u32) -> Self {
+        Self { burst, since: None, passed: 0, held_back: 0 }
+    }
 
     /// Whether one more may pass now; if so, how many were held back before it.
     pub(super) fn pass(&mut self, now: Instant) -> Option<u64> {
@@ -21,7 +25,7 @@ impl RateLimit {
             self.since = Some(now);
             self.passed = 0;
         }
-        if self.passed == Self::BURST {
+        if self.passed == self.burst {
             self.held_back += 1;
             return None;
         }
@@ -36,8 +40,8 @@ mod tests {
 
     #[test]
     fn a_burst_passes_and_the_rest_is_counted() {
-        let (mut limit, start) = (RateLimit::default(), Instant::now());
-        for _ in 0..RateLimit::BURST {
+        let (mut limit, start) = (RateLimit::new(20), Instant::now());
+        for _ in 0..20 {
             assert_eq!(limit.pass(start), Some(0));
         }
         assert_eq!(limit.pass(start), None);

@@ -35,9 +35,8 @@ pub use start::{StartError, run};
 use crate::broker::Broker;
 use crate::policy::Peer;
 use crate::protocol::{Error, MAX_MESSAGE};
-use account::Accounts;
+use account::{Account, Accounts};
 use closer::Closer;
-use limit::RateLimit;
 use observer::DaemonObserver;
 use porter::Porters;
 use std::cell::RefCell;
@@ -53,6 +52,8 @@ struct Daemon {
     observer: Arc<DaemonObserver>,
     /// Told when something may have become pending for [`reclaim::retry`].
     pending: Arc<Notify>,
+    /// Told when somebody wants what is pending.
+    wanted: Notify,
     accounts: Rc<Accounts>,
     porters: Rc<Porters>,
     deadlines: Deadlines,
@@ -60,7 +61,6 @@ struct Daemon {
     names_units: bool,
     /// What is received passes through here, so that idle connections have no buffers.
     buffer: RefCell<Box<[u8]>>,
-    denials: RefCell<RateLimit>,
 }
 
 /// How long is waited for what others may never do.
@@ -82,6 +82,7 @@ impl Daemon {
             broker,
             observer,
             pending: Arc::default(),
+            wanted: Notify::new(),
             accounts: Rc::new(Accounts::new(most_connections, Closer::new()?)),
             porters: Rc::default(),
             deadlines: Deadlines {
@@ -91,15 +92,15 @@ impl Daemon {
             },
             names_units,
             buffer: RefCell::new(vec![0; MAX_MESSAGE].into()),
-            denials: RefCell::default(),
         })
     }
 
-    /// What is denied is the administrator's business; what else goes wrong is the client's.
-    fn log_refusal(&self, peer: &Peer, error: &Error) {
+    /// What is denied is the administrator's business; what else goes wrong is the client's. Each
+    /// account has its own measure, so that nobody's denials hide another's.
+    fn log_refusal(account: &Account, peer: &Peer, error: &Error) {
         let (uid, pid) = (peer.uid, peer.pid);
         if let Error::Denied { rule, reason } = error {
-            if let Some(held_back) = self.denials.borrow_mut().pass(Instant::now()) {
+            if let Some(held_back) = account.denials.borrow_mut().pass(Instant::now()) {
                 let (rule, reason) = (log::excerpt(rule), log::excerpt(reason));
                 info!(uid, pid, rule, reason, held_back, "denied");
             }

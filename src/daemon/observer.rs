@@ -1,10 +1,13 @@
 //! What the broker tells the daemon, on whichever thread it does.
 
 use super::lifelines::Lifelines;
+use super::limit::RateLimit;
 use crate::broker::{LifelineId, Observer};
 use crate::protocol::{Event, EventKind};
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 use tokio::sync::broadcast;
 use tracing::{debug, error, info, warn};
 
@@ -16,11 +19,28 @@ const QUEUE: usize = 256;
 pub(super) struct DaemonObserver {
     pub(super) lifelines: Lifelines,
     pub(super) events: broadcast::Sender<Arc<Event>>,
+    /// By tenant, so that nobody's leases push another's out of the log.
+    lines: Mutex<HashMap<String, RateLimit>>,
 }
+
+/// How many lines about a tenant's leases get into the log.
+const LINES: u32 = 400;
 
 impl DaemonObserver {
     pub(super) fn new() -> Result<Self, nix::errno::Errno> {
-        Ok(Self { lifelines: Lifelines::new()?, events: broadcast::Sender::new(QUEUE) })
+        let (lifelines, events) = (Lifelines::new()?, broadcast::Sender::new(QUEUE));
+        Ok(Self { lifelines, events, lines: Mutex::default() })
+    }
+
+    fn may_log(&self, tenant: &str) -> bool {
+        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let limit = lines.entry(tenant.to_owned()).or_insert_with(|| RateLimit::new(LINES));
+        let passed = limit.pass(Instant::now());
+        drop(lines);
+        if let Some(held_back @ 1..) = passed {
+            warn!(tenant, held_back, "too many leases for the log: lines are missing");
+        }
+        passed.is_some()
     }
 }
 
@@ -36,19 +56,25 @@ impl Observer for DaemonObserver {
     }
 
     fn event(&self, event: &Event) {
-        let Event { event: kind, lease, vm, tenant, devices, .. } = event;
-        let devices = devices.join(" ");
-        match kind {
-            EventKind::Acquired => info!(lease, vm, tenant, devices, "lease begins"),
-            EventKind::Extended => info!(lease, vm, tenant, devices, "lease grows"),
-            EventKind::Released => info!(lease, vm, tenant, devices, "lease ends: released"),
-            EventKind::Gone => info!(lease, vm, tenant, devices, "lease ends: holder gone"),
-            EventKind::Reclaimed => debug!(lease, vm, tenant, devices, "devices are free again"),
-            EventKind::Quarantined => {
-                warn!(lease, vm, tenant, devices, "devices are not known to be free: still in use");
-            }
+        if self.may_log(&event.tenant) {
+            log(event);
         }
         // An error says that nobody watches.
         let _ = self.events.send(Arc::new(event.clone()));
+    }
+}
+
+fn log(event: &Event) {
+    let Event { event: kind, lease, vm, tenant, devices, .. } = event;
+    let devices = devices.join(" ");
+    match kind {
+        EventKind::Acquired => info!(lease, vm, tenant, devices, "lease begins"),
+        EventKind::Extended => info!(lease, vm, tenant, devices, "lease grows"),
+        EventKind::Released => info!(lease, vm, tenant, devices, "lease ends: released"),
+        EventKind::Gone => info!(lease, vm, tenant, devices, "lease ends: holder gone"),
+        EventKind::Reclaimed => debug!(lease, vm, tenant, devices, "devices are free again"),
+        EventKind::Quarantined => {
+            warn!(lease, vm, tenant, devices, "devices are not known to be free: still in use");
+        }
     }
 }

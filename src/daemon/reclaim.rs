@@ -12,6 +12,7 @@ use tokio::task::spawn_blocking;
 use tracing::error;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const WANTED_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Reclaims each lease whose lifelines have all hung up. `hang_ups` is
@@ -56,6 +57,8 @@ pub(super) async fn retry(daemon: Rc<Daemon>) {
                 tokio::time::sleep(FIRST_PAUSE).await;
                 pause = FIRST_PAUSE;
             }
+            // No more often than this, however often somebody asks.
+            () = daemon.wanted.notified() => tokio::time::sleep(WANTED_PAUSE).await,
             () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
         }
         let broker = Arc::clone(&daemon.broker);

@@ -19,8 +19,14 @@ fn who_has_no_tenant_may_ask_what_this_is() {
         assert!(denied["rule"].as_str().unwrap().starts_with("default deny"), "{denied}");
     }
     stranger.call("Topology", json!({})).error("Denied");
-    let logged = daemon.log().lines().filter(|line| line.contains("denied")).count();
-    assert!((1..50).contains(&logged), "{logged} lines");
+    let logged = |uid: &str| {
+        let log = daemon.log();
+        log.lines().filter(|line| line.contains("denied") && line.contains(uid)).count()
+    };
+    assert!((1..50).contains(&logged("uid=12345")), "{} lines", logged("uid=12345"));
+    // What is left out of one's own does not hide another's.
+    as_uid(12346, || daemon.connect()).unwrap().call("Topology", json!({})).error("Denied");
+    assert_eq!(logged("uid=12346"), 1);
     // Few connections, and they come back.
     for _ in 0..3 {
         let mut more: Vec<Raw> = (0..15).map(|_| connect().unwrap()).collect();
