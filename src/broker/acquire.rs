@@ -203,7 +203,7 @@ impl Broker {
             return Ok(group);
         }
         let now = host::Group::scan(&*self.kernel, id)?;
-        let blockers = now.map_or(Vec::new(), |group| group.blockers());
+        let blockers = now.map_or(Vec::new(), |group| group.blockers(|_| false));
         if blockers.is_empty() {
             let why = "the kernel calls it not viable although no driver of the host has a device \
                        of it: something else owns its DMA";

@@ -34,7 +34,7 @@ impl Broker {
         let allowed = |group: &host::Group| self.any_allowed(tenant, group);
         let ledger = self.books().ledger.clone();
         let seen = host.groups.values().filter(|group| observes || allowed(group));
-        let groups = seen.map(|group| self.describe_group(caller, group, &ledger));
+        let groups = seen.map(|group| self.describe_group(caller, tenant, group, &ledger));
         Ok(Groups { groups: groups.collect() })
     }
 
@@ -42,7 +42,13 @@ impl Broker {
         group.devices.iter().any(|device| self.policy.device(tenant, &device.facts).allowed)
     }
 
-    fn describe_group(&self, caller: &Caller, group: &host::Group, ledger: &Ledger) -> Group {
+    fn describe_group(
+        &self,
+        caller: &Caller,
+        tenant: &Tenant,
+        group: &host::Group,
+        ledger: &Ledger,
+    ) -> Group {
         let known = ledger.group(group.id);
         let lease = known.and_then(|known| ledger.lease(known.lease));
         let lease = lease.filter(|lease| self.may_see(caller, &lease.tenant));
@@ -61,10 +67,11 @@ impl Broker {
                 device: format!("{:04x}", device.facts.device),
                 class: format!("{:06x}", device.facts.class),
                 driver: device.driver.clone(),
+                vfio: device.on_vfio,
                 lease: lease.filter(has).map(|lease| lease.id.to_string()),
             }
         };
-        let blockers = group.blockers();
+        let blockers = group.blockers(|device| self.policy.device(tenant, &device.facts).allowed);
         let devices = group.devices.iter().map(device).collect();
         Group { id: group.id, viable: blockers.is_empty(), state, blockers, devices }
     }

@@ -115,8 +115,8 @@ impl Broker {
                     why: format!(
                         "it is in no IOMMU group: switch the IOMMU on (VT-d or AMD-Vi in the \
                          firmware, intel_iommu=on), or have no-IOMMU mode on \
-                         (vfio.enable_unsafe_noiommu_mode=1) and the device on vfio-pci ({})",
-                        device.blocker().fix
+                         (vfio.enable_unsafe_noiommu_mode=1) and the device on vfio-pci{}",
+                        device.fix().map_or(String::new(), |fix| format!(" ({fix})"))
                     ),
                 });
             }
@@ -201,6 +201,10 @@ impl Broker {
         used: bool,
     ) -> Result<(), Error> {
         self.policy.device(tenant, &device.facts).ok()?;
+        if used && device.is_bridge() {
+            let why = "it is a bridge, which cannot be handed out".into();
+            return Err(Error::Unsupported { what: device.bdf().to_string(), why });
+        }
         // Whoever has the group's open file can open each of its devices, named or not.
         if handout != Handout::Devices {
             for other in group.devices.iter().filter(|other| other.on_vfio) {
@@ -221,9 +225,9 @@ impl Broker {
         } else if unsafe_interrupts {
             self.policy.risk(tenant, Risk::UnsafeInterrupts).ok()?;
         }
-        let mut blockers = group.blockers();
+        let mut blockers = group.blockers(|other| self.policy.device(tenant, &other.facts).allowed);
         if used && !device.on_vfio && blockers.iter().all(|b| b.bdf != device.bdf().to_string()) {
-            blockers.insert(0, device.blocker());
+            blockers.insert(0, device.blocker(true));
         }
         if blockers.is_empty() {
             return Ok(());

@@ -2,7 +2,7 @@
 
 use super::style::Style;
 use crate::client;
-use crate::protocol::{Error, Holder};
+use crate::protocol::{Blocker, Error, Holder};
 use serde_json::{Value, json};
 use std::process::ExitCode;
 
@@ -123,8 +123,8 @@ fn tell(error: Error) -> (String, Vec<String>, Option<String>) {
         ),
         Error::NotViable { group, blockers } => (
             format!("group {group} can't be used: not all of it is on VFIO drivers"),
-            blockers.iter().map(|b| format!("{} is on {}: {}", b.bdf, b.driver, b.fix)).collect(),
-            Some("or name what is not to be used with --withhold".into()),
+            blockers.iter().map(Blocker::with_fix).collect(),
+            not_viable(&blockers),
         ),
         Error::Busy { device, holder, since } => (
             format!("{device} is busy"),
@@ -151,6 +151,21 @@ fn tell(error: Error) -> (String, Vec<String>, Option<String>) {
         ),
         other => (other.to_string(), Vec::new(), None),
     }
+}
+
+/// What to do about blockers, beside what each says itself.
+fn not_viable(blockers: &[Blocker]) -> Option<String> {
+    // One without a driver is in the way of its own use alone.
+    if blockers.iter().all(|blocker| blocker.driver.is_none()) {
+        let name = blockers.first().map_or("", |blocker| &blocker.bdf);
+        return Some(format!(
+            "or, where another function of the group is wanted: --withhold {name} instead of \
+             --device {name}"
+        ));
+    }
+    let kept = blockers.iter().any(|blocker| blocker.fix.is_none());
+    let ask = "a function without a command is not yours to take: ask who looks after this host";
+    kept.then(|| ask.into())
 }
 
 fn held_by(holder: &Holder, since: Option<u64>) -> String {

@@ -41,18 +41,23 @@ impl Tree {
                 text += &self.device(branch, device, widest);
             }
             for blocker in &group.blockers {
-                let line = format!("{} is on {}: {}", blocker.bdf, blocker.driver, blocker.fix);
-                text += &format!("   {} {line}\n", self.style.red("!"));
+                text += &format!("   {} {blocker}\n", self.style.red("!"));
             }
         }
-        text
+        text + &self.how_to_bind(groups)
     }
 
     fn head(&self, group: &Group) -> String {
         let style = self.style;
         let state = match group.state {
-            GroupState::Free if group.viable => style.green("free"),
-            GroupState::Free => style.red("not viable"),
+            GroupState::Free if !group.viable => style.red("not viable"),
+            GroupState::Free if group.devices.iter().any(|device| device.vfio) => {
+                style.green("free")
+            }
+            GroupState::Free if group.devices.iter().all(is_bridge) => {
+                style.dim("a bridge: it cannot be handed out")
+            }
+            GroupState::Free => style.yellow("no VFIO driver"),
             GroupState::Held => style.yellow("held"),
             GroupState::Reclaiming => style.yellow("being taken back"),
             GroupState::Quarantined => style.red("not known to be free yet"),
@@ -61,7 +66,7 @@ impl Tree {
     }
 
     fn device(&self, branch: &str, device: &Device, widest: usize) -> String {
-        let Device { bdf, vendor, device: id, class, driver, lease } = device;
+        let Device { bdf, vendor, device: id, class, driver, lease, .. } = device;
         let driver = driver.as_deref().unwrap_or("-");
         let name = self.names.device(vendor, id);
         let class = self.style.dim(&self.names.class(class));
@@ -72,6 +77,26 @@ impl Tree {
         });
         format!("{branch} {bdf}  {driver:widest$}  {name}, {class}{holder}\n")
     }
+
+    /// Where to read how a device gets onto a VFIO driver: not here, where the command would stand
+    /// beside what the host needs.
+    fn how_to_bind(&self, groups: &[Group]) -> String {
+        let devices = groups.iter().flat_map(|group| &group.devices);
+        if devices.filter(|device| !is_bridge(device)).all(|device| device.vfio) {
+            return String::new();
+        }
+        let uid = nix::unistd::geteuid();
+        let command = format!("vfio-broker policy explain --uid {uid} --device ADDRESS");
+        let arrow = self.style.bold("->");
+        format!(
+            "{arrow} `{command}` says whether you may have a device, and how it gets onto a VFIO \
+             driver\n"
+        )
+    }
+}
+
+fn is_bridge(device: &Device) -> bool {
+    device.class.starts_with("0604")
 }
 
 #[cfg(test)]
@@ -85,15 +110,24 @@ mod tests {
             vendor: "8086".into(),
             device: "10d3".into(),
             class: "020000".into(),
-            driver: Some(driver.into()),
+            driver: (driver != "-").then(|| driver.into()),
+            vfio: driver == "vfio-pci",
             lease: lease.map(str::to_owned),
         }
     }
 
     #[test]
     fn the_tree_shows_drivers_holders_and_blockers() {
-        let blocker =
-            Blocker { bdf: "0000:00:1f.2".into(), driver: "ahci".into(), fix: "unbind it".into() };
+        let (bdf, driver) = ("0000:00:1f.2".to_owned(), Some("ahci".to_owned()));
+        let blocker = Blocker { bdf, driver, fix: Some("unbind it".into()) };
+        let free = |id, device| Group {
+            id,
+            viable: true,
+            state: GroupState::Free,
+            blockers: vec![],
+            devices: vec![device],
+        };
+        let port = Device { class: "060400".into(), ..device("0000:00:01.0", "pcieport", None) };
         let groups = [
             Group {
                 id: 7,
@@ -112,16 +146,29 @@ mod tests {
                 blockers: vec![blocker],
                 devices: vec![device("0000:00:1f.2", "ahci", None)],
             },
+            free(9, device("0000:66:00.0", "vfio-pci", None)),
+            free(10, device("0000:67:00.0", "-", None)),
+            free(11, port),
         ];
         let tree = Tree { style: Style::plain(), names: PciNames::default(), leases: vec![] };
+        let drawn = tree.draw(&groups);
+        let (drawn, hint) = drawn.split_once("->").unwrap();
         assert_eq!(
-            tree.draw(&groups),
+            drawn,
             "group 7  held\n\
              |- 0000:65:00.0  vfio-pci  [8086:10d3], class 020000  <- lease l1\n\
              `- 0000:65:00.1  vfio-pci  [8086:10d3], class 020000\n\
              group 8  not viable\n\
              `- 0000:00:1f.2  ahci      [8086:10d3], class 020000\n   \
-             ! 0000:00:1f.2 is on ahci: unbind it\n"
+             ! 0000:00:1f.2 is on ahci\n\
+             group 9  free\n\
+             `- 0000:66:00.0  vfio-pci  [8086:10d3], class 020000\n\
+             group 10  no VFIO driver\n\
+             `- 0000:67:00.0  -         [8086:10d3], class 020000\n\
+             group 11  a bridge: it cannot be handed out\n\
+             `- 0000:00:01.0  pcieport  [8086:10d3], class 060400\n"
         );
+        assert!(hint.contains("policy explain --uid"), "{hint}");
+        assert!(!tree.draw(&groups[2..3]).contains("->"), "nothing is left to bind");
     }
 }

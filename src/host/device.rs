@@ -16,11 +16,16 @@ pub struct Device {
     pub on_vfio: bool,
     /// Whether it can have VFs.
     pub sriov: bool,
+    /// Whether it is the display that the firmware started on: the host's console is there.
+    pub console: bool,
 }
 
 /// Drivers under which a device leaves its group viable although they are not VFIO's: they never
 /// touch DMA.
 const HARMLESS: [&str; 2] = ["pcieport", "pci-stub"];
+
+/// The class of displays.
+const DISPLAY: u32 = 3;
 
 impl Device {
     /// Reads one device; `None` where it is gone.
@@ -56,7 +61,10 @@ impl Device {
         };
         let total = gone_is_none(read(kernel, &format!("{path}/sriov_totalvfs")))?;
         let sriov = total.is_some_and(|text| text.trim().parse().is_ok_and(|count: u32| count > 0));
-        Ok(Some(Self { facts, driver, on_vfio, sriov }))
+        let console = facts.class >> 16 == DISPLAY
+            && gone_is_none(read(kernel, &format!("{path}/boot_vga")))?
+                .is_some_and(|text| text.trim() == "1");
+        Ok(Some(Self { facts, driver, on_vfio, sriov, console }))
     }
 
     /// Reads its serial number, which costs accesses to the device itself: only where a policy
@@ -78,29 +86,38 @@ impl Device {
         self.facts.class >> 8 == 0x0604
     }
 
-    /// What keeps the device's group from being viable, if this device does.
-    pub(super) fn blocks(&self) -> Option<Blocker> {
-        let driver = self.driver.as_deref()?;
-        let blocks = !self.on_vfio && !self.is_bridge() && !HARMLESS.contains(&driver);
-        blocks.then(|| self.blocker())
+    /// Whether it keeps its group from being viable.
+    pub(super) fn blocks(&self) -> bool {
+        let harmful = |driver: &str| !self.is_bridge() && !HARMLESS.contains(&driver);
+        !self.on_vfio && self.driver.as_deref().is_some_and(harmful)
     }
 
-    /// The device as something that stands in the way, and how it gets onto vfio-pci.
-    pub fn blocker(&self) -> Blocker {
+    /// The device as something that stands in the way. How it gets onto vfio-pci is only for those
+    /// who may have it.
+    pub fn blocker(&self, may_have: bool) -> Blocker {
+        Blocker {
+            bdf: self.bdf().to_string(),
+            driver: self.driver.clone(),
+            fix: self.fix().filter(|_| may_have),
+        }
+    }
+
+    /// How it gets onto vfio-pci; none where it is there already, and for what the host can't spare:
+    /// a bridge, and the display that its console is on.
+    pub fn fix(&self) -> Option<String> {
+        if self.on_vfio || self.is_bridge() || self.console {
+            return None;
+        }
         let bdf = self.bdf();
         let device = format!("/sys/bus/pci/devices/{bdf}");
         let unbind = self
             .driver
             .as_ref()
             .map_or(String::new(), |_| format!(" && echo {bdf} > {device}/driver/unbind"));
-        Blocker {
-            bdf: bdf.to_string(),
-            driver: self.driver.clone().unwrap_or_else(|| "no driver".into()),
-            fix: format!(
-                "modprobe vfio-pci && echo vfio-pci > {device}/driver_override{unbind} && \
-                 echo {bdf} > /sys/bus/pci/drivers_probe"
-            ),
-        }
+        Some(format!(
+            "modprobe vfio-pci && echo vfio-pci > {device}/driver_override{unbind} && \
+             echo {bdf} > /sys/bus/pci/drivers_probe"
+        ))
     }
 }
 

@@ -56,8 +56,15 @@ impl Group {
     }
 
     /// What keeps it from being viable: devices on drivers of the host that do DMA. A device
-    /// without a driver, a bridge and a port of one do not.
-    pub fn blockers(&self) -> Vec<Blocker> {
-        self.devices.iter().filter_map(Device::blocks).collect()
+    /// without a driver, a bridge and a port of one do not. `may_have` says of which one the asker
+    /// may be told how to take it from the host.
+    pub fn blockers(&self, may_have: impl Fn(&Device) -> bool) -> Vec<Blocker> {
+        let blocking = self.devices.iter().filter(|device| device.blocks());
+        blocking.map(|device| device.blocker(may_have(device))).collect()
+    }
+
+    /// Whether nothing keeps it from being opened.
+    pub fn is_viable(&self) -> bool {
+        !self.devices.iter().any(Device::blocks)
     }
 }

@@ -68,19 +68,37 @@ fn a_bridge_and_a_driverless_function_block_nothing() {
     let sim = machine();
     let group = Group::scan(&*sim.kernel(), 1).unwrap().unwrap();
     assert!(group.devices[0].is_bridge());
-    let blockers = group.blockers();
+    let blockers = group.blockers(|_| true);
     assert_eq!(blockers.len(), 1);
-    assert_eq!((&*blockers[0].bdf, &*blockers[0].driver), ("0000:01:00.1", "snd_hda_intel"));
+    assert_eq!(blockers[0].to_string(), "0000:01:00.1 is on snd_hda_intel");
     let device = "/sys/bus/pci/devices/0000:01:00.1";
     assert_eq!(
-        blockers[0].fix,
+        blockers[0].fix.as_deref().unwrap(),
         format!(
             "modprobe vfio-pci && echo vfio-pci > {device}/driver_override && echo 0000:01:00.1 > \
              {device}/driver/unbind && echo 0000:01:00.1 > /sys/bus/pci/drivers_probe"
         )
     );
+    assert_eq!(group.blockers(|_| false)[0].fix, None);
     sim.set_driver("0000:01:00.1", None).unwrap();
-    assert!(Group::scan(&*sim.kernel(), 1).unwrap().unwrap().blockers().is_empty());
+    assert!(Group::scan(&*sim.kernel(), 1).unwrap().unwrap().is_viable());
+}
+
+#[test]
+fn nobody_is_told_to_take_a_bridge_or_the_hosts_console() {
+    let machine = |driver: &str, boot: bool| {
+        let display = format!(
+            "kernel = \"6.12\"\n[[group]]\nid = 2\ndevice = [{{ bdf = \"0000:00:02.0\", vendor = 1, \
+             device = 1, class = 0x030000, driver = \"{driver}\", boot_vga = {boot} }}]\n"
+        );
+        let sim = Sim::start(Topology::from_toml(&display).unwrap()).unwrap();
+        Group::scan(&*sim.kernel(), 2).unwrap().unwrap().devices.remove(0)
+    };
+    assert!(machine("i915", true).console && machine("i915", true).fix().is_none());
+    assert!(!machine("i915", false).console && machine("i915", false).fix().is_some());
+    assert!(machine("vfio-pci", false).fix().is_none(), "it is there already");
+    let bridge = &Group::scan(&*self::machine().kernel(), 1).unwrap().unwrap().devices[0];
+    assert!(bridge.is_bridge() && bridge.fix().is_none());
 }
 
 #[test]

@@ -137,7 +137,11 @@ impl Ledger {
             // not.
             let has = self.groups.contains_key(&group.id) && !group.withhold.is_empty();
             if group.devices.is_empty() && !has {
-                return Err(bad("devices", format!("nothing of group {} is to be used", group.id)));
+                let why = format!(
+                    "of group {} all is withheld: a device of it to be used must be named too",
+                    group.id
+                );
+                return Err(bad("withhold", why));
             }
             self.check_functions(lease, group)?;
         }

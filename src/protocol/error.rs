@@ -22,10 +22,30 @@ pub struct Holder {
 pub struct Blocker {
     /// Which function.
     pub bdf: String,
-    /// The driver it is on.
-    pub driver: String,
-    /// What to do about it.
-    pub fix: String,
+    /// The driver it is on, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
+    /// What to do about it, for those who may have it; none for what the host can't spare.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fix: Option<String>,
+}
+
+impl std::fmt::Display for Blocker {
+    /// Where it is, without the fix.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.driver {
+            Some(driver) => write!(f, "{} is on {driver}", self.bdf),
+            None => write!(f, "{} has no driver", self.bdf),
+        }
+    }
+}
+
+impl Blocker {
+    /// Where it is, and what to do about it.
+    pub fn with_fix(&self) -> String {
+        let fix = self.fix.as_ref().map_or(String::new(), |fix| format!(": {fix}"));
+        format!("{self}{fix}")
+    }
 }
 
 /// Everything that a call can fail with.
@@ -98,8 +118,7 @@ pub enum Error {
 }
 
 fn list(blockers: &[Blocker]) -> String {
-    let each = blockers.iter().map(|b| format!("{} is on {} ({})", b.bdf, b.driver, b.fix));
-    each.collect::<Vec<_>>().join("; ")
+    blockers.iter().map(Blocker::with_fix).collect::<Vec<_>>().join("; ")
 }
 
 fn held_by(holder: &Option<Holder>, since: &Option<u64>) -> String {

@@ -217,6 +217,8 @@ pub struct Device {
     pub class: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub driver: Option<String>,
+    #[serde(default)]
+    pub vfio: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<String>,
 }

@@ -166,7 +166,22 @@ fn topology_shows_groups_devices_and_what_is_in_the_way() {
     let tree = printed(Some(&broker), &["topology"]);
     assert!(tree.contains("group 15  held\n"), "{tree}");
     assert!(tree.contains("<- web1 of "), "{tree}");
-    assert!(tree.contains(&format!("! {AHCI} is on ahci")), "{tree}");
+    assert!(tree.contains(&format!("! {AHCI} is on ahci\n")), "{tree}");
+    for state in ["group 1  a bridge", "group 19  no VFIO driver", "group 14  free"] {
+        assert!(tree.contains(state), "no {state} in:\n{tree}");
+    }
+    // Nobody is shown how to take what the host needs: its disk, its console, its root port.
+    assert!(!tree.contains("unbind") && !tree.contains("modprobe"), "{tree}");
+    assert!(group(17)["blockers"][0]["fix"].as_str().unwrap().contains("unbind"));
+    for kept in [1, 2, 18] {
+        for blocker in group(kept)["blockers"].as_array().unwrap() {
+            assert_eq!(blocker.get("fix"), None, "{blocker}");
+        }
+    }
+    assert_eq!(
+        (&group(15)["devices"][0]["vfio"], &group(19)["devices"][0]["vfio"]),
+        (&true.into(), &false.into())
+    );
     assert!(!tree.contains('\x1b'), "coloured although it is no terminal: {tree}");
     holder.end();
 }

@@ -218,7 +218,11 @@ fn the_topology_shows_what_one_may_have() {
     assert_eq!(groups[1].devices[0].lease.as_ref(), Some(&held.reply.lease));
     assert_eq!(groups[1].state, crate::protocol::GroupState::Held);
     assert!(!groups[3].viable && groups[3].blockers[0].bdf == "0000:04:00.1");
-    assert!(groups[3].blockers[0].fix.contains("driver_override"));
+    assert_eq!(groups[3].blockers[0].fix, None, "who only looks is not told how to take it");
+    assert!(groups[2].devices[0].vfio && !groups[2].devices[1].vfio);
+    let theirs = world.broker.topology(&caller(1000)).unwrap().groups;
+    let blocker = theirs.iter().find_map(|group| group.blockers.first()).unwrap();
+    assert!(blocker.fix.as_ref().unwrap().contains("driver_override"));
     let hidden = world.broker.topology(&caller(1002)).unwrap().groups;
     assert_eq!(hidden[0].devices[0].lease, None);
 }

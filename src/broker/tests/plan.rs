@@ -30,14 +30,15 @@ fn what_stands_in_the_way_is_named_with_its_remedy() {
     else {
         panic!("it is not viable")
     };
-    assert_eq!((&*blockers[0].bdf, &*blockers[0].driver), ("0000:04:00.1", "i40e"));
-    assert!(blockers[0].fix.contains("0000:04:00.1/driver/unbind"));
+    assert_eq!(blockers[0].to_string(), "0000:04:00.1 is on i40e");
+    assert!(blockers[0].with_fix().contains("0000:04:00.1/driver/unbind"));
     // A function without a driver does not block, but can't be used.
     drop(world.acquire(1000, &want(&["0000:03:00.0"])).unwrap());
     let error = world.acquire(1000, &want(&["0000:03:00.1"])).unwrap_err();
     let Error::NotViable { blockers, .. } = error else { panic!("{error}") };
-    assert_eq!((&*blockers[0].bdf, &*blockers[0].driver), ("0000:03:00.1", "no driver"));
-    assert!(!blockers[0].fix.contains("unbind"));
+    assert_eq!(blockers[0].to_string(), "0000:03:00.1 has no driver");
+    let fix = blockers[0].fix.as_deref().unwrap();
+    assert!(fix.contains("drivers_probe") && !fix.contains("unbind"), "{fix}");
     world.serve_hang_ups();
     world.assert_idle();
 }
@@ -226,4 +227,15 @@ fn a_serial_number_is_asked_for_where_the_policy_names_one() {
     let world = World::of(machine, &policy("00-1b-21-ff-ff-a0-c3-02"));
     let reason = denied(world.acquire(1000, &want(&["0000:02:00.0"])).unwrap_err());
     assert!(reason.contains("00-1b-21-ff-ff-a0-c3-01"), "{reason}");
+}
+
+#[test]
+fn a_bridge_is_not_handed_out_whatever_the_policy_says() {
+    let machine = "kernel = \"6.12\"\n[[group]]\nid = 1\ndevice = [{ bdf = \"0000:00:01.0\", \
+                   vendor = 1, device = 1, class = 0x060400, driver = \"pcieport\", bridge = true }]\n";
+    let policy = "version = 1\n[[tenant]]\nname = \"a\"\nuser = 1000\ndevices = [\"0001:0001\"]\n";
+    let world = World::of(machine, policy);
+    let error = world.acquire(1000, &want(&["0000:00:01.0"])).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { .. }), "{error}");
+    assert!(!error.to_string().contains("unbind"), "{error}");
 }

@@ -28,7 +28,7 @@ pub(super) fn plan(named: &[String]) -> Result<Plan, Failure> {
         let bdf = device.bdf().to_string();
         device.on_vfio && (named.is_empty() || named.contains(&bdf))
     };
-    let groups = host.groups.values().filter(|group| !group.noiommu && group.blockers().is_empty());
+    let groups = host.groups.values().filter(|group| !group.noiommu && group.is_viable());
     let mut groups = groups
         .map(|group| group.devices.iter().filter(|d| wanted(d)).map(|d| d.bdf().to_string()))
         .map(Iterator::collect::<Vec<_>>)
@@ -54,7 +54,7 @@ fn check_named(host: &Host, name: &str) -> Result<(), Failure> {
         return Err(Failure::new(format!("{name} is on {driver}, not on a VFIO driver"))
             .advise(HOW_TO_GIVE_ONE));
     }
-    let blockers = group.blockers();
+    let blockers = group.blockers(|_| true);
     if blockers.is_empty() {
         return Ok(());
     }

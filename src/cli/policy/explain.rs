@@ -173,7 +173,7 @@ driver = "e1000e"
             "not tenant \"root\" (line 2)",
             "rule: tenant \"alice\" devices[0], policy.toml:9",
             "handouts: container",
-            "group 26 is not viable: 0000:65:00.1 is on e1000e: modprobe",
+            "group 26 is not viable: 0000:65:00.1 is on e1000e\n",
             "0000:65:00.1 is in the same group, and may not be named",
             "tenant \"kvm\" in line 11 is for this caller too",
         ] {

@@ -3,7 +3,7 @@
 use super::check::words;
 use crate::host::{Device, Group};
 use crate::policy::{Decision, Peer, Policy, Risk, Tenant, Trust, Verb};
-use crate::protocol::{Backend, Bdf, Blocker, Handout};
+use crate::protocol::{Backend, Bdf, Handout};
 use serde::Serialize;
 
 /// What is known of the device.
@@ -79,15 +79,19 @@ impl Explanation {
             obstacles: Vec::new(),
             notes: Vec::new(),
         };
-        match policy.tenant(peer) {
+        let tenant = policy.tenant(peer);
+        match &tenant {
             Ok(tenant) => explanation.of_tenant(policy, tenant, peer, found),
             Err(refusal) => {
-                let (rule, reason) = (refusal.rule, refusal.reason);
+                let (rule, reason) = (refusal.rule.clone(), refusal.reason.clone());
                 let decision = Decision { allowed: false, rule, reason };
                 explanation.decisions.push(Step { about: "tenant".into(), decision });
             }
         }
-        explanation.of_host(found);
+        let may_have = |device: &Device| {
+            tenant.as_ref().is_ok_and(|tenant| policy.device(tenant, &device.facts).allowed)
+        };
+        explanation.of_host(found, may_have);
         explanation
     }
 
@@ -155,7 +159,7 @@ impl Explanation {
         }
     }
 
-    fn of_host(&mut self, found: &Found<'_>) {
+    fn of_host(&mut self, found: &Found<'_>, may_have: impl Fn(&Device) -> bool) {
         let bdf = self.device;
         match found {
             Found::Nowhere => self.obstacles.push(format!(
@@ -165,21 +169,23 @@ impl Explanation {
                 "{bdf} is in no IOMMU group: is the IOMMU on (intel_iommu=on, or in the firmware)?"
             )),
             Found::InGroup { device, .. } if device.is_bridge() => {
-                self.obstacles.push(format!("{bdf} is a bridge: VFIO takes none"));
+                self.obstacles.push(format!("{bdf} is a bridge: it cannot be handed out"));
             }
             Found::InGroup { group, device, .. } => {
-                let blockers = group.blockers();
-                let blocks = blockers.iter().any(|blocker| blocker.bdf == bdf.to_string());
-                let own = (!device.on_vfio && !blocks).then(|| device.blocker());
-                let allowed = self.allowed;
                 // How to take a device from the host is told to those who may have it only.
-                let told = |what: &str, Blocker { bdf, driver, fix }: Blocker| {
-                    let fix = if allowed { format!(": {fix}") } else { String::new() };
-                    format!("{what}: {bdf} is on {driver}{fix}")
-                };
-                self.obstacles.extend(own.map(|own| told("not on a VFIO driver", own)));
-                let group = format!("group {} is not viable", group.id);
-                self.obstacles.extend(blockers.into_iter().map(|each| told(&group, each)));
+                let told = self.allowed;
+                if !device.on_vfio {
+                    let own = device.blocker(told).with_fix();
+                    self.obstacles.push(format!("not on a VFIO driver: {own}"));
+                    if device.console {
+                        self.obstacles.push(format!("the host's console is on {bdf}"));
+                    }
+                }
+                let blockers = group.blockers(|other| told && may_have(other)).into_iter();
+                for other in blockers.filter(|blocker| blocker.bdf != bdf.to_string()) {
+                    let other = other.with_fix();
+                    self.obstacles.push(format!("group {} is not viable: {other}", group.id));
+                }
             }
         }
     }
