@@ -1,6 +1,6 @@
 //! `vfio-broker leases`: who has what.
 
-use super::style::{ago, bytes, columns, print, print_json};
+use super::style::{ago, all_printable, bytes, columns, print, print_json};
 use super::{Context, Failure};
 use crate::protocol::{Lease, LeaseList};
 
@@ -14,8 +14,9 @@ pub(super) fn run(context: &Context, _: &Args) -> Result<(), Failure> {
         return Ok(print_json(&LeaseList { leases })?);
     }
     if leases.is_empty() {
-        return Ok(print("no leases\n")?);
+        return Ok(print("no leases that you may see\n")?);
     }
+    let leases = all_printable(leases)?;
     let head = ["LEASE", "VM", "TENANT", "UID", "PID", "HANDOUT", "CONTAINER", "DEVICES", "MAPPED"];
     let mut rows = vec![head.iter().chain(&["FOR"]).map(ToString::to_string).collect()];
     rows.extend(leases.iter().map(row));

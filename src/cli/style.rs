@@ -1,5 +1,8 @@
 //! How things look: colour on a terminal only, columns, sizes and times.
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
 use std::io::{IsTerminal, Write};
 
 /// Whether to colour.
@@ -54,9 +57,57 @@ pub(super) fn print(text: &str) -> std::io::Result<()> {
     }
 }
 
+/// Writes to standard error; where that is closed or full there is nobody to be told.
+pub(super) fn complain(text: &str) {
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+/// Text from elsewhere as it may stand in a line on a terminal: what could move the cursor, hide
+/// text or turn it round is escaped.
+pub(super) fn printable(text: &str) -> String {
+    let mut clean = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character {
+            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
+                clean.extend(character.escape_unicode())
+            }
+            _ if character.is_control() => clean.extend(character.escape_default()),
+            _ => clean.push(character),
+        }
+    }
+    clean
+}
+
+/// The same for text of several lines.
+pub(super) fn printable_lines(text: &str) -> String {
+    text.split('\n').map(printable).collect::<Vec<_>>().join("\n")
+}
+
+/// What came from the broker, each string of it printable.
+pub(super) fn all_printable<T: Serialize + DeserializeOwned>(value: T) -> std::io::Result<T> {
+    let mut value = serde_json::to_value(value)?;
+    clean(&mut value);
+    Ok(serde_json::from_value(value)?)
+}
+
+fn clean(value: &mut Value) {
+    match value {
+        Value::String(text) => *text = printable(text),
+        Value::Array(list) => list.iter_mut().for_each(clean),
+        Value::Object(fields) => fields.values_mut().for_each(clean),
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
+}
+
 /// Writes a value as JSON, on lines of its own.
-pub(super) fn print_json(value: &impl serde::Serialize) -> std::io::Result<()> {
+pub(super) fn print_json(value: &impl Serialize) -> std::io::Result<()> {
     let text = serde_json::to_string_pretty(value)?;
+    print(&(text + "\n"))
+}
+
+/// Writes a value as JSON, on one line: for programs that read line by line.
+pub(super) fn print_json_line(value: &impl Serialize) -> std::io::Result<()> {
+    let text = serde_json::to_string(value)?;
     print(&(text + "\n"))
 }
 
@@ -112,8 +163,13 @@ pub(super) fn ago(at: u64) -> String {
 
 /// A time in seconds since 1970 with its age: `02:04:10 UTC, 3 min ago`.
 pub(super) fn since(at: u64) -> String {
+    format!("{} UTC, {} ago", clock(at), ago(at))
+}
+
+/// The time of day, in UTC, of a time in seconds since 1970: `02:04:10`.
+pub(super) fn clock(at: u64) -> String {
     let (hours, minutes, seconds) = (at / 3600 % 24, at / 60 % 60, at % 60);
-    format!("{hours:02}:{minutes:02}:{seconds:02} UTC, {} ago", ago(at))
+    format!("{hours:02}:{minutes:02}:{seconds:02}")
 }
 
 fn now() -> u64 {
@@ -124,6 +180,7 @@ fn now() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn columns_are_as_wide_as_their_widest_cell() {
@@ -147,6 +204,15 @@ mod tests {
         assert!(since(1_795_225_946).starts_with("01:52:26 UTC, "), "{}", since(1_795_225_946));
         assert_eq!(since(now() - 3600).split(", ").nth(1), Some("60 min ago"));
         assert_eq!(ago(now() - 7 * 86_400), "7 d");
+    }
+
+    #[test]
+    fn what_comes_from_elsewhere_moves_no_cursor() {
+        assert_eq!(printable("\x1b[2Jü\u{9b}1m\n\u{202e}"), r"\u{1b}[2Jü\u{9b}1m\n\u{202e}");
+        assert_eq!(printable_lines("a\nb\r"), "a\nb\\r");
+        let value = json!({ "a": ["\x07", { "b": "\t" }], "c": 1 });
+        let clean = all_printable(value).unwrap();
+        assert_eq!(clean, json!({ "a": ["\\u{7}", { "b": "\\t" }], "c": 1 }));
     }
 
     #[test]

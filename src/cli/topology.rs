@@ -1,7 +1,7 @@
 //! `vfio-broker topology`: the IOMMU groups as a tree, with who holds what and what is in the way.
 
 use super::pci_names::PciNames;
-use super::style::{Style, print, print_json};
+use super::style::{Style, all_printable, print, print_json};
 use super::{Context, Failure};
 use crate::protocol::{Device, Group, GroupState, Groups, Lease};
 
@@ -18,7 +18,7 @@ pub(super) fn run(context: &Context, _: &Args) -> Result<(), Failure> {
     if groups.is_empty() {
         return Ok(print("no groups that the policy lets you see\n")?);
     }
-    let leases = broker.leases()?;
+    let (groups, leases) = (all_printable(groups)?, all_printable(broker.leases()?)?);
     let tree = Tree { style: context.style, names: PciNames::load(), leases };
     Ok(print(&tree.draw(&groups))?)
 }
