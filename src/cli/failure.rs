@@ -1,8 +1,8 @@
 //! What went wrong, for a person, for a program, and as an exit code.
 
-use super::style::Style;
+use super::style::{Style, complain, printable, printable_lines};
 use crate::client;
-use crate::protocol::{Blocker, Error, Holder};
+use crate::protocol::{Bdf, Blocker, Error, Holder};
 use serde_json::{Value, json};
 use std::process::ExitCode;
 
@@ -23,6 +23,7 @@ const FAILED: u8 = 1;
 pub(super) const DENIED: u8 = 3;
 const BUSY: u8 = 4;
 const NO_BROKER: u8 = 5;
+const SOME_DEVICE: &str = "--device ADDRESS";
 
 impl Failure {
     pub(super) fn new(what: impl Into<String>) -> Self {
@@ -50,28 +51,52 @@ impl Failure {
     /// Tells it on standard error; returns the exit code.
     pub(super) fn report(&self, json: bool) -> ExitCode {
         if json {
-            eprintln!("{}", self.json);
+            complain(&format!("{}\n", self.as_json()));
         } else {
-            eprint!("{}", self.text(&Style::of(&std::io::stderr())));
+            complain(&self.text(&Style::of(&std::io::stderr())));
         }
         ExitCode::from(self.code)
     }
 
+    fn as_json(&self) -> Value {
+        let mut json = self.json.clone();
+        json["hint"] = json!(self.advice);
+        json
+    }
+
     fn text(&self, style: &Style) -> String {
-        let mut text = format!("vfio-broker: {}\n", style.red(&self.what));
+        let what = printable_lines(&self.what);
+        let mut text = format!("vfio-broker: {}\n", style.red(&what));
         for line in &self.details {
-            text += &format!("  {line}\n");
+            text += &format!("  {}\n", printable(line));
         }
         if let Some(advice) = &self.advice {
-            text += &format!("  {} {advice}\n", style.bold("->"));
+            text += &format!("  {} {}\n", style.bold("->"), printable(advice));
         }
         text
+    }
+
+    /// The same, about these devices: advice that needs one names the first.
+    pub(super) fn about(mut self, devices: &[String]) -> Self {
+        let named = devices.iter().find(|device| device.parse::<Bdf>().is_ok());
+        if let (Some(advice), Some(device)) = (&mut self.advice, named) {
+            *advice = advice.replace(SOME_DEVICE, &format!("--device {device}"));
+        }
+        self
+    }
+
+    /// The broker is there no more.
+    pub(super) fn gone() -> Self {
+        let what = "the broker has gone".to_owned();
+        let json = json!({ "error": "Lost", "message": what });
+        let advice = Some("its log says why, or vfio-brokerd was stopped".to_owned());
+        Self { code: NO_BROKER, what, details: Vec::new(), advice, json }
     }
 }
 
 impl From<client::Error> for Failure {
     fn from(error: client::Error) -> Self {
-        let message = error.to_string();
+        let message = printable(&error.to_string());
         let kind = match error {
             client::Error::Broker(refusal) => return refusal.into(),
             client::Error::Connect { .. } => "Connect",
@@ -103,6 +128,7 @@ impl From<Error> for Failure {
             _ => FAILED,
         };
         let (what, details, advice) = tell(error);
+        let what = printable(&what);
         Self { code, what, details, advice, json }
     }
 }
@@ -116,25 +142,27 @@ impl From<std::io::Error> for Failure {
 /// What happened, what goes with it, what to do.
 fn tell(error: Error) -> (String, Vec<String>, Option<String>) {
     match error {
-        Error::Denied { rule, reason } => (
-            format!("denied: {reason}"),
-            vec![format!("the rule that decided: {rule}")],
-            Some("`vfio-broker policy explain` shows how the policy decides, and for whom".into()),
-        ),
+        Error::Denied { rule, reason } => {
+            let advice = explain(&rule, &reason);
+            (format!("denied: {reason}"), vec![format!("the rule that decided: {rule}")], advice)
+        }
         Error::NotViable { group, blockers } => (
             format!("group {group} can't be used: not all of it is on VFIO drivers"),
             blockers.iter().map(Blocker::with_fix).collect(),
             not_viable(&blockers),
         ),
-        Error::Busy { device, holder, since } => (
-            format!("{device} is busy"),
-            holder.iter().map(|holder| held_by(holder, since)).collect(),
-            Some("`vfio-broker watch` tells when it is given back".into()),
-        ),
+        Error::Busy { device, holder, since } => {
+            // Only who may know the holder is told of its leases' ends.
+            let advice = holder.as_ref().map_or("try again later".into(), |holder| {
+                format!("`vfio-broker watch {}` tells when it is given back", holder.lease)
+            });
+            let holder = holder.iter().map(|holder| held_by(holder, since)).collect();
+            (format!("{device} is busy"), holder, Some(advice))
+        }
         Error::Quarantined { device, since, reason } => (
             format!("{device} is not known to be free yet"),
             vec![format!("{reason}; so since {}", super::style::since(since))],
-            Some("whoever still has it open must close it; `vfio-broker watch` tells when".into()),
+            Some("whoever still has it open must close it; then try again".into()),
         ),
         Error::Kernel { call, object, errno, name, hint } => {
             (format!("the kernel refused {call} on {object}: {name} ({errno})"), vec![], Some(hint))
@@ -151,6 +179,24 @@ fn tell(error: Error) -> (String, Vec<String>, Option<String>) {
         ),
         other => (other.to_string(), Vec::new(), None),
     }
+}
+
+/// The command that shows how the policy decided, as far as the refusal tells what to fill in.
+fn explain(rule: &str, reason: &str) -> Option<String> {
+    // ", FILE:LINE" is how a rule ends, or ", FILE".
+    let file = rule.rsplit_once(", ").map_or("", |(_, file)| file);
+    let file = file.split(':').next().unwrap_or_default();
+    let policy = match file.strip_suffix(".policy.toml") {
+        _ if file == "built-in policy" => return None,
+        _ if file.is_empty() || file == "policy.toml" => String::new(),
+        Some(simulated) => format!(" --sim DIRECTORY/{simulated}.toml"),
+        None => format!(" --policy DIRECTORY/{file}"),
+    };
+    let mut words = reason.split(|c: char| c.is_whitespace() || c == ';');
+    let device = words.find(|word| word.parse::<Bdf>().is_ok());
+    let device = device.map_or(SOME_DEVICE.to_owned(), |device| format!("--device {device}"));
+    let uid = nix::unistd::geteuid();
+    Some(format!("`vfio-broker policy explain --uid {uid} {device}{policy}` shows how it decides"))
 }
 
 /// What to do about blockers, beside what each says itself.
@@ -197,6 +243,69 @@ mod tests {
     }
 
     #[test]
+    fn a_refusal_comes_with_the_command_that_explains_it() {
+        let advice = |rule: &str, reason: &str| {
+            let (rule, reason) = (rule.to_owned(), reason.to_owned());
+            Failure::from(Error::Denied { rule, reason }).about(&["0000:01:00.0".into()]).advice
+        };
+        let start =
+            format!("`vfio-broker policy explain --uid {} --device", nix::unistd::geteuid());
+        let cases = [
+            (
+                "deny[0] devices[0], policy.toml:3",
+                "0000:06:00.0 (8086:1) is denied",
+                "0000:06:00.0`",
+            ),
+            ("default deny, policy.toml", "no tenant is for uid 7", "0000:01:00.0`"),
+            ("default deny, x.toml", "no", "0000:01:00.0 --policy DIRECTORY/x.toml`"),
+            ("default deny, x.policy.toml", "no", "0000:01:00.0 --sim DIRECTORY/x.toml`"),
+        ];
+        for (rule, reason, end) in cases {
+            let said = advice(rule, reason).unwrap();
+            assert!(said.starts_with(&format!("{start} {end}")), "{said}");
+        }
+        assert_eq!(advice("deny[0], built-in policy:3", "no"), None);
+    }
+
+    #[test]
+    fn withholding_is_told_of_only_where_it_helps() {
+        let blocker = |driver: Option<&str>| Blocker {
+            bdf: "0000:05:00.1".into(),
+            driver: driver.map(str::to_owned),
+            fix: None,
+        };
+        let says = |blockers| text(Error::NotViable { group: 17, blockers });
+        assert!(says(vec![blocker(None)]).contains("--withhold 0000:05:00.1"));
+        assert!(!says(vec![blocker(None), blocker(Some("ahci"))]).contains("--withhold"));
+    }
+
+    #[test]
+    fn nothing_from_elsewhere_reaches_the_terminal_raw() {
+        let hostile = || "\x1b]0;x\x07\nvfio-broker: all is well".to_owned();
+        let holder = Holder { lease: hostile(), vm: hostile(), tenant: hostile(), uid: 0, pid: 0 };
+        let errors = [
+            Error::Busy { device: hostile(), holder: Some(holder), since: None },
+            Error::Denied { rule: hostile(), reason: hostile() },
+            Error::Conflict { what: hostile(), why: hostile() },
+        ];
+        for error in errors {
+            let said = text(error);
+            assert!(!said.contains(['\x1b', '\x07']), "{said:?}");
+            assert!(!said.contains("\nvfio-broker"), "a line of its own: {said:?}");
+        }
+    }
+
+    #[test]
+    fn every_failure_has_a_hint_for_programs_too() {
+        let known = Failure::new("x").advise("do y").as_json();
+        assert_eq!(known["hint"], "do y");
+        assert_eq!(Failure::new("x").as_json().get("hint"), Some(&Value::Null));
+        assert!(
+            Failure::from(Error::NoSuchDevice { device: "d".into() }).as_json()["hint"].is_string()
+        );
+    }
+
+    #[test]
     fn busy_names_the_holder() {
         let holder = Holder {
             lease: "l7".into(),
@@ -209,6 +318,10 @@ mod tests {
         assert_eq!(Failure::from(busy.clone()).code, BUSY);
         let text = text(busy);
         assert!(text.contains("web1 of alice (uid 1000, pid 42)"), "{text}");
+        assert!(text.contains("`vfio-broker watch l7` tells"), "{text}");
+        let unknown = Error::Busy { device: "d".into(), holder: None, since: None };
+        let text = self::text(unknown);
+        assert!(text.contains("try again later") && !text.contains("watch"), "{text}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `vfio-broker policy check`: what is wrong with a policy file, and what it says if nothing is.
 
 use super::{Context, Failure, load, path_or_default};
-use crate::cli::style::{Style, columns, print, print_json};
+use crate::cli::style::{Style, columns, complain, print, print_json};
 use crate::policy::{Policy, Problem, Problems, Severity, Tenant};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ pub(super) struct Args {
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
     let file = path_or_default(&args.file);
-    let policy = load(file)?;
+    let policy = load(file, "FILE after `policy check`")?;
     let (code, problems) = match &policy {
         Ok(policy) => (ExitCode::SUCCESS, policy.warnings()),
         Err(problems) => (ExitCode::FAILURE, problems),
@@ -26,11 +26,11 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
         return Ok(code);
     }
     for problem in problems.iter() {
-        eprintln!("{}\n", coloured(problem, Style::of(&std::io::stderr())));
+        complain(&format!("{}\n\n", coloured(problem, Style::of(&std::io::stderr()))));
     }
     match &policy {
         Ok(policy) => print(&summary(file, policy))?,
-        Err(problems) => eprintln!("{}: {}", file.display(), count(problems)),
+        Err(problems) => complain(&format!("{}: {}\n", file.display(), count(problems))),
     }
     Ok(code)
 }

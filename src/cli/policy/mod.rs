@@ -36,11 +36,11 @@ fn path_or_default(path: &Option<PathBuf>) -> &Path {
     path.as_deref().unwrap_or(Path::new(POLICY_PATH))
 }
 
-/// Reads a policy as the daemon does.
-fn load(path: &Path) -> Result<Result<Policy, Problems>, Failure> {
+/// Reads a policy as the daemon does. `other` is how the command line names another one.
+fn load(path: &Path, other: &str) -> Result<Result<Policy, Problems>, Failure> {
     let text = std::fs::read_to_string(path).map_err(|error| {
         Failure::new(format!("can't read the policy {}: {error}", path.display()))
-            .advise("name another with --policy FILE, or write one: docs/policy.md has examples")
+            .advise(format!("name another with {other}, or write one: docs/policy.md has examples"))
     })?;
     Ok(Policy::parse(&path.display().to_string(), &text, &SystemUsers))
 }
