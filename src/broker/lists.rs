@@ -19,6 +19,20 @@ impl Broker {
         Ok(LeaseList { leases: seen.map(describe).collect() })
     }
 
+    /// Whether there is such a lease, live or being taken back, that the caller may see. Never
+    /// blocks.
+    pub fn shows(&self, caller: &Caller, lease: &str) -> bool {
+        let Ok(id) = lease.parse() else { return false };
+        let tenant = self.books().ledger.lease(id).map(|lease| lease.tenant.clone());
+        tenant.is_some_and(|tenant| self.may_see(caller, &tenant))
+    }
+
+    /// All leases that are held. Never blocks.
+    pub fn held(&self) -> Vec<Lease> {
+        let books = self.books();
+        books.ledger.leases().filter(|lease| lease.phase == Phase::Held).map(describe).collect()
+    }
+
     /// The groups the caller may see: those with a device it may have, or with the right to observe
     /// all of them. Reads sysfs.
     ///

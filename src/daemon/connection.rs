@@ -186,7 +186,7 @@ impl Connection {
     }
 
     /// An error as its answer, logged as it deserves.
-    fn refuse(&self, error: &Error) -> Answer {
+    pub(super) fn refuse(&self, error: &Error) -> Answer {
         Daemon::log_refusal(&self.seat.account, &self.caller.peer, error);
         Answer::error(error)
     }

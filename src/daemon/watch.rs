@@ -2,13 +2,22 @@
 
 use super::connection::{Connection, Got, Lost};
 use super::outgoing::Answer;
-use crate::protocol::Watch;
+use crate::protocol::{Error, Watch};
 use tokio::sync::broadcast::error::RecvError;
 
 impl Connection {
-    /// Sends events until the peer closes, lags behind, or sends anything.
+    /// Sends events until the peer closes, lags behind, or sends anything. A lease that is not there
+    /// would be waited for without end: it is refused.
     pub(super) async fn watch(&mut self, watch: Watch) -> Result<(), Lost> {
         let mut events = self.daemon.observer.events.subscribe();
+        // Once events are being taken down, so that none of it is missed.
+        if let Some(lease) = watch.lease.as_ref()
+            && !self.daemon.broker.shows(&self.caller, lease)
+        {
+            let lease = lease.chars().take(64).collect();
+            let refusal = self.refuse(&Error::NoSuchLease { lease });
+            return self.send(refusal).await;
+        }
         loop {
             let event = tokio::select! {
                 event = events.recv() => event,

@@ -89,7 +89,7 @@ pub enum Error {
     NoSuchDevice { device: String },
     /// There is no such lease, or that is not its key.
     #[serde(rename = "org.vfiobroker.Broker.NoSuchLease")]
-    #[error("no lease {lease} with that key")]
+    #[error("no lease {lease}, or that is not its key")]
     NoSuchLease { lease: String },
     /// The request makes no sense.
     #[serde(rename = "org.vfiobroker.Broker.BadRequest")]
