@@ -1,6 +1,6 @@
 //! `vfio-broker acquire`: gets devices, shows what came, and holds them until told to stop.
 
-use super::style::{columns, print, print_json};
+use super::style::{columns, print, print_json_line, printable};
 use super::{Context, Failure};
 use crate::client::{Acquire, Lease};
 use crate::protocol::{FdKind, Handout};
@@ -8,9 +8,15 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::stat::{SFlag, fstat};
+use std::io::IsTerminal;
 use std::os::fd::{AsFd, AsRawFd};
 
 /// Get devices, show what came, and hold them until Ctrl-C or the end of input
+///
+/// They are given back at SIGINT (Ctrl-C), SIGTERM or SIGHUP, and at the end of standard input where
+/// that is a terminal or a pipe. In the background, and with standard input from /dev/null, only a
+/// signal ends it.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// What lists call the holder
@@ -23,17 +29,12 @@ pub(super) struct Args {
     /// A function of the same groups that nobody is to use meanwhile; may come several times
     #[arg(long, value_name = "DEVICE")]
     withhold: Vec<String>,
-    /// In which form the open files are given
-    #[arg(long, value_name = "FORM", value_parser = handout)]
+    /// In which form the open files are given [default: the policy's first]
+    #[arg(long, value_name = "FORM")]
     handout: Option<Handout>,
     /// Join this shared container of the policy
     #[arg(long, value_name = "NAME")]
     container: Option<String>,
-}
-
-fn handout(text: &str) -> Result<Handout, String> {
-    serde_json::from_value(text.into())
-        .map_err(|_| "one of container, group, devices, iommufd".to_owned())
 }
 
 impl Args {
@@ -61,59 +62,86 @@ pub(super) fn run(context: &Context, args: Args) -> Result<(), Failure> {
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
     signals.add(Signal::SIGHUP);
-    signals.thread_block().map_err(|errno| Failure::new(format!("sigprocmask: {errno}")))?;
+    // With this one blocked, reading a terminal in the background fails instead of stopping us.
+    let mut blocked = signals;
+    blocked.add(Signal::SIGTTIN);
+    blocked.thread_block().map_err(|errno| Failure::new(format!("sigprocmask: {errno}")))?;
 
     let mut broker = context.connect()?;
-    let lease = broker.acquire(args.request())?;
+    let named = args.devices.clone();
+    let lease = broker.acquire(args.request());
+    let lease = lease.map_err(|error| Failure::from(error).about(&named))?;
+    let input = ends();
     if context.json {
-        print_json(&shape(&lease))?;
+        print_json_line(&shape(&lease))?;
     } else {
-        print(&text(context, &lease))?;
+        print(&text(context, &lease, input))?;
     }
     let id = lease.id().to_owned();
-    if !wait(&lease, &signals).map_err(|errno| Failure::new(format!("poll: {errno}")))? {
+    if !wait(&lease, &signals, input).map_err(|errno| Failure::new(format!("poll: {errno}")))? {
         let what = format!("the broker has ended lease {id}");
-        return Err(Failure::new(what).advise("its log says why"));
+        return Err(Failure::new(what).advise("its log says why, or vfio-brokerd was stopped"));
     }
+    let shown = printable(&id);
     let proved = broker.release(lease)?;
     if context.json {
-        print_json(&serde_json::json!({ "lease": id, "released": true, "proved": proved }))?;
+        print_json_line(&serde_json::json!({ "lease": id, "released": true, "proved": proved }))?;
     } else {
         let state = if proved {
             "the kernel has shown that its devices are free"
         } else {
             "its devices are free once the kernel has shown that they are"
         };
-        print(&format!("released {id}: {state}\n"))?;
+        print(&format!("released {shown}: {state}\n"))?;
     }
     Ok(())
 }
 
-/// Waits for a signal or the end of input; false when the broker ends the lease before that.
-fn wait(lease: &Lease, signals: &SigSet) -> Result<bool, Errno> {
-    let signal = SignalFd::with_flags(signals, SfdFlags::SFD_CLOEXEC)?;
+/// Whether standard input ends because somebody wants to end it: that of a terminal, a pipe or a
+/// socket. `/dev/null` and files are at their end from the start, or soon.
+fn ends() -> bool {
     let input = std::io::stdin();
+    let kind = fstat(&input)
+        .map_or(SFlag::empty(), |stat| SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT);
+    input.is_terminal() || kind == SFlag::S_IFIFO || kind == SFlag::S_IFSOCK
+}
+
+/// How often is looked whether the terminal is ours again.
+const IN_BACKGROUND: u16 = 1000; // ms
+
+/// Waits for a signal or the end of input, if that is waited for; false when the broker ends the
+/// lease before that.
+fn wait(lease: &Lease, signals: &SigSet, input: bool) -> Result<bool, Errno> {
+    let signal = SignalFd::with_flags(signals, SfdFlags::SFD_CLOEXEC)?;
+    let stdin = std::io::stdin();
     let ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+    let mut background = false;
     loop {
-        let mut fds = [
+        let mut fds = vec![
             PollFd::new(lease.lifeline(), PollFlags::POLLIN),
             PollFd::new(signal.as_fd(), PollFlags::POLLIN),
-            PollFd::new(input.as_fd(), PollFlags::POLLIN),
         ];
-        match poll(&mut fds, PollTimeout::NONE) {
+        if input && !background {
+            fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
+        }
+        match poll(&mut fds, if background { IN_BACKGROUND.into() } else { PollTimeout::NONE }) {
             Err(Errno::EINTR) => continue,
             other => drop(other?),
         }
-        let [ended, told, typed] = &fds;
-        if ready(ended) {
+        background = false;
+        if fds.first().is_some_and(ready) {
             return Ok(false);
         }
-        if ready(told) {
+        if fds.get(1).is_some_and(ready) {
             return Ok(true);
         }
-        // What is typed means nothing; only its end does.
-        if ready(typed) && nix::unistd::read(input.as_fd(), &mut [0; 512]).unwrap_or(0) == 0 {
-            return Ok(true);
+        if fds.get(2).is_some_and(ready) {
+            // What is typed means nothing; only its end does.
+            match nix::unistd::read(&stdin, &mut [0; 512]) {
+                Ok(0) => return Ok(true),
+                Ok(_) | Err(Errno::EINTR | Errno::EAGAIN) => {}
+                Err(_) => background = true,
+            }
         }
     }
 }
@@ -140,23 +168,32 @@ fn shape(lease: &Lease) -> serde_json::Value {
 }
 
 /// The same for a person, without the key.
-fn text(context: &Context, lease: &Lease) -> String {
+fn text(context: &Context, lease: &Lease, input: bool) -> String {
     let shape = shape(lease);
     let field = |name: &str| shape[name].as_str().unwrap_or_default().to_owned();
     let row = |name: &str, value: String| vec![format!("  {name}"), value];
+    let backend = match &*field("iommu") {
+        "" | "none" => field("backend"),
+        iommu => format!("{}, {iommu}", field("backend")),
+    };
     let mut rows = vec![
         row("tenant", field("tenant")),
         row("devices", lease.devices().join(" ")),
-        row("backend", format!("{}, {}", field("backend"), field("iommu"))),
+        row("backend", backend),
         row("handout", field("handout")),
         row("container", field("container")),
     ];
+    rows.retain(|row| row.iter().all(|cell| !cell.is_empty()));
     for (i, file) in shape["fds"].as_array().into_iter().flatten().enumerate() {
         let (kind, name) = (file["kind"].as_str(), file["name"].as_str());
         let what = format!("{} {}", kind.unwrap_or_default(), name.unwrap_or_default());
         let title = if i == 0 { "open files" } else { "" };
         rows.push(row(title, format!("fd {}: {}", file["fd"], what.trim_end())));
     }
-    let head = context.style.bold(&format!("lease {} for {}", lease.id(), lease.vm()));
-    format!("{head}\n{}held until Ctrl-C or the end of input\n", columns(&rows))
+    let head = printable(&format!("lease {} for {}", lease.id(), lease.vm()));
+    for cell in rows.iter_mut().flatten() {
+        *cell = printable(cell);
+    }
+    let until = if input { "Ctrl-C or the end of input" } else { "SIGINT, SIGTERM or SIGHUP" };
+    format!("{}\n{}held until {until}\n", context.style.bold(&head), columns(&rows))
 }

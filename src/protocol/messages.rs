@@ -51,10 +51,16 @@ macro_rules! method {
 /// In which form the fds of a lease are given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Handout {
+    /// The container, attached, and its groups
     Container,
+    /// The groups alone
     Group,
+    /// The devices alone: the broker maps
     Devices,
+    // There is none yet.
+    #[cfg_attr(feature = "cli", value(skip))]
     Iommufd,
 }
 
