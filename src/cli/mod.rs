@@ -14,7 +14,8 @@ mod topology;
 mod watch;
 
 use crate::client::{self, Client};
-use clap::{Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser, Subcommand};
 use failure::Failure;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -54,6 +55,18 @@ enum Command {
     DemoAgent(demo::agent::Args),
 }
 
+/// The command line without what is hidden, for completions and manual pages.
+fn visible() -> clap::Command {
+    let whole = Cli::command();
+    let shown = whole.get_subcommands().filter(|command| !command.is_hide_set());
+    clap::Command::new("vfio-broker")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about(whole.get_about().cloned().unwrap_or_default())
+        .after_help(EXIT_CODES)
+        .args(whole.get_arguments().cloned())
+        .subcommands(shown.cloned())
+}
+
 /// What every subcommand is given.
 struct Context {
     socket: PathBuf,
@@ -70,6 +83,10 @@ impl Context {
 /// Runs the program: reads the command line, does what it says.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
+    if cli.socket.is_some() && matches!(cli.command, Command::Demo(_)) {
+        let why = "demo starts a broker of its own: it takes no --socket";
+        Cli::command().error(ErrorKind::ArgumentConflict, why).exit();
+    }
     let context = Context {
         socket: cli.socket.unwrap_or_else(client::socket_path),
         json: cli.json,
