@@ -7,6 +7,7 @@ use std::fs::Permissions;
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -54,7 +55,10 @@ impl Stage {
         let ready = UnixDatagram::bind(at("notify"))?;
 
         let mut command = Command::new("/proc/self/exe");
-        command.args(["daemon", "--", "--policy"]).arg(at("demo.policy.toml"));
+        // Whatever ends this process: the broker sees the end of its input, and cleans up. Ctrl-C is
+        // for this process alone.
+        command.args(["daemon", "--remove"]).arg(directory.path()).process_group(0);
+        command.args(["--", "--policy"]).arg(at("demo.policy.toml"));
         command.arg("--socket").arg(&socket);
         if let Some(topology) = plan.topology {
             std::fs::write(at("demo.toml"), topology)?;
