@@ -74,7 +74,9 @@ impl Policy {
         } else {
             ""
         };
-        Refusal { rule, reason: format!("no tenant is for gid {gid}, uid {uid}{overflow}") }
+        // A gid that stands for any is no news.
+        let gid = if *gid == OVERFLOW_ID { String::new() } else { format!("gid {gid}, ") };
+        Refusal { rule, reason: format!("no tenant is for {gid}uid {uid}{overflow}") }
     }
 
     /// Whether `tenant` has a right.

@@ -33,7 +33,8 @@ pub(super) struct Args {
     /// Its SELinux label
     #[arg(long, value_name = "LABEL")]
     label: Option<String>,
-    /// The policy [default: /etc/vfio-broker/policy.toml]
+    /// The policy [default: /etc/vfio-broker/policy.toml; with --sim NAME.toml, NAME.policy.toml
+    /// beside it]
     #[arg(long, value_name = "FILE")]
     policy: Option<PathBuf>,
     /// Ask about the simulated machine of this file instead of this one
@@ -47,21 +48,34 @@ fn uid(text: &str) -> Result<u32, String> {
 }
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
-    let path = path_or_default(&args.policy);
-    let policy = load(path)?.map_err(|problems| {
+    let beside = args.sim.as_ref().map(|sim| sim.with_extension("policy.toml"));
+    let named = args.policy.clone().or(beside);
+    let path = path_or_default(&named);
+    let policy = load(path, "--policy FILE")?.map_err(|problems| {
         Failure::new(format!("the policy {} can't be used:\n\n{problems}\n", path.display()))
     })?;
     // The simulation lasts as long as this.
     let sim = args.sim.as_deref().map(simulation).transpose()?;
     let kernel = sim.as_ref().map_or_else(|| Arc::new(Linux) as Arc<dyn Kernel>, Sim::kernel);
-    let explanation = explain(&policy, &peer(args), args.device, kernel.as_ref())
+    let peer = peer(args);
+    let mut explanation = explain(&policy, &peer, args.device, kernel.as_ref())
         .map_err(|error| Failure::new(format!("can't look at the device: {error}")))?;
+    if peer.groups.is_empty() {
+        let uid = peer.uid;
+        explanation.notes.push(format!(
+            "this machine has no user {uid}, so its groups are not known: name them with --gid"
+        ));
+    }
     if context.json {
         print_json(&explanation)?;
     } else {
         print(&explanation.text(context.style))?;
     }
-    Ok(if explanation.allowed { ExitCode::SUCCESS } else { ExitCode::from(DENIED) })
+    Ok(match explanation.verdict() {
+        Some(true) => ExitCode::SUCCESS,
+        Some(false) => ExitCode::from(DENIED),
+        None => ExitCode::FAILURE,
+    })
 }
 
 fn simulation(path: &Path) -> Result<Sim, Failure> {
@@ -79,6 +93,7 @@ fn peer(args: &Args) -> Peer {
         if args.gid.is_empty() { SystemUsers.groups_of(args.uid) } else { args.gid.clone() };
     Peer {
         uid: args.uid,
+        // Which is no tenant's group.
         gid: groups.first().copied().unwrap_or(OVERFLOW_ID),
         groups,
         pid: 0,
@@ -213,7 +228,7 @@ driver = "e1000e"
     #[test]
     fn a_device_that_is_not_there_is_not_called_allowed() {
         let answer = ask(peer(1000), "0000:66:00.0");
-        assert!(!answer.allowed);
+        assert_eq!(answer.verdict(), None);
         let text = text(&answer);
         assert!(text.contains("not known") && text.contains("there is no device"), "{text}");
     }

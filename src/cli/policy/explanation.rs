@@ -194,15 +194,21 @@ impl Explanation {
         self.decisions.push(Step { about: about.into(), decision });
     }
 
+    /// Yes, no, or that it can't be told because the device is not there.
+    pub(super) fn verdict(&self) -> Option<bool> {
+        let refused = self.decisions.iter().any(|step| !step.decision.allowed);
+        if self.allowed || refused { Some(self.allowed) } else { None }
+    }
+
     /// For a person.
     pub(super) fn text(&self, style: crate::cli::style::Style) -> String {
         let mut text = String::new();
         let mut line = |line: String| text += &(line + "\n");
         let (uid, device) = (self.uid, self.device);
-        let verdict = match (self.allowed, self.decisions.iter().any(|s| !s.decision.allowed)) {
-            (true, _) => style.green("allowed"),
-            (false, true) => style.red("denied"),
-            (false, false) => style.yellow("not known"),
+        let verdict = match self.verdict() {
+            Some(true) => style.green("allowed"),
+            Some(false) => style.red("denied"),
+            None => style.yellow("not known"),
         };
         line(format!("uid {uid} acquires {device}: {}", style.bold(&verdict)));
         for passed in &self.passed_over {
