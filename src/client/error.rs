@@ -3,7 +3,8 @@
 use crate::protocol::{self, FdKind};
 use crate::{fdpass, kernel};
 use nix::errno::Errno;
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The result of a call to the broker.
@@ -24,7 +25,7 @@ pub enum Error {
         parameters: String,
     },
     /// There is no talking to the broker.
-    #[error("can't connect to {}: {} ({errno:?}); {}", path.display(), errno.desc(), connect_hint(*.errno))]
+    #[error("can't connect to {}: {} ({errno:?}); {}", path.display(), errno.desc(), connect_hint(.path, *.errno))]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -101,6 +102,17 @@ pub enum Error {
     /// The kernel refused a call on one of the lease's open files.
     #[error(transparent)]
     Kernel(#[from] kernel::Error),
+    /// The open files are a simulated kernel's, and this program is built without it.
+    #[error(
+        "{object} of lease {lease} is a simulated one, as of vfio-brokerd --sim: build with feature \
+         \"sim\" to use it"
+    )]
+    Simulated {
+        /// The lease.
+        lease: String,
+        /// Which open file.
+        object: String,
+    },
     /// A system call of the client's own failed.
     #[error("{call}: {} ({errno:?})", errno.desc())]
     System {
@@ -124,8 +136,12 @@ impl Error {
     }
 }
 
-fn connect_hint(errno: Errno) -> &'static str {
+fn connect_hint(path: &Path, errno: Errno) -> &'static str {
+    let is_socket = |found: std::fs::Metadata| found.file_type().is_socket();
     match errno {
+        Errno::ECONNREFUSED if !std::fs::metadata(path).is_ok_and(is_socket) => {
+            "that is not a socket: is the path right?"
+        }
         Errno::ENOENT => "is vfio-brokerd running, and is this its socket?",
         Errno::ECONNREFUSED => "the socket is there but nobody listens: is vfio-brokerd running?",
         Errno::EACCES | Errno::EPERM => {

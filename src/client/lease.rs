@@ -153,7 +153,7 @@ impl Lease {
     /// [`Error::Missing`] where the handout has none.
     pub fn container(&self) -> Result<kernel::Container> {
         let fd = self.copy(FdKind::Container, None)?;
-        Ok(kernel::Container::from_fd(kernel_of(fd.as_fd()), fd))
+        Ok(kernel::Container::from_fd(self.kernel_of(fd.as_fd(), "the container")?, fd))
     }
 
     /// The group, where there is but one.
@@ -189,7 +189,7 @@ impl Lease {
                 let number = file.name.parse().unwrap_or_default();
                 let no_iommu = self.iommu == "noiommu";
                 let node = if no_iommu { Node::NoIommuGroup(number) } else { Node::Group(number) };
-                Ok(kernel::Group::from_fd(kernel_of(fd.as_fd()), node, fd))
+                Ok(kernel::Group::from_fd(self.kernel_of(fd.as_fd(), "the group")?, node, fd))
             })
             .collect()
     }
@@ -202,7 +202,7 @@ impl Lease {
     pub fn device(&self, name: &str) -> Result<kernel::Device> {
         if let Some(file) = self.files.get(FdKind::Device, Some(name)) {
             let fd = copy(&file.fd)?;
-            return Ok(kernel::Device::from_fd(kernel_of(fd.as_fd()), name, fd));
+            return Ok(kernel::Device::from_fd(self.kernel_of(fd.as_fd(), name)?, name, fd));
         }
         if !self.devices.iter().any(|device| device == name) {
             return Err(self.missing(FdKind::Device, name));
@@ -226,6 +226,24 @@ impl Lease {
     pub fn copy(&self, kind: FdKind, name: Option<&str>) -> Result<OwnedFd> {
         let file = self.files.get(kind, name);
         copy(&file.ok_or_else(|| self.missing(kind, name.unwrap_or_default()))?.fd)
+    }
+
+    /// The kernel that an open file belongs to: a simulated one is a socket, a real one never is.
+    fn kernel_of(&self, fd: BorrowedFd<'_>, object: &str) -> Result<Arc<dyn Kernel>> {
+        if !is_socket(fd) {
+            return Ok(Arc::new(kernel::Linux));
+        }
+        self.simulated(object)
+    }
+
+    #[cfg(feature = "sim")]
+    fn simulated(&self, _: &str) -> Result<Arc<dyn Kernel>> {
+        Ok(Arc::new(crate::sim::Wire::detached()))
+    }
+
+    #[cfg(not(feature = "sim"))]
+    fn simulated(&self, object: &str) -> Result<Arc<dyn Kernel>> {
+        Err(Error::Simulated { lease: self.id.clone(), object: object.to_owned() })
     }
 
     fn missing(&self, kind: FdKind, name: &str) -> Error {
@@ -295,20 +313,46 @@ fn copy(fd: &OwnedFd) -> Result<OwnedFd> {
         .map_err(|error| Error::System { call: "fcntl F_DUPFD_CLOEXEC", errno: errno(error) })
 }
 
-/// The kernel that an open file belongs to: a simulated one is a socket, a real one never is.
-fn kernel_of(fd: BorrowedFd<'_>) -> Arc<dyn Kernel> {
-    #[cfg(feature = "sim")]
-    if is_socket(fd) {
-        return Arc::new(crate::sim::Wire::detached());
-    }
-    let _ = fd;
-    Arc::new(kernel::Linux)
-}
-
-#[cfg(feature = "sim")]
 fn is_socket(fd: BorrowedFd<'_>) -> bool {
     use nix::sys::stat::{SFlag, fstat};
     fstat(fd).is_ok_and(|stat| {
         SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT == SFlag::S_IFSOCK
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::Fd;
+
+    #[test]
+    fn a_simulated_file_is_used_as_one_or_refused_in_words() {
+        let fd = |index, kind, name: &str| Fd { index, kind, name: name.into() };
+        let device = "0000:65:00.0";
+        let kinds = [(FdKind::Container, "c"), (FdKind::Group, "15"), (FdKind::Device, device)];
+        let files = kinds.into_iter().enumerate().map(|(at, (kind, name))| fd(at, kind, name));
+        let reply = Acquired {
+            lease: "l1".into(),
+            key: "k1".into(),
+            tenant: "t".into(),
+            backend: Backend::Type1,
+            handout: Handout::Container,
+            iommu: "type1v2".into(),
+            container: "c".into(),
+            devices: vec![device.into()],
+            fds: files.chain([fd(3, FdKind::Lease, "")]).collect(),
+        };
+        let socket = || OwnedFd::from(std::os::unix::net::UnixStream::pair().unwrap().0);
+        let lease = Lease::new("web1".into(), reply, (0..4).map(|_| socket()).collect()).unwrap();
+        let all =
+            [lease.container().map(drop), lease.group().map(drop), lease.device(device).map(drop)];
+        for result in all {
+            if cfg!(feature = "sim") {
+                result.unwrap();
+            } else {
+                let error = result.unwrap_err().to_string();
+                assert!(error.contains("build with feature \"sim\""), "{error}");
+            }
+        }
+    }
 }
