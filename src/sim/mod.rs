@@ -61,7 +61,9 @@ use machine::Machine;
 use nix::errno::Errno;
 use nix::unistd::Uid;
 use server::Server;
+use std::fs::Permissions;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -85,7 +87,10 @@ impl Sim {
     /// # Errors
     /// What making the directory, the socket or the thread said.
     pub fn start(topology: Topology) -> io::Result<Self> {
-        let directory = tempfile::Builder::new().prefix("vfio-sim.").tempdir()?;
+        let directory = tempfile::Builder::new()
+            .prefix("vfio-sim.")
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir()?;
         let mut sim = Self::start_in(topology, directory.path())?;
         sim._directory = Some(directory);
         Ok(sim)

@@ -449,3 +449,11 @@ fn iommufds_are_counted_and_faulted_by_name() {
     drop((more, device));
     assert!(sim.stats().unwrap().is_idle());
 }
+
+#[test]
+fn nobody_else_reaches_the_control_socket() {
+    use std::os::unix::fs::PermissionsExt;
+    let sim = start("workstation");
+    let directory = std::fs::metadata(sim.control_path().parent().unwrap()).unwrap();
+    assert_eq!(directory.permissions().mode() & 0o777, 0o700);
+}
