@@ -1,6 +1,7 @@
 //! The daemon: opens VFIO devices and hands them out.
 
 use clap::Parser;
+use std::io::Write;
 use std::process::ExitCode;
 use vfio_broker::daemon;
 
@@ -19,7 +20,8 @@ fn main() -> ExitCode {
     match daemon::run(&Arguments::parse().options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vfio-brokerd: {error}");
+            // Where nobody reads it, the exit code has to do.
+            let _ = writeln!(std::io::stderr(), "vfio-brokerd: {error}");
             ExitCode::FAILURE
         }
     }

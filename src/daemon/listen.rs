@@ -15,6 +15,7 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt,
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+use tracing::info;
 
 /// The first fd that a service manager passes.
 const FIRST_PASSED: i32 = 3;
@@ -94,6 +95,9 @@ fn create(path: &Path) -> Result<Listening, StartError> {
     let at = |source| StartError::Socket { path: path.to_owned(), source };
     let directory = path.parent().filter(|dir| !dir.as_os_str().is_empty());
     let directory = directory.unwrap_or(Path::new("."));
+    if !directory.exists() {
+        info!(directory = %directory.display(), "making the socket's directory");
+    }
     DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(at)?;
     if !trust::is_directory_safe(&std::fs::metadata(directory).map_err(at)?) {
         return Err(StartError::UnsafeDirectory(directory.to_owned()));

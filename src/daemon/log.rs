@@ -18,7 +18,10 @@ pub enum LogFormat {
 pub(super) fn start(format: LogFormat) {
     let asked = std::env::var("RUST_LOG").ok().and_then(|level| level.parse().ok());
     let level: LevelFilter = asked.unwrap_or(LevelFilter::INFO);
+    // A log that nobody reads any more must not end the daemon: complaining on the same standard
+    // error would.
     let builder = fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false);
+    let builder = builder.log_internal_errors(false);
     // A second subscriber in one process (a test) stays without effect, which is fine.
     let _ = match format {
         LogFormat::Text => builder.try_init(),

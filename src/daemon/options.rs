@@ -21,8 +21,9 @@ pub struct Options {
     #[arg(long, value_name = "TOPOLOGY.toml")]
     pub sim: Option<PathBuf>,
 
-    /// Where the simulated kernel's own socket is made: whoever can reach it rules the simulation
-    #[arg(long, value_name = "DIRECTORY", requires = "sim", hide = true)]
+    /// Where the simulated kernel's own socket, control.sock, is made: whoever can reach it rules the
+    /// simulation [default: a directory that only this user can reach]
+    #[arg(long, value_name = "DIRECTORY", requires = "sim")]
     pub sim_control: Option<PathBuf>,
 
     /// How the log on standard error is written

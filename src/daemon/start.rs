@@ -10,6 +10,7 @@ use crate::host::Host;
 use crate::kernel::readiness::watch;
 use crate::kernel::{Kernel, Linux};
 use crate::policy::{POLICY_PATH, Policy, Problems};
+use crate::protocol::Lease;
 use crate::sim::{Sim, Topology};
 use crate::users::SystemUsers;
 use nix::errno::Errno;
@@ -85,7 +86,7 @@ pub enum StartError {
     #[error("{0} is not a file that only vfio-brokerd can open: remove it")]
     UnsafeLock(PathBuf),
     /// The lock file could not be made or locked.
-    #[error("can't lock {path}: {source}; if it is not vfio-brokerd's, remove it")]
+    #[error("can't lock {path}: {source}; {}", next_step(.source, "if it is not vfio-brokerd's, remove it"))]
     Lock {
         /// The file.
         path: PathBuf,
@@ -93,7 +94,7 @@ pub enum StartError {
         source: std::io::Error,
     },
     /// The socket could not be made.
-    #[error("can't listen on {path}: {source}")]
+    #[error("can't listen on {path}: {source}; {}", next_step(.source, "name another --socket"))]
     Socket {
         /// Where.
         path: PathBuf,
@@ -113,6 +114,16 @@ pub enum StartError {
     },
 }
 
+/// What to do about a file that can't be made.
+fn next_step(source: &std::io::Error, otherwise: &'static str) -> &'static str {
+    match source.kind() {
+        std::io::ErrorKind::PermissionDenied => {
+            "run it as root, or name a --socket in a directory of yours"
+        }
+        _ => otherwise,
+    }
+}
+
 /// The start of a policy, for those who have none.
 const EXAMPLE: &str = include_str!("example.policy.toml");
 
@@ -122,7 +133,7 @@ impl StartError {
     }
 }
 
-/// Runs the daemon until SIGTERM or SIGINT.
+/// Runs the daemon until SIGTERM, SIGINT or SIGHUP.
 ///
 /// # Errors
 /// It could not start.
@@ -136,7 +147,9 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let observer = DaemonObserver::new().map_err(StartError::set_up("epoll for lease pipes"))?;
     let observer = Arc::new(observer);
     let broker = Broker::new(kernel, policy, observer.clone());
+    let activated = passed.is_some();
     let listening = Listening::new(passed, &options.socket)?;
+    tell_the_start(options, activated);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .max_blocking_threads(workers::MOST_THREADS)
@@ -154,12 +167,37 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     served
 }
 
+/// Says what is served, and where.
+fn tell_the_start(options: &Options, activated: bool) {
+    let socket = match activated {
+        true => "the service manager's".into(),
+        false => options.socket.to_string_lossy(),
+    };
+    let kernel = match &options.sim {
+        Some(topology) => format!("SIMULATED, of {}", topology.display()),
+        None => "this machine's".into(),
+    };
+    info!(%socket, kernel, "listening");
+}
+
+/// Says who loses what.
+fn tell_the_end(broker: &Broker, signal: &str) {
+    let leases = broker.held();
+    info!(signal, leases = leases.len(), "stopping");
+    for Lease { lease, vm, tenant, devices, .. } in leases {
+        info!(lease, vm, tenant, devices = devices.join(" "), "lease ends: broker stopping");
+    }
+}
+
 /// Serves until told to stop.
 async fn serve(daemon: Rc<Daemon>, listening: &Listening) -> Result<(), StartError> {
     let mut terminate =
         signal(SignalKind::terminate()).map_err(StartError::set_up("the SIGTERM handler"))?;
     let mut interrupt =
         signal(SignalKind::interrupt()).map_err(StartError::set_up("the SIGINT handler"))?;
+    // What closing the terminal sends; it would end us without a word.
+    let mut hang_up =
+        signal(SignalKind::hangup()).map_err(StartError::set_up("the SIGHUP handler"))?;
     let watch_hang_ups = || {
         let descriptor = daemon.observer.lifelines.descriptor()?;
         watch(descriptor, Interest::READABLE)
@@ -168,12 +206,15 @@ async fn serve(daemon: Rc<Daemon>, listening: &Listening) -> Result<(), StartErr
     let socket = listening.listener.try_clone().map_err(StartError::set_up("the socket"))?;
     spawn_local(reclaim::on_hang_up(Rc::clone(&daemon), hang_ups));
     spawn_local(reclaim::retry(Rc::clone(&daemon)));
+    let broker = Arc::clone(&daemon.broker);
     spawn_local(accept::serve(daemon, socket));
     notify(&[NotifyState::Ready]);
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
+    let signal = tokio::select! {
+        _ = terminate.recv() => "SIGTERM",
+        _ = interrupt.recv() => "SIGINT",
+        _ = hang_up.recv() => "SIGHUP",
+    };
+    tell_the_end(&broker, signal);
     notify(&[NotifyState::Stopping]);
     Ok(())
 }
@@ -191,6 +232,7 @@ fn policy(options: &Options, kernel: &dyn Kernel) -> Result<Policy, StartError> 
         for problem in policy.warnings().iter() {
             warn!("{}:{}: {}", problem.file, problem.line, problem.message);
         }
+        info!(policy = name, tenants = policy.tenants().len(), "policy read");
         Ok(policy)
     };
     let beside = options.sim.as_ref().map(|sim| sim.with_extension("policy.toml"));
@@ -244,7 +286,13 @@ fn kernel(options: &Options) -> Result<(Arc<dyn Kernel>, Option<Sim>), StartErro
 fn simulated(file: &Path, control: Option<&Path>) -> Result<Sim, StartError> {
     let at =
         |error: &dyn std::fmt::Display| StartError::Sim(format!("{}: {error}", file.display()));
-    let text = std::fs::read_to_string(file).map_err(|error| at(&error))?;
+    let text = std::fs::read_to_string(file).map_err(|error| {
+        StartError::Sim(format!(
+            "can't read the topology {}: {error}; --sim takes a file that describes a machine, see \
+             docs/sim.md",
+            file.display()
+        ))
+    })?;
     let topology = Topology::from_toml(&text).map_err(|error| at(&error))?;
     let started = match control {
         Some(directory) => Sim::start_in(topology, directory),

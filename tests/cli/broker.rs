@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // each test binary uses a part of it
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::io::ErrorKind;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -17,6 +19,11 @@ pub struct Broker {
 impl Broker {
     /// Starts one with a topology of `tests/topologies`, and waits until it is ready.
     pub fn start(topology: &str) -> Self {
+        Self::start_in(topology, &std::env::temp_dir())
+    }
+
+    /// The same with its temporary files in this directory.
+    pub fn start_in(topology: &str, temporary: &Path) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let at = |name: &str| directory.path().join(name);
         let ready = UnixDatagram::bind(at("notify")).unwrap();
@@ -27,6 +34,7 @@ impl Broker {
             .arg("--socket")
             .arg(at("broker.sock"))
             .env("NOTIFY_SOCKET", at("notify"))
+            .env("TMPDIR", temporary)
             .stdin(Stdio::null())
             .stderr(std::fs::File::create(at("log")).unwrap())
             .spawn()
@@ -49,6 +57,13 @@ impl Broker {
             assert!(self.child.try_wait().unwrap().is_none(), "it ended at its start:\n{log}");
         }
         panic!("the broker does not start");
+    }
+
+    /// Ends it with a signal; returns its log.
+    pub fn end(&mut self, signal: Signal) -> String {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+        self.child.wait().unwrap();
+        std::fs::read_to_string(self.directory.path().join("log")).unwrap()
     }
 
     pub fn socket(&self) -> PathBuf {

@@ -6,6 +6,8 @@
 mod broker;
 
 use broker::Broker;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
@@ -23,8 +25,9 @@ fn command(broker: Option<&Broker>) -> Command {
     command
 }
 
+/// With an input that is at its end: `acquire` gives back at once.
 fn run(broker: Option<&Broker>, arguments: &[&str]) -> Output {
-    command(broker).args(arguments).output().unwrap()
+    command(broker).args(arguments).stdin(Stdio::piped()).output().unwrap()
 }
 
 fn text(bytes: &[u8]) -> &str {
@@ -61,12 +64,9 @@ impl Holder {
         command.args(["acquire", "--json", "--vm", vm, "--device", device]);
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut output = BufReader::new(child.stdout.take().unwrap());
-        let mut whole = String::new();
-        // One object over several lines; the last is a brace alone.
-        while !whole.ends_with("\n}\n") {
-            assert!(output.read_line(&mut whole).unwrap() > 0, "it ended after {whole:?}");
-        }
-        (Self { child, output }, serde_json::from_str(&whole).unwrap())
+        let mut line = String::new();
+        assert!(output.read_line(&mut line).unwrap() > 0, "it ended at its start");
+        (Self { child, output }, serde_json::from_str(&line).unwrap())
     }
 
     /// Ends its input; returns what it said last.
@@ -117,7 +117,7 @@ fn acquire_shows_what_came_and_holds_it_until_its_input_ends() {
 
     assert_eq!(holder.end()["proved"], true);
     assert_eq!(json(&broker, &["leases"]), serde_json::json!({ "leases": [] }));
-    assert_eq!(printed(Some(&broker), &["leases"]), "no leases\n");
+    assert_eq!(printed(Some(&broker), &["leases"]), "no leases that you may see\n");
 }
 
 #[test]
@@ -128,6 +128,25 @@ fn acquire_for_a_person_does_not_show_the_key() {
         assert!(said.contains(what), "no {what} in:\n{said}");
     }
     assert!(!said.contains("key"), "{said}");
+    let all = ["acquire", "--vm", "web1", "--device", NIC, "--handout", "group"];
+    let said = printed(Some(&broker), &all);
+    assert!(!said.contains("none") && !said.contains("container"), "{said}");
+}
+
+#[test]
+fn without_an_input_that_could_end_it_is_held_until_a_signal() {
+    let broker = Broker::start("workstation.toml");
+    let mut command = command(Some(&broker)); // its input is /dev/null
+    command.args(["acquire", "--json", "--vm", "web1", "--device", NIC]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    lines.next().unwrap().unwrap();
+    // It could have read its input's end by now, and does not: only the signal ends it.
+    assert_eq!(json(&broker, &["leases"])["leases"][0]["pid"], child.id());
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM).unwrap();
+    let released: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    assert_eq!(released["proved"], true);
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]
@@ -211,12 +230,70 @@ fn watch_tells_what_happens() {
 }
 
 #[test]
+fn a_watch_on_one_lease_ends_when_it_has_been_taken_back() {
+    let broker = Broker::start("workstation.toml");
+    // Nothing says when the watch has begun; one that comes too late is refused, and does not wait.
+    let watched = |_| {
+        let (holder, came) = Holder::start(&broker, "web1", NIC);
+        let mut watch = command(Some(&broker));
+        watch.args(["watch", came["lease"].as_str().unwrap()]);
+        let watch = watch.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        json(&broker, &["leases"]);
+        holder.end();
+        let output = watch.wait_with_output().unwrap();
+        output.status.success().then(|| text(&output.stdout).to_owned())
+    };
+    let said = (0..100).find_map(watched).unwrap();
+    let events: Vec<_> = said.lines().map(|line| line.split_whitespace().nth(1).unwrap()).collect();
+    assert_eq!(events, ["released", "reclaimed"], "{said}");
+
+    for unknown in ["0123456789abcdef", "nonsense"] {
+        let (code, said) = failed(Some(&broker), &["watch", unknown]);
+        assert_eq!(code, 1, "{said}");
+        assert!(said.contains(&format!("no lease {unknown}")), "{said}");
+    }
+}
+
+#[test]
+fn a_watch_says_that_the_broker_has_gone() {
+    let mut broker = Broker::start("workstation.toml");
+    let (mut holder, came) = Holder::start(&broker, "web1", NIC);
+    let lease = came["lease"].as_str().unwrap().to_owned();
+    let mut watch = command(Some(&broker));
+    let mut watch =
+        watch.args(["watch"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut events = BufReader::new(watch.stdout.take().unwrap());
+    // The first event shows that it has begun.
+    let stop = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                printed(Some(&broker), &["acquire", "--vm", "b", "--device", "0000:01:00.0"]);
+            }
+        });
+        events.read_line(&mut String::new()).unwrap();
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    let log = broker.end(Signal::SIGTERM);
+    assert!(log.contains("stopping signal=\"SIGTERM\" leases=1"), "{log}");
+    assert!(log.contains("lease ends: broker stopping") && log.contains(&lease), "{log}");
+    assert!(log.contains("kernel=\"SIMULATED") && log.contains("policy=\"tests"), "{log}");
+    drop(events);
+    let output = watch.wait_with_output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(5), "{said}");
+    assert!(said.contains("the broker has gone"), "{said}");
+    assert_eq!(holder.child.wait().unwrap().code(), Some(1));
+}
+
+#[test]
 fn a_refusal_says_which_rule_and_what_to_do() {
     let broker = Broker::start("workstation.toml");
     let acquire = |device| failed(Some(&broker), &["acquire", "--vm", "v", "--device", device]);
     let (code, said) = acquire(DISK);
     assert_eq!(code, 3, "{said}");
-    for what in ["the host runs from this disk", "deny[0]", "policy explain"] {
+    let command = format!("policy explain --uid {} --device {DISK} --sim", nix::unistd::geteuid());
+    for what in ["the host runs from this disk", "deny[0]", &command] {
         assert!(said.contains(what), "no {what} in: {said}");
     }
     let devices = ["acquire", "--vm", "v", "--device", AHCI, "--device", "0000:05:00.1"];
@@ -236,6 +313,65 @@ fn a_refusal_says_which_rule_and_what_to_do() {
     let error: Value = serde_json::from_str(&said).unwrap();
     assert_eq!((code, &error["error"]), (3, &"org.vfiobroker.Broker.Denied".into()));
     assert!(error["parameters"]["rule"].as_str().unwrap().starts_with("deny[0]"), "{error}");
+    assert!(error["hint"].as_str().unwrap().contains("policy explain"), "{error}");
+    let (code, said) = acquire("0000:00:01.0");
+    assert!(code != 0 && !said.contains("unbind"), "{said}");
+}
+
+#[test]
+fn where_nobody_reads_what_went_wrong_the_exit_code_says_it() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = command(None);
+    command.args(["--socket", "/nonexistent/broker.sock", "leases"]).stderr(writer);
+    assert_eq!(command.status().unwrap().code(), Some(5));
+    let (code, said) = failed(None, &["--socket", "/tmp", "leases"]);
+    assert!(code == 5 && said.contains("not a socket"), "{said}");
+}
+
+#[test]
+fn a_simulated_machine_is_explained_by_the_policy_beside_it() {
+    let explain = |device| {
+        let sim = "tests/topologies/workstation.toml";
+        run(None, &["policy", "explain", "--sim", sim, "--uid", "4242", "--device", device])
+    };
+    let allowed = explain(NIC);
+    let said = text(&allowed.stdout);
+    assert!(allowed.status.success() && said.contains("allowed"), "{said}");
+    assert!(said.contains("no user 4242") && said.contains("--gid"), "{said}");
+    assert_eq!(explain(DISK).status.code(), Some(3));
+    assert_eq!(explain("0000:99:00.0").status.code(), Some(1));
+}
+
+#[test]
+fn nothing_is_left_of_a_demonstration_or_a_broker_that_is_ended() {
+    for signal in [Signal::SIGKILL, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let directory = tempfile::tempdir().unwrap();
+        let left = || std::fs::read_dir(directory.path()).unwrap().count();
+        let mut demo = command(None);
+        demo.arg("demo").env("TMPDIR", directory.path()).stdout(Stdio::piped());
+        let mut demo = demo.spawn().unwrap();
+        let mut story = BufReader::new(demo.stdout.take().unwrap());
+        story.read_line(&mut String::new()).unwrap();
+        kill(Pid::from_raw(demo.id() as i32), signal).unwrap();
+        demo.wait().unwrap();
+        eventually("the demonstration's directory is gone", || left() == 0);
+    }
+    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut broker = Broker::start_in("workstation.toml", directory.path());
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        broker.end(signal);
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    }
+}
+
+fn eventually(what: &str, mut so: impl FnMut() -> bool) {
+    let start = std::time::Instant::now();
+    while !so() {
+        assert!(start.elapsed() < std::time::Duration::from_secs(60), "still not: {what}");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
 }
 
 #[test]
@@ -253,7 +389,10 @@ fn without_a_broker_it_says_so() {
 
 #[test]
 fn wrong_usage_is_exit_code_2() {
-    for arguments in [&["acquire"][..], &["leases", "x"], &[], &["demo", "--device", NIC]] {
+    let handout = ["acquire", "--vm", "v", "--device", NIC, "--handout", "x"];
+    let demo = ["demo", "--socket", "/x"];
+    let demo_host = ["demo", "--device", NIC];
+    for arguments in [&["acquire"][..], &["leases", "x"], &[], &demo_host, &demo, &handout] {
         let (code, said) = failed(None, arguments);
         assert_eq!(code, 2, "{arguments:?}: {said}");
     }
@@ -264,7 +403,7 @@ fn the_policies_beside_the_topologies_pass_the_check() {
     printed(None, &["policy", "check", "tests/topologies/workstation.policy.toml"]);
     let (code, said) = failed(None, &["policy", "check", "/nonexistent/policy.toml"]);
     assert_eq!(code, 1);
-    assert!(said.contains("/nonexistent/policy.toml"), "{said}");
+    assert!(said.contains("/nonexistent/policy.toml") && !said.contains("--policy"), "{said}");
 }
 
 #[test]
@@ -276,6 +415,40 @@ fn completions_and_manual_pages_come_from_the_one_command_line() {
     let page = printed(None, &["man"]);
     assert!(page.contains(".TH vfio-broker 1") && page.contains("acquire"), "{page}");
     assert!(!page.contains("demo\\-agent"), "what is hidden is in the manual: {page}");
+    assert!(page.contains(".SH \"EXIT STATUS\"") && !page.contains("EXTRA"), "{page}");
     assert!(printed(None, &["man", "acquire"]).contains("withhold"));
+    for check in [&["man", "policy", "check"][..], &["man", "policy-check"]] {
+        let page = printed(None, check);
+        assert!(page.contains(".TH vfio-broker-policy-check 1"), "{page}");
+    }
+    assert!(printed(None, &["man", "vfio-brokerd"]).contains(".TH vfio-brokerd 1"));
     assert_eq!(failed(None, &["man", "nothing"]).0, 1);
+}
+
+/// What bash offers for the last of these words.
+fn completed(script: &str, words: &[&str]) -> Vec<String> {
+    let list: Vec<String> = words.iter().map(|word| format!("'{word}'")).collect();
+    let (last, at) = (words[words.len() - 1], words.len() - 1);
+    let before = words[words.len() - 2];
+    let program = format!(
+        "{script}\nCOMP_WORDS=({}); COMP_CWORD={at}\n_vfio__broker vfio-broker '{last}' '{before}'\n\
+         printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+        list.join(" ")
+    );
+    let output = Command::new("bash").arg("-c").arg(program).output().unwrap();
+    text(&output.stdout).lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn bash_completes_every_word_and_nothing_that_is_hidden() {
+    let script = printed(None, &["completions", "bash"]);
+    let first = completed(&script, &["vfio-broker", ""]);
+    assert!(first.contains(&"acquire".into()), "{first:?}");
+    assert!(!script.contains("demo-agent") && !first.contains(&"daemon".into()), "{first:?}");
+    let second = completed(&script, &["vfio-broker", "policy", ""]);
+    for word in ["check", "explain"] {
+        assert!(second.contains(&word.into()), "{second:?}");
+    }
+    let forms = completed(&script, &["vfio-broker", "acquire", "--handout", ""]);
+    assert_eq!(forms, ["container", "group", "devices"]);
 }
