@@ -91,9 +91,7 @@ impl Acquire {
             None => Ok(self.request),
             Some(device) => Err(Error::Request {
                 field: "devices",
-                reason: format!(
-                    "{device:?} is none of 0000:65:00.0, VENDOR:DEVICE, vf:BDF, and an mdev's UUID"
-                ),
+                reason: format!("{device:?} is none of 0000:65:00.0, VENDOR:DEVICE, and vf:BDF"),
             }),
         }
     }

@@ -88,7 +88,7 @@ impl Object {
             Self { bdf: None, vf_of: None, vendor: None, device: None, mdev: Some(mdev) } => {
                 Ok(DeviceSpec::Mdev { mdev })
             }
-            _ => Err("a device is one of bdf, vf_of, mdev, or vendor with device"),
+            _ => Err("a device is one of bdf, vf_of, or vendor with device"),
         }
     }
 }
@@ -105,9 +105,7 @@ impl<'de> Visitor<'de> for SpecVisitor {
     type Value = DeviceSpec;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(
-            "a device: a PCI address, or an object with bdf, vf_of, mdev, or vendor and device",
-        )
+        f.write_str("a device: a PCI address, or an object with bdf, vf_of, or vendor and device")
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<DeviceSpec, E> {
