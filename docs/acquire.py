@@ -1,8 +1,8 @@
 #!/usr/bin/python3
-# Gets a device's open files from vfio-brokerd: acquire.py SOCKET VM DEVICE
 import json, socket, sys
 
-path, vm, device = sys.argv[1:]
+usage = "usage: acquire.py SOCKET VM DEVICE"
+path, vm, device = sys.argv[1:] if len(sys.argv) == 4 else sys.exit(usage)
 broker = socket.socket(socket.AF_UNIX)
 broker.connect(path)
 call = {"method": "org.vfiobroker.Broker.Acquire", "parameters": {"vm": vm, "devices": [device]}}
