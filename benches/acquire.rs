@@ -104,7 +104,7 @@ fn directly(kernel: &Arc<dyn Kernel>) {
     let bdf: Bdf = NIC.parse().unwrap();
     let host::Place::Group(id) = host::find(&**kernel, bdf).unwrap() else { panic!("no {NIC}") };
     let found = host::Group::scan(&**kernel, id).unwrap().unwrap();
-    assert!(found.blockers().is_empty());
+    assert!(found.is_viable());
     host::allows_unsafe_interrupts(&**kernel).unwrap();
     let container = Container::open(Arc::clone(kernel)).unwrap();
     let group = Group::open(Arc::clone(kernel), Node::Group(id)).unwrap();

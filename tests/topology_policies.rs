@@ -32,8 +32,7 @@ fn check(name: &str) {
         let tenant = policy.tenant(&peer(uid)).unwrap();
         assert!(policy.may(tenant, Verb::Acquire).allowed);
         let may = |group: &vfio_broker::host::Group| {
-            group.blockers().is_empty()
-                && (!group.noiommu || policy.risk(tenant, Risk::NoIommu).allowed)
+            group.is_viable() && (!group.noiommu || policy.risk(tenant, Risk::NoIommu).allowed)
         };
         let has = host.devices().any(|(group, device)| {
             device.on_vfio && may(group) && policy.device(tenant, &device.facts).allowed
