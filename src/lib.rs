@@ -12,6 +12,7 @@
 //! - `ledger`: who has what, and the rules of sharing (feature `daemon`).
 //! - `broker`: carries the ledger's decisions out on a kernel (feature `daemon`).
 //! - `users`: the users and groups of this machine (feature `daemon`).
+//! - [`qmp`]: a running QEMU's monitor.
 //! - [`protocol`]: what is said on the broker's socket.
 //! - [`sim`]: a simulated kernel behind the same layer, for tests.
 
@@ -33,6 +34,8 @@ pub mod ledger;
 #[cfg(feature = "daemon")]
 pub mod policy;
 pub mod protocol;
+#[cfg(feature = "client")]
+pub mod qmp;
 #[cfg(feature = "sim")]
 pub mod sim;
 #[cfg(feature = "daemon")]

@@ -1,4 +1,5 @@
-//! One connection to the broker, blocking, with a deadline for whatever is done on it.
+//! One connection to the broker, blocking, with a deadline for whatever is done on it. Its parts
+//! serve QMP too.
 
 use super::wire::{Inbox, Incoming, Lost, Outgoing};
 use super::{Error, Result};
@@ -17,18 +18,18 @@ use std::time::{Duration, Instant};
 
 /// When to give up; `None`: never.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Deadline(Option<Instant>);
+pub(crate) struct Deadline(Option<Instant>);
 
 impl Deadline {
-    pub(super) fn after(timeout: Option<Duration>) -> Self {
+    pub(crate) fn after(timeout: Option<Duration>) -> Self {
         Self(timeout.and_then(|timeout| Instant::now().checked_add(timeout)))
     }
 
-    pub(super) fn left(self) -> Option<Duration> {
+    pub(crate) fn left(self) -> Option<Duration> {
         self.0.map(|at| at.saturating_duration_since(Instant::now()))
     }
 
-    pub(super) fn has_passed(self) -> bool {
+    pub(crate) fn has_passed(self) -> bool {
         self.left() == Some(Duration::ZERO)
     }
 
@@ -105,15 +106,11 @@ impl Connection {
     }
 
     fn wait(&self, flags: PollFlags, deadline: Deadline) -> std::result::Result<(), Lost> {
-        while !deadline.has_passed() {
-            let mut fds = [PollFd::new(self.socket.as_fd(), flags)];
-            match poll(&mut fds, deadline.poll_timeout()) {
-                Ok(0) | Err(Errno::EINTR) => {}
-                Ok(_) => return Ok(()),
-                Err(errno) => return Err(Lost::Unanswered(Some(errno))),
-            }
+        match ready(self.socket.as_fd(), flags, deadline) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Lost::TimedOut),
+            Err(errno) => Err(Lost::Unanswered(Some(errno))),
         }
-        Err(Lost::TimedOut)
     }
 }
 
@@ -123,13 +120,33 @@ impl AsFd for Connection {
     }
 }
 
+/// Waits until a socket is ready; false when the deadline came first.
+pub(crate) fn ready(
+    socket: BorrowedFd<'_>,
+    flags: PollFlags,
+    deadline: Deadline,
+) -> std::result::Result<bool, Errno> {
+    while !deadline.has_passed() {
+        match poll(&mut [PollFd::new(socket, flags)], deadline.poll_timeout()) {
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(true),
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(false)
+}
+
 /// Whether the peer has neither closed nor sent anything that was not read.
 pub(super) fn is_silent(socket: BorrowedFd<'_>) -> bool {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     recv(socket.as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN)
 }
 
-fn connect_socket(path: &Path, deadline: Deadline) -> std::result::Result<OwnedFd, Errno> {
+/// A non-blocking socket that is connected to `path`.
+pub(crate) fn connect_socket(
+    path: &Path,
+    deadline: Deadline,
+) -> std::result::Result<OwnedFd, Errno> {
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     let address = UnixAddr::new(path)?;
     // connect(2) waits while the listener's queue is full, for as long as the send timeout says.

@@ -1,0 +1,82 @@
+//! What can go wrong between a program and QEMU's monitor.
+
+use nix::errno::Errno;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The result of something asked of a monitor.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a monitor gave no answer, or which.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// QEMU has done the command, and it failed. The monitor can be used on.
+    #[error("QEMU's {command} failed: {desc} ({class})")]
+    Command {
+        /// The command.
+        command: String,
+        /// QEMU's class of errors; `GenericError` for nearly all.
+        class: String,
+        /// QEMU's words.
+        desc: String,
+    },
+    /// There is no monitor to talk to.
+    #[error(
+        "can't connect to the monitor {}: {} ({errno:?}); is QEMU running, and with \
+         -qmp unix:PATH,server=on,wait=off?", path.display(), errno.desc()
+    )]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What connect(2) said.
+        errno: Errno,
+    },
+    /// No answer in time. The connection is of no more use, and what was asked may still be done.
+    #[error("no answer from QEMU to {during} within {} ms; {}", after.as_millis(), silence(.during))]
+    Timeout {
+        /// The command, or `the greeting`.
+        during: String,
+        /// The time it was given.
+        after: Duration,
+    },
+    /// The monitor has closed the connection, or the system has.
+    #[error(
+        "QEMU closed its monitor during {during}{}; has it ended?",
+        errno.map_or(String::new(), |errno| format!(" ({errno:?})"))
+    )]
+    Closed {
+        /// The command, or `the greeting`.
+        during: String,
+        /// What the socket said; `None` at its end.
+        errno: Option<Errno>,
+    },
+    /// What came is not QMP.
+    #[error("what came during {during} is not QMP: {reason}; is the socket a QMP monitor's?")]
+    Malformed {
+        /// The command, or `the greeting`.
+        during: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// An earlier command got no answer, so nothing can be said to this connection any more.
+    #[error("{command} was not sent: an earlier command got no answer; connect again")]
+    Broken {
+        /// The command.
+        command: String,
+    },
+}
+
+impl Error {
+    /// Whether the connection can still be used: the command failed, not the conversation.
+    pub fn is_answer(&self) -> bool {
+        matches!(self, Error::Command { .. })
+    }
+}
+
+fn silence(during: &str) -> &'static str {
+    match during {
+        // QEMU accepts a second client only when the first has gone.
+        "the greeting" => "a monitor serves one client at a time: is another one connected?",
+        _ => "QEMU may be busy, or stopped",
+    }
+}
