@@ -64,11 +64,24 @@ pub enum Handout {
     Iommufd,
 }
 
+impl Handout {
+    /// The interface of the kernel that it belongs to.
+    pub fn backend(self) -> Backend {
+        match self {
+            Self::Container | Self::Group | Self::Devices => Backend::Type1,
+            Self::Iommufd => Backend::Iommufd,
+        }
+    }
+}
+
 /// Through which interface of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Backend {
+    /// Groups and a container
     Type1,
+    /// An iommufd, and the devices' own nodes
     Iommufd,
 }
 
