@@ -58,6 +58,11 @@ impl Kernel for Recorder {
         self.kernel.sysfs_list(path)
     }
 
+    fn sysfs_inode(&self, path: &str) -> Result<u64, Errno> {
+        self.note(format!("stat /sys/{path}"));
+        self.kernel.sysfs_inode(path)
+    }
+
     fn sysfs_link(&self, path: &str) -> Result<String, Errno> {
         self.note(format!("readlink /sys/{path}"));
         self.kernel.sysfs_link(path)

@@ -1,6 +1,6 @@
 //! One PCI device as sysfs shows it.
 
-use super::{gone_is_none, link, list, read, read_bytes};
+use super::{gone_is_none, inode, link, list, read, read_bytes};
 use crate::kernel::{Kernel, Result};
 use crate::policy::DeviceFacts;
 use crate::protocol::{Bdf, Blocker};
@@ -14,6 +14,8 @@ pub struct Device {
     pub driver: Option<String>,
     /// Whether that is a VFIO driver, vfio-pci or any variant.
     pub on_vfio: bool,
+    /// The N of its own node, `/dev/vfio/devices/vfioN`; see [`cdev`].
+    pub cdev: Option<u32>,
     /// Whether it can have VFs.
     pub sriov: bool,
     /// Whether it is the display that the firmware started on: the host's console is there.
@@ -59,12 +61,13 @@ impl Device {
             Some(_) => gone_is_none(list(kernel, &format!("{path}/vfio-dev")))?
                 .is_some_and(|names| !names.is_empty()),
         };
+        let cdev = if on_vfio { cdev(kernel, bdf)? } else { None };
         let total = gone_is_none(read(kernel, &format!("{path}/sriov_totalvfs")))?;
         let sriov = total.is_some_and(|text| text.trim().parse().is_ok_and(|count: u32| count > 0));
         let console = facts.class >> 16 == DISPLAY
             && gone_is_none(read(kernel, &format!("{path}/boot_vga")))?
                 .is_some_and(|text| text.trim() == "1");
-        Ok(Some(Self { facts, driver, on_vfio, sriov, console }))
+        Ok(Some(Self { facts, driver, on_vfio, cdev, sriov, console }))
     }
 
     /// Reads its serial number, which costs accesses to the device itself: only where a policy
@@ -139,6 +142,38 @@ pub fn cdev(kernel: &dyn Kernel, bdf: Bdf) -> Result<Option<u32>> {
         }
     }
     Ok(None)
+}
+
+/// Which registration of the device with VFIO is there now: the kernel makes a directory for each,
+/// and never numbers two the same. `None` while there is none.
+///
+/// # Errors
+/// What reading sysfs says.
+pub fn registration(kernel: &dyn Kernel, bdf: Bdf) -> Result<Option<u64>> {
+    let path = format!("bus/pci/devices/{bdf}/vfio-dev");
+    let names = gone_is_none(list(kernel, &path))?.unwrap_or_default();
+    let Some(name) = names.first() else { return Ok(None) };
+    gone_is_none(inode(kernel, &format!("{path}/{name}")))
+}
+
+/// Whether all files of a registration of the device with VFIO are closed, as far as that shows: the
+/// driver goes only when they are, and until it has gone there is no other driver, and no further
+/// registration.
+///
+/// While the driver waits for that, the device looks as if it had none: that shows nothing.
+///
+/// # Errors
+/// What reading sysfs says.
+pub fn has_let_go(kernel: &dyn Kernel, bdf: Bdf, since: u64) -> Result<bool> {
+    // In this order: a driver that is read first could be the one that goes.
+    match registration(kernel, bdf)? {
+        Some(now) => Ok(now != since),
+        None => {
+            let path = format!("bus/pci/devices/{bdf}");
+            let gone = gone_is_none(list(kernel, &path))?.is_none();
+            Ok(gone || name_of_link(kernel, &format!("{path}/driver"))?.is_some())
+        }
+    }
 }
 
 fn name_of_link(kernel: &dyn Kernel, path: &str) -> Result<Option<String>> {

@@ -4,7 +4,7 @@
 mod device;
 mod group;
 
-pub use device::{Device, cdev};
+pub use device::{Device, cdev, has_let_go, registration};
 pub use group::Group;
 
 use crate::kernel::{Error, Kernel, Result};
@@ -105,6 +105,10 @@ fn list(kernel: &dyn Kernel, path: &str) -> Result<Vec<String>> {
 
 fn link(kernel: &dyn Kernel, path: &str) -> Result<String> {
     kernel.sysfs_link(path).map_err(|errno| failed("readlink", path, errno))
+}
+
+fn inode(kernel: &dyn Kernel, path: &str) -> Result<u64> {
+    kernel.sysfs_inode(path).map_err(|errno| failed("stat", path, errno))
 }
 
 fn failed(call: &'static str, path: &str, errno: Errno) -> Error {

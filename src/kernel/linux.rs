@@ -9,6 +9,7 @@ use nix::libc;
 use nix::sys::stat::Mode;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 
 /// The kernel this process runs on.
 #[derive(Clone, Copy, Debug, Default)]
@@ -103,6 +104,10 @@ impl Kernel for Linux {
         }
         names.sort();
         Ok(names)
+    }
+
+    fn sysfs_inode(&self, path: &str) -> Result<u64, Errno> {
+        std::fs::metadata(format!("/sys/{path}")).map(|found| found.ino()).map_err(errno)
     }
 
     fn sysfs_link(&self, path: &str) -> Result<String, Errno> {

@@ -1,6 +1,6 @@
 //! The only place that talks to the kernel about VFIO.
 //!
-//! Two layers. [`Kernel`] is the ioctl layer: seven calls, made either on the real Linux
+//! Two layers. [`Kernel`] is the ioctl layer: eight calls, made either on the real Linux
 //! ([`Linux`]) or on the simulated one (`sim`). On top of it, written once for both, are typed
 //! handles: [`Container`], [`Group`], [`Iommufd`] and [`Device`], which own their fd, parse what
 //! the kernel answers and say in every [`Error`] which call failed on which object with which
@@ -88,4 +88,7 @@ pub trait Kernel: Debug + Send + Sync {
 
     /// The target of a symbolic link of sysfs, as readlink(2) gives it.
     fn sysfs_link(&self, path: &str) -> std::result::Result<String, Errno>;
+
+    /// The number of a file or directory of sysfs, which is never used again for another one.
+    fn sysfs_inode(&self, path: &str) -> std::result::Result<u64, Errno>;
 }

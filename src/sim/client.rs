@@ -181,6 +181,11 @@ impl Kernel for Wire {
         Ok(text.lines().map(str::to_owned).collect())
     }
 
+    fn sysfs_inode(&self, path: &str) -> Result<u64, Errno> {
+        let (answer, _) = self.control_call(&Request::with_text(Op::SysfsInode, path))?;
+        answer.bytes.try_into().map(u64::from_ne_bytes).map_err(|_| Errno::EPROTO)
+    }
+
     fn sysfs_link(&self, path: &str) -> Result<String, Errno> {
         let (answer, _) = self.control_call(&Request::with_text(Op::SysfsLink, path))?;
         String::from_utf8(answer.bytes).map_err(|_| Errno::EPROTO)

@@ -271,7 +271,9 @@ impl Server {
             (Some(file), Op::Pread) => ("pread".into(), self.machine.name(file)),
             (Some(file), Op::Pwrite) => ("pwrite".into(), self.machine.name(file)),
             (_, Op::Open) => ("open".into(), text),
-            (_, Op::SysfsRead | Op::SysfsList | Op::SysfsLink) => ("sysfs".into(), text),
+            (_, Op::SysfsRead | Op::SysfsList | Op::SysfsLink | Op::SysfsInode) => {
+                ("sysfs".into(), text)
+            }
             _ => (String::new(), String::new()),
         }
     }
@@ -361,6 +363,7 @@ impl Server {
             Op::SysfsRead => self.tree().read(text()?)?,
             Op::SysfsList => self.tree().list(text()?)?.join("\n").into_bytes(),
             Op::SysfsLink => self.tree().target(text()?)?.into_bytes(),
+            Op::SysfsInode => self.tree().inode(text()?)?.to_ne_bytes().to_vec(),
             Op::AddFault => {
                 let fault = serde_json::from_slice(&request.bytes).map_err(|_| Errno::EINVAL)?;
                 if !self.faults.add(fault) {

@@ -14,7 +14,11 @@ enum Entry {
 
 /// A tree of files, by path without a leading slash.
 #[derive(Debug, Default)]
-pub(crate) struct Sysfs(HashMap<String, Entry>);
+pub(crate) struct Sysfs {
+    entries: HashMap<String, Entry>,
+    /// The numbers of what comes and goes.
+    inodes: HashMap<String, u64>,
+}
 
 /// How many links a path may lead through, as in the kernel.
 const MOST_LINKS: u32 = 40;
@@ -123,6 +127,7 @@ impl Sysfs {
             let name = format!("vfio{number}");
             let home = format!("{path}/vfio-dev/{name}");
             self.directory(&home);
+            self.inodes.insert(home.clone(), view.registration);
             if view.has_cdev {
                 self.file(&format!("{home}/dev"), &format!("{CDEV_MAJOR}:{number}\n"));
             }
@@ -137,7 +142,7 @@ impl Sysfs {
     }
 
     fn directory(&mut self, path: &str) {
-        if !self.0.contains_key(path) {
+        if !self.entries.contains_key(path) {
             self.insert(path, Entry::Directory(BTreeSet::new()));
         }
     }
@@ -152,12 +157,12 @@ impl Sysfs {
 
     fn insert(&mut self, path: &str, entry: Entry) {
         let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
-        self.0.insert(path.to_owned(), entry);
+        self.entries.insert(path.to_owned(), entry);
         if path.is_empty() {
             return;
         }
         self.directory(parent);
-        if let Some(Entry::Directory(names)) = self.0.get_mut(parent) {
+        if let Some(Entry::Directory(names)) = self.entries.get_mut(parent) {
             names.insert(name.to_owned());
         }
     }
@@ -167,7 +172,7 @@ impl Sysfs {
     /// # Errors
     /// ENOENT, ENOTDIR, EISDIR, ELOOP.
     pub(crate) fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
-        match self.find(path, true)? {
+        match self.find(path, true)?.0 {
             Entry::File(bytes) => Ok(bytes.clone()),
             _ => Err(Errno::EISDIR),
         }
@@ -178,10 +183,19 @@ impl Sysfs {
     /// # Errors
     /// ENOENT, ENOTDIR, ELOOP.
     pub(crate) fn list(&self, path: &str) -> Result<Vec<String>, Errno> {
-        match self.find(path, true)? {
+        match self.find(path, true)?.0 {
             Entry::Directory(names) => Ok(names.iter().cloned().collect()),
             _ => Err(Errno::ENOTDIR),
         }
+    }
+
+    /// The number of an entry. What is there from the beginning has one number for all of it.
+    ///
+    /// # Errors
+    /// ENOENT, ENOTDIR, ELOOP.
+    pub(crate) fn inode(&self, path: &str) -> Result<u64, Errno> {
+        let (_, path) = self.find(path, true)?;
+        Ok(self.inodes.get(&path).copied().unwrap_or_default())
     }
 
     /// Where a link points to.
@@ -189,14 +203,15 @@ impl Sysfs {
     /// # Errors
     /// ENOENT, ENOTDIR, EINVAL not a link, ELOOP.
     pub(crate) fn target(&self, path: &str) -> Result<String, Errno> {
-        match self.find(path, false)? {
+        match self.find(path, false)?.0 {
             Entry::Link(target) => Ok(target.clone()),
             _ => Err(Errno::EINVAL),
         }
     }
 
-    /// Walks a path as the kernel does; a link at its end is followed where `follow` says so.
-    fn find<'a>(&'a self, path: &'a str, follow: bool) -> Result<&'a Entry, Errno> {
+    /// Walks a path as the kernel does; a link at its end is followed where `follow` says so. The
+    /// entry, and its path without links.
+    fn find<'a>(&'a self, path: &'a str, follow: bool) -> Result<(&'a Entry, String), Errno> {
         let mut todo: Vec<&str> = path.split('/').rev().collect();
         let mut here = String::new();
         let mut links = 0;
@@ -211,7 +226,7 @@ impl Sysfs {
                 _ if here.is_empty() => here.push_str(name),
                 _ => here.extend(["/", name]),
             }
-            match self.0.get(&here).ok_or(Errno::ENOENT)? {
+            match self.entries.get(&here).ok_or(Errno::ENOENT)? {
                 Entry::Link(target) if follow || !todo.is_empty() => {
                     links += 1;
                     if links > MOST_LINKS {
@@ -224,6 +239,6 @@ impl Sysfs {
                 _ => {}
             }
         }
-        self.0.get(&here).ok_or(Errno::ENOENT)
+        self.entries.get(&here).map(|entry| (entry, here)).ok_or(Errno::ENOENT)
     }
 }

@@ -43,6 +43,8 @@ pub(crate) enum Op {
     SysfsList = 18,
     /// Reads a symbolic link of sysfs.
     SysfsLink = 19,
+    /// The number of an entry of sysfs.
+    SysfsInode = 20,
     /// Adds a fault, in JSON.
     AddFault = 32,
     /// Forgets all faults and lets go of the replies that they hold back.
@@ -60,7 +62,7 @@ impl Op {
     }
 
     fn from_number(number: u32) -> Option<Self> {
-        const ALL: [Op; 11] = [
+        const ALL: [Op; 12] = [
             Op::Ioctl,
             Op::Pread,
             Op::Pwrite,
@@ -68,6 +70,7 @@ impl Op {
             Op::SysfsRead,
             Op::SysfsList,
             Op::SysfsLink,
+            Op::SysfsInode,
             Op::AddFault,
             Op::ClearFaults,
             Op::Stats,

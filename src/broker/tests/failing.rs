@@ -51,6 +51,11 @@ impl Kernel for Failing {
         self.kernel.sysfs_list(path)
     }
 
+    fn sysfs_inode(&self, path: &str) -> Result<u64, Errno> {
+        self.count()?;
+        self.kernel.sysfs_inode(path)
+    }
+
     fn sysfs_link(&self, path: &str) -> Result<String, Errno> {
         self.count()?;
         self.kernel.sysfs_link(path)

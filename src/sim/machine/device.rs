@@ -25,6 +25,8 @@ pub(super) struct DeviceState {
     pub(super) bound: Option<Bound>,
     /// The N of its `vfioN`, the lowest that was free; only while it is on a VFIO driver.
     pub(super) number: Option<u32>,
+    /// Which of its registrations with VFIO that is.
+    pub(super) registration: u64,
     pub(super) config: Config,
     pub(super) memory: Memory,
     pub(super) irqs: Irqs,
@@ -52,6 +54,7 @@ impl DeviceState {
             cdevs: 0,
             bound: None,
             number: None,
+            registration: 0,
             resets: 0,
         }
     }

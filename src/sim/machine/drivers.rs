@@ -36,7 +36,10 @@ impl Machine {
             return Err(Errno::EPERM);
         }
         let number = to_vfio.then(|| self.free_number(index));
+        self.next += 1;
+        let registration = self.next;
         if let Some(device) = self.devices.get_mut(index) {
+            device.registration = registration;
             device.driver = driver.map(str::to_owned);
             device.on_vfio = to_vfio;
             device.number = number;

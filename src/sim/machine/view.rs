@@ -13,6 +13,8 @@ pub(crate) struct DeviceView<'a> {
     pub(crate) driver: Option<&'a str>,
     /// The N of its `vfioN`, while it is on a VFIO driver.
     pub(crate) number: Option<u32>,
+    /// Which of its registrations with VFIO that is; of one device no two are the same.
+    pub(crate) registration: u64,
     /// Whether that can be opened.
     pub(crate) has_cdev: bool,
     pub(crate) vfs: Vec<Bdf>,
@@ -33,6 +35,7 @@ impl Machine {
             group: device.group,
             driver: device.driver.as_deref(),
             number: device.number,
+            registration: device.registration,
             has_cdev: self.cdev_number(index).is_some(),
             vfs: vfs.get(&device.facts.bdf).cloned().unwrap_or_default(),
             config: device.config.bytes(),
