@@ -2,6 +2,7 @@
 
 use super::authority::quota;
 use super::books::{Entry, Files};
+use super::cdev::Cdev;
 use super::fds::{Named, list};
 use super::key::new_lease_id;
 use super::plan::{Chosen, Plan};
@@ -9,10 +10,10 @@ use super::{
     Broker, Caller, Grant, container_name, devices, event, lifeline, no_such_lease, now, space,
 };
 use crate::host;
-use crate::kernel::{Device, Group, IommuType, Node};
+use crate::kernel::{Device, Group, IommuType, Iommufd, Node};
 use crate::ledger::{self, Effect, Lease, Refusal, Request, Space};
 use crate::policy::{Tenant, Verb};
-use crate::protocol::{Acquire, Acquired, Backend, Bdf, Error, EventKind, FdKind, Handout};
+use crate::protocol::{Acquire, Acquired, Bdf, Error, EventKind, FdKind, Handout};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -21,6 +22,8 @@ use std::time::Instant;
 struct Opened {
     groups: Vec<(u32, Group)>,
     devices: Vec<(Bdf, Device)>,
+    iommufd: Option<Iommufd>,
+    cdevs: Vec<(Bdf, Cdev)>,
 }
 
 impl Broker {
@@ -103,13 +106,17 @@ impl Broker {
         plan: &Plan,
         request: impl Fn(&Chosen) -> Request,
     ) -> Result<(Vec<Effect>, Chosen), Error> {
+        self.look_for_proof(&entry.tenant, |group| plan.concerns(group));
         let mut books = self.books();
         // A VM that is started again finds its devices being taken back from its last run: that is
         // over soon, one way or the other.
         let deadline = Instant::now() + self.patience.iter().sum();
         loop {
-            let chosen = self.choose(caller, &books, plan, Some(entry.id))?;
-            let kept = chosen.groups.len() + 2; // a container and a lease pipe
+            let chosen = self.choose(caller, &books, plan, entry)?;
+            let kept = match plan.handout {
+                Handout::Iommufd => 1,
+                _ => chosen.groups.len() + 2, // a container and a lease pipe
+            };
             self.check_kept(&books, &entry.tenant, kept as u64)?;
             let left = deadline.saturating_duration_since(Instant::now());
             let refusal = match books.ledger.apply(request(&chosen)) {
@@ -165,6 +172,10 @@ impl Broker {
                         space::open(space, &self.kernel)?;
                     }
                 }
+                Effect::OpenIommufd => opened.iommufd = Some(self.open_iommufd()?),
+                // An open group would keep its devices from being bound.
+                Effect::CheckGroup(id) => drop(self.open_group(id, chosen)?),
+                Effect::OpenCdev(_, bdf) => opened.cdevs.push((bdf, self.open_cdev(bdf)?)),
                 Effect::OpenGroup(id) => opened.groups.push((id, self.open_group(id, chosen)?)),
                 Effect::Attach(id) => {
                     let group = opened.groups.iter().find(|(number, _)| *number == id);
@@ -187,7 +198,8 @@ impl Broker {
                 | Effect::Unmap { .. }
                 | Effect::UnmapAll
                 | Effect::Detach(_)
-                | Effect::Prove(_) => {}
+                | Effect::Prove(_)
+                | Effect::ProveUnbound(_) => {}
             }
         }
         Ok(())
@@ -198,7 +210,8 @@ impl Broker {
             true => Node::NoIommuGroup(id),
             false => Node::Group(id),
         };
-        let group = Group::open(Arc::clone(&self.kernel), node)?;
+        let group = Group::open(Arc::clone(&self.kernel), node)
+            .map_err(|error| self.group_error(id, chosen, error))?;
         if group.status()?.viable {
             return Ok(group);
         }
@@ -249,6 +262,11 @@ impl Broker {
         files.names.extend(chosen.names.clone());
         let given = opened.devices.drain(..);
         fds.extend(given.map(|(bdf, device)| Named::device(bdf, device.into())));
+        fds.extend(opened.iommufd.take().map(Named::iommufd));
+        for (bdf, cdev) in opened.cdevs.drain(..) {
+            files.registrations.insert(bdf, cdev.registration);
+            fds.push(Named::cdev(bdf, cdev));
+        }
         fds.push(Named { kind: FdKind::Lease, name: String::new(), fd: theirs });
         self.tell(&event(kind, &lease, devices(&lease, false)));
         let (described, fds) = list(fds);
@@ -256,7 +274,7 @@ impl Broker {
             lease: entry.id.to_string(),
             key: entry.key.to_hex(),
             tenant: lease.tenant.clone(),
-            backend: Backend::Type1,
+            backend: lease.handout.backend(),
             handout: lease.handout,
             iommu: entry.space.as_ref().map_or("none", |space| iommu_name(space.iommu())).into(),
             container: container_name(&lease),
@@ -270,6 +288,10 @@ impl Broker {
 /// Closes what was opened, the last first. Nobody else has a copy yet, so closing a group takes it
 /// out of its container too, and nothing of this can fail.
 fn undo(entry: &Entry, opened: Opened) {
+    for cdev in opened.cdevs.into_iter().rev() {
+        drop(cdev);
+    }
+    drop(opened.iommufd);
     for device in opened.devices.into_iter().rev() {
         drop(device);
     }

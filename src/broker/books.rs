@@ -48,6 +48,9 @@ pub(super) struct Files {
     pub(super) groups: BTreeMap<u32, Arc<Group>>,
     /// How the kernel is asked for a device where it wants more than the address.
     pub(super) names: BTreeMap<Bdf, String>,
+    /// The devices that were handed out by their own nodes, and of which of their registrations with
+    /// VFIO that was.
+    pub(super) registrations: BTreeMap<Bdf, u64>,
 }
 
 impl Entry {

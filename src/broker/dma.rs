@@ -100,6 +100,10 @@ fn holder_maps(lease: &Lease) -> Option<Error> {
              the broker could not tell whose mappings are whose"
         }
         (Handout::Devices, _) => return None,
+        (Handout::Iommufd, _) => {
+            "the holder has the iommufd and maps by itself, with IOMMU_IOAS_MAP; the broker keeps no \
+             copy of it"
+        }
         _ => "with this handout the holder maps by itself; acquire with handout devices",
     };
     Some(Error::Unsupported { what: "MapDma".into(), why: why.into() })

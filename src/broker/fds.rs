@@ -58,6 +58,7 @@ impl Broker {
         let entry = self.authorize(caller, &request.lease, &request.key)?;
         let files = entry.files();
         let lease = self.live(&entry)?;
+        check_kept_any(&lease)?;
         let kept = kept(&lease, &entry, &files).into_iter();
         let mut fds = kept.map(Named::copied).collect::<Result<Vec<_>, _>>()?;
         match lease.handout {
@@ -99,6 +100,9 @@ impl Broker {
             Ok(lease) => lease,
             Err(error) => return Some(Err(error)),
         };
+        if let Err(error) = check_kept_any(&lease) {
+            return Some(Err(error));
+        }
         if lease.handout != Handout::Container {
             return None;
         }
@@ -150,6 +154,19 @@ impl Broker {
         }
         entered.map(|entered| (theirs, entered))
     }
+}
+
+/// Whether there is something to be had once more.
+fn check_kept_any(lease: &Lease) -> Result<(), Error> {
+    if lease.handout != Handout::Iommufd {
+        return Ok(());
+    }
+    Err(Error::Unsupported {
+        what: "GetFds of handout iommufd".into(),
+        why: "the broker keeps no copies of an iommufd and its cdevs, so that closing them frees \
+              the devices: whoever needs them again keeps a copy, or acquires anew"
+            .into(),
+    })
 }
 
 /// What the broker keeps of what the holder was given.

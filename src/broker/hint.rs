@@ -29,6 +29,9 @@ fn hint(error: &kernel::Error) -> String {
         (_, Errno::EMFILE | Errno::ENFILE) => {
             "the broker has no open files left: raise LimitNOFILE= of its service".into()
         }
+        ("open", Errno::ENOENT | Errno::ENODEV) if object.starts_with("/dev/vfio/devices/") => {
+            "the device has just left its driver: see Topology".into()
+        }
         ("open", Errno::ENOENT) if !group => {
             "VFIO is not loaded: modprobe vfio vfio_iommu_type1 vfio-pci".into()
         }
@@ -48,6 +51,11 @@ fn hint(error: &kernel::Error) -> String {
         }
         ("open", Errno::EACCES | Errno::EPERM) => {
             format!("the broker may not open {object}: it must run as root, with that node allowed")
+        }
+        ("IOMMU_OPTION", Errno::EPERM) => {
+            "having each process charged for what it pins wants CAP_SYS_RESOURCE: the broker must \
+             have it (CapabilityBoundingSet= of its service)"
+                .into()
         }
         ("VFIO_SET_IOMMU", Errno::EPERM) => {
             "the host can't remap interrupts, so a guest could raise any interrupt of the host: \

@@ -2,9 +2,10 @@
 
 use super::{Broker, Caller, container_name, devices};
 use crate::host::{self, Host};
+use crate::kernel::Node;
 use crate::ledger::{self, GroupState as Stage, Ledger, Phase};
 use crate::policy::{Tenant, Verb};
-use crate::protocol::{Backend, Device, Error, Group, GroupState, Groups, Lease, LeaseList};
+use crate::protocol::{Device, Error, Group, GroupState, Groups, Lease, LeaseList, Unproved};
 
 impl Broker {
     /// The leases the caller may see. Never blocks.
@@ -44,6 +45,7 @@ impl Broker {
         if self.policy.names_serials() {
             host.read_serials(&*self.kernel)?;
         }
+        self.look_for_proof(&tenant.name, |_| true);
         let observes = self.policy.may(tenant, Verb::Observe).allowed;
         let allowed = |group: &host::Group| self.any_allowed(tenant, group);
         let ledger = self.books().ledger.clone();
@@ -67,6 +69,7 @@ impl Broker {
         let lease = known.and_then(|known| ledger.lease(known.lease));
         let lease = lease.filter(|lease| self.may_see(caller, &lease.tenant));
         let state = match known.map(|known| &known.state) {
+            None if !ledger.is_open_to(group.id, &tenant.name) => GroupState::Quarantined,
             None => GroupState::Free,
             Some(Stage::Acquiring | Stage::Held) => GroupState::Held,
             Some(Stage::Reclaiming { .. }) => GroupState::Reclaiming,
@@ -82,12 +85,27 @@ impl Broker {
                 class: format!("{:06x}", device.facts.class),
                 driver: device.driver.clone(),
                 vfio: device.on_vfio,
+                cdev: device.cdev.map(|number| Node::Cdev(number).to_string()),
                 lease: lease.filter(has).map(|lease| lease.id.to_string()),
             }
         };
         let blockers = group.blockers(|device| self.policy.device(tenant, &device.facts).allowed);
-        let devices = group.devices.iter().map(device).collect();
-        Group { id: group.id, viable: blockers.is_empty(), state, blockers, devices }
+        let unproved = ledger.unproved_group(group.id);
+        let unproved = unproved.filter(|left| self.may_see(caller, &left.tenant));
+        Group {
+            id: group.id,
+            viable: blockers.is_empty(),
+            state,
+            blockers,
+            unproved: unproved.map(|left| Unproved {
+                tenant: left.tenant.clone(),
+                lease: left.lease.to_string(),
+                vm: left.vm.clone(),
+                since: left.since,
+                devices: left.left.keys().map(ToString::to_string).collect(),
+            }),
+            devices: group.devices.iter().map(device).collect(),
+        }
     }
 }
 
@@ -99,7 +117,7 @@ fn describe(lease: &ledger::Lease) -> Lease {
         tenant: lease.tenant.clone(),
         uid: lease.uid,
         pid: lease.pid,
-        backend: Backend::Type1,
+        backend: lease.handout.backend(),
         handout: lease.handout,
         container: container_name(lease),
         devices: devices(lease, false),

@@ -1,11 +1,13 @@
 //! From what an Acquire asks for to devices and groups, as far as the policy and the machine allow.
 
-use super::books::Books;
+use super::books::{Books, Entry as LeaseEntry};
+use super::cdev::lacks_cdev;
+use super::form::{Given, same_form};
 use super::{Broker, Caller};
 use crate::host::{self, Device, Group, Host, Place};
-use crate::ledger::{Lease, LeaseId, Member, Space, Trust, WantedGroup};
-use crate::policy::{self, Risk, Tenant};
-use crate::protocol::{Acquire, Backend, Bdf, DeviceSpec, Error, Handout};
+use crate::ledger::{Lease, Member, Space, WantedGroup};
+use crate::policy::{Risk, Tenant};
+use crate::protocol::{Acquire, Bdf, DeviceSpec, Error, Handout};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
@@ -42,11 +44,6 @@ impl Broker {
         request: &Acquire,
         lease: Option<&Lease>,
     ) -> Result<Plan, Error> {
-        let backend = self.policy.backend(tenant, request.backend)?;
-        if backend != Backend::Type1 {
-            let why = "this broker has no iommufd yet; ask for backend type1".into();
-            return Err(Error::Unsupported { what: "backend iommufd".into(), why });
-        }
         let mut groups = BTreeMap::new();
         let mut slots = Vec::new();
         let mut host = None;
@@ -80,15 +77,9 @@ impl Broker {
         if self.policy.names_serials() {
             all.values_mut().try_for_each(|group| group.read_serials(&*self.kernel))?;
         }
-        let noiommu = slots.iter().find_map(|slot| match slot {
-            Slot::This(_, group) => all.get(group).map(|group| group.noiommu),
-            Slot::AnyOf(_, those) => {
-                those.first().and_then(|(_, id)| all.get(id)).map(|group| group.noiommu)
-            }
-        });
         let (handout, space) = match lease {
             Some(lease) => same_form(lease, request)?,
-            None => self.form(tenant, request, noiommu == Some(true))?,
+            None => self.form(tenant, request, &given(&slots, &all))?,
         };
         let vf_token = check_token(request.vf_token.as_deref(), handout)?;
         let mut plan = Plan { handout, space, groups: all, slots, withhold, vf_token };
@@ -128,31 +119,6 @@ impl Broker {
             }
         };
         group.device(bdf).map(|_| id).ok_or_else(nowhere)
-    }
-
-    /// The handout and the address space of a new lease.
-    fn form(
-        &self,
-        tenant: &Tenant,
-        request: &Acquire,
-        noiommu: bool,
-    ) -> Result<(Handout, Space), Error> {
-        let only_devices = noiommu || request.container.is_some();
-        let asked = request.handout.or(only_devices.then_some(Handout::Devices));
-        let handout = self.policy.handout(tenant, asked)?;
-        let space = match &request.container {
-            Some(name) => {
-                let shared = self.policy.container(tenant, name)?;
-                let trust = match shared.trust {
-                    policy::Trust::Enforced => Trust::Enforced,
-                    policy::Trust::Mutual => Trust::Mutual,
-                };
-                Space::Shared { name: shared.name.clone(), trust }
-            }
-            None if handout == Handout::Group => Space::None,
-            None => Space::Own,
-        };
-        Ok((handout, space))
     }
 
     /// Each device, and each group it brings with it, against policy and machine; of those that
@@ -206,7 +172,7 @@ impl Broker {
             return Err(Error::Unsupported { what: device.bdf().to_string(), why });
         }
         // Whoever has the group's open file can open each of its devices, named or not.
-        if handout != Handout::Devices {
+        if matches!(handout, Handout::Container | Handout::Group) {
             for other in group.devices.iter().filter(|other| other.on_vfio) {
                 self.policy.device(tenant, &other.facts).ok().map_err(|refusal| Error::Denied {
                     rule: refusal.rule,
@@ -229,10 +195,13 @@ impl Broker {
         if used && !device.on_vfio && blockers.iter().all(|b| b.bdf != device.bdf().to_string()) {
             blockers.insert(0, device.blocker(true));
         }
-        if blockers.is_empty() {
-            return Ok(());
+        if !blockers.is_empty() {
+            return Err(Error::NotViable { group: group.id, blockers });
         }
-        Err(Error::NotViable { group: group.id, blockers })
+        if used && handout == Handout::Iommufd && device.cdev.is_none() {
+            return Err(lacks_cdev(device.bdf()));
+        }
+        Ok(())
     }
 
     /// Decides which devices stand for "any of that kind": the free ones with the lowest
@@ -242,7 +211,7 @@ impl Broker {
         caller: &Caller,
         books: &Books,
         plan: &Plan,
-        lease: Option<LeaseId>,
+        entry: &LeaseEntry,
     ) -> Result<Chosen, Error> {
         let named = plan.slots.iter().filter_map(|slot| match slot {
             Slot::This(bdf, _) => Some(*bdf),
@@ -250,8 +219,8 @@ impl Broker {
         });
         let mut taken: Vec<Bdf> = named.chain(plan.withhold.iter().map(|(bdf, _)| *bdf)).collect();
         let free = |bdf: Bdf, id: u32| match books.ledger.group(id) {
-            None => true,
-            Some(group) if Some(group.lease) == lease => books
+            None => books.ledger.is_open_to(id, &entry.tenant),
+            Some(group) if group.lease == entry.id => books
                 .ledger
                 .live(group.lease)
                 .is_some_and(|lease| lease.devices.iter().all(|handed| handed.bdf != bdf)),
@@ -276,6 +245,14 @@ impl Broker {
 }
 
 impl Plan {
+    /// Whether a group might be in it.
+    pub(super) fn concerns(&self, group: u32) -> bool {
+        self.slots.iter().any(|slot| match slot {
+            Slot::This(_, id) => *id == group,
+            Slot::AnyOf(_, those) => those.iter().any(|(_, id)| *id == group),
+        })
+    }
+
     fn chosen(&self, devices: Vec<(Bdf, u32)>) -> Chosen {
         let mut wanted = BTreeMap::<u32, WantedGroup>::new();
         let mut names = BTreeMap::new();
@@ -306,6 +283,30 @@ impl Plan {
     }
 }
 
+/// What the devices have to do with the form of the lease. Of "any of a kind" one that fits is
+/// enough.
+fn given(slots: &[Slot], groups: &BTreeMap<u32, Group>) -> Given {
+    let found = |(bdf, id): &(Bdf, u32)| {
+        groups.get(id).and_then(|group| Some((group.noiommu, group.device(*bdf)?)))
+    };
+    let mut given = Given { noiommu: false, without_cdev: None };
+    for (at, slot) in slots.iter().enumerate() {
+        let those: Vec<_> = match slot {
+            Slot::This(bdf, id) => found(&(*bdf, *id)).into_iter().collect(),
+            Slot::AnyOf(_, those) => those.iter().filter_map(found).collect(),
+        };
+        if at == 0 {
+            given.noiommu = those.first().is_some_and(|(noiommu, _)| *noiommu);
+        }
+        let mut on_vfio = those.iter().map(|(_, device)| device).filter(|device| device.on_vfio);
+        let first = on_vfio.clone().next().map(|device| device.bdf());
+        if on_vfio.all(|device| device.cdev.is_none()) {
+            given.without_cdev = given.without_cdev.or(first);
+        }
+    }
+    given
+}
+
 fn members(group: &Group) -> Vec<Member> {
     let on_vfio = group.devices.iter().filter(|device| device.on_vfio);
     on_vfio.map(|device| Member { bdf: device.bdf(), physfn: device.facts.physfn }).collect()
@@ -321,29 +322,6 @@ fn fits(spec: &DeviceSpec, device: &Device) -> bool {
         DeviceSpec::Kind { vendor, device } => is(vendor, facts.vendor) && is(device, facts.device),
         DeviceSpec::Mdev { .. } => false,
     }
-}
-
-/// What is added to a lease comes in the lease's own form; naming another one is a mistake that is
-/// better heard of.
-fn same_form(lease: &Lease, request: &Acquire) -> Result<(Handout, Space), Error> {
-    let conflict = |what: &str| {
-        let why = format!("lease {} was acquired with another one", lease.id);
-        Err(Error::Conflict { what: what.into(), why })
-    };
-    if request.vm != lease.vm {
-        return conflict("vm");
-    }
-    if request.handout.is_some_and(|handout| handout != lease.handout) {
-        return conflict("handout");
-    }
-    let shared = match &lease.space {
-        Space::Shared { name, .. } => Some(name),
-        Space::None | Space::Own => None,
-    };
-    if request.container.is_some() && request.container.as_ref() != shared {
-        return conflict("container");
-    }
-    Ok((lease.handout, lease.space.clone()))
 }
 
 /// A token is a UUID and nothing else: it becomes part of what the kernel parses.

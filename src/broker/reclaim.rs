@@ -4,10 +4,12 @@
 use super::books::{Books, Entry, Files};
 use super::lifeline::has_hung_up;
 use super::{Broker, Caller, Ended, LifelineId, devices, event, no_such_lease, now, space};
+use crate::host;
 use crate::kernel::{self, Group, Node, Unmap, UnmapFlags};
 use crate::ledger::{Effect, Lease, LeaseId, Request};
-use crate::protocol::{Error, EventKind, Release, Released};
+use crate::protocol::{Bdf, Error, EventKind, Release, Released};
 use nix::errno::Errno;
+use std::collections::BTreeMap;
 use std::slice::Iter;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
@@ -24,7 +26,9 @@ impl Broker {
             return Err(no_such_lease(entry.id));
         }
         self.take_back(&entry, entry.files(), &self.patience);
-        let proved = self.books().ledger.groups_of(entry.id).next().is_none();
+        let books = self.books();
+        let proved = books.ledger.groups_of(entry.id).next().is_none()
+            && books.ledger.unproved().all(|(_, left)| left.lease != entry.id);
         Ok(Released { proved })
     }
 
@@ -119,7 +123,20 @@ impl Broker {
                     Ok(()) => self.report(Request::Freed { group: id }),
                     Err(error) => self.stuck(id, &error),
                 },
+                Effect::ProveUnbound(id) => {
+                    match prove(&self.kernel, node(id, &before), &mut patience) {
+                        Ok(()) => self.report(Request::Unbound {
+                            group: id,
+                            at: now(),
+                            left: self.left(id, &before, &files),
+                        }),
+                        Err(error) => self.stuck(id, &error),
+                    }
+                }
                 Effect::OpenSpace
+                | Effect::OpenIommufd
+                | Effect::CheckGroup(_)
+                | Effect::OpenCdev(..)
                 | Effect::OpenGroup(_)
                 | Effect::Attach(_)
                 | Effect::OpenDevice(..)
@@ -133,6 +150,16 @@ impl Broker {
     fn report(&self, request: Request) {
         let _ = self.books().ledger.apply(request);
         self.changed.notify_all();
+    }
+
+    /// The devices of a group that were handed out by their nodes, and whose nodes may be open.
+    fn left(&self, group: u32, before: &Lease, files: &Files) -> BTreeMap<Bdf, u64> {
+        let here = before.devices.iter().filter(|handed| handed.group == group);
+        let given = here.filter_map(|handed| files.registrations.get_key_value(&handed.bdf));
+        given
+            .filter(|(bdf, since)| host::has_let_go(&*self.kernel, **bdf, **since) != Ok(true))
+            .map(|(bdf, since)| (*bdf, *since))
+            .collect()
     }
 
     fn stuck(&self, group: u32, error: &kernel::Error) {

@@ -3,7 +3,7 @@
 use super::style::{columns, print, print_json_line, printable};
 use super::{Context, Failure};
 use crate::client::{Acquire, Lease};
-use crate::protocol::{FdKind, Handout};
+use crate::protocol::{Backend, FdKind, Handout};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -32,6 +32,9 @@ pub(super) struct Args {
     /// In which form the open files are given [default: the policy's first]
     #[arg(long, value_name = "FORM")]
     handout: Option<Handout>,
+    /// Through which interface of the kernel [default: the policy's first that the host can do]
+    #[arg(long, value_name = "BACKEND")]
+    backend: Option<Backend>,
     /// Join this shared container of the policy
     #[arg(long, value_name = "NAME")]
     container: Option<String>,
@@ -48,6 +51,9 @@ impl Args {
         }
         if let Some(handout) = self.handout {
             request = request.handout(handout);
+        }
+        if let Some(backend) = self.backend {
+            request = request.backend(backend);
         }
         if let Some(container) = self.container {
             request = request.container(container);

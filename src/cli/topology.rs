@@ -1,9 +1,9 @@
 //! `vfio-broker topology`: the IOMMU groups as a tree, with who holds what and what is in the way.
 
 use super::pci_names::PciNames;
-use super::style::{Style, all_printable, print, print_json};
+use super::style::{Style, ago, all_printable, print, print_json};
 use super::{Context, Failure};
-use crate::protocol::{Device, Group, GroupState, Groups, Lease};
+use crate::protocol::{Device, Group, GroupState, Groups, Lease, Unproved};
 
 /// Show groups and devices, who has them, and what keeps them from being used
 #[derive(Debug, clap::Args)]
@@ -39,6 +39,15 @@ impl Tree {
             for (i, device) in group.devices.iter().enumerate() {
                 let branch = if i + 1 == group.devices.len() { "`-" } else { "|-" };
                 text += &self.device(branch, device, widest);
+            }
+            if let Some(Unproved { tenant, devices, since, .. }) = &group.unproved {
+                text += &format!(
+                    "   {} only for {tenant}, which had {} by iommufd {} ago, until an administrator \
+                     has unbound it\n",
+                    self.style.yellow("!"),
+                    devices.join(" "),
+                    ago(*since)
+                );
             }
             for blocker in &group.blockers {
                 text += &format!("   {} {blocker}\n", self.style.red("!"));
@@ -112,6 +121,7 @@ mod tests {
             class: "020000".into(),
             driver: (driver != "-").then(|| driver.into()),
             vfio: driver == "vfio-pci",
+            cdev: None,
             lease: lease.map(str::to_owned),
         }
     }
@@ -125,6 +135,7 @@ mod tests {
             viable: true,
             state: GroupState::Free,
             blockers: vec![],
+            unproved: None,
             devices: vec![device],
         };
         let port = Device { class: "060400".into(), ..device("0000:00:01.0", "pcieport", None) };
@@ -134,6 +145,7 @@ mod tests {
                 viable: true,
                 state: GroupState::Held,
                 blockers: vec![],
+                unproved: None,
                 devices: vec![
                     device("0000:65:00.0", "vfio-pci", Some("l1")),
                     device("0000:65:00.1", "vfio-pci", None),
@@ -144,6 +156,7 @@ mod tests {
                 viable: false,
                 state: GroupState::Free,
                 blockers: vec![blocker],
+                unproved: None,
                 devices: vec![device("0000:00:1f.2", "ahci", None)],
             },
             free(9, device("0000:66:00.0", "vfio-pci", None)),

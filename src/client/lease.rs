@@ -219,6 +219,35 @@ impl Lease {
         Err(last)
     }
 
+    /// The iommufd, of the handout `iommufd`: empty, and nobody else's. Whoever makes address spaces
+    /// in it and maps is charged for itself.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] where the handout has none, or it was taken out.
+    pub fn iommufd(&self) -> Result<kernel::Iommufd> {
+        let fd = self.copy(FdKind::Iommufd, None)?;
+        Ok(kernel::Iommufd::from_fd(self.kernel_of(fd.as_fd(), "the iommufd")?, fd))
+    }
+
+    /// A device of the handout `iommufd` by its own node: unbound, until
+    /// [`bind_iommufd`](kernel::Device::bind_iommufd) is called on it or a copy of it.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] it is not of this lease, another handout, or it was taken out.
+    pub fn cdev(&self, name: &str) -> Result<kernel::Device> {
+        let fd = self.copy(FdKind::Cdev, Some(name))?;
+        Ok(kernel::Device::from_fd(self.kernel_of(fd.as_fd(), name)?, name, fd))
+    }
+
+    /// All devices of the handout `iommufd`, as [`Lease::cdev`]; none where the handout has none.
+    ///
+    /// # Errors
+    /// EMFILE: too many open files.
+    pub fn cdevs(&self) -> Result<Vec<kernel::Device>> {
+        let cdevs = self.files.iter().filter(|file| file.kind == FdKind::Cdev);
+        cdevs.map(|file| self.cdev(&file.name)).collect()
+    }
+
     /// A copy of one of the open files.
     ///
     /// # Errors

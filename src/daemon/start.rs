@@ -265,7 +265,7 @@ fn sim_policy(kernel: &dyn Kernel) -> Result<String, StartError> {
     let devices: Vec<_> = host.devices().map(|(_, d)| format!("\"{}\"", d.facts.bdf)).collect();
     Ok(format!(
         "version = 1\n[[tenant]]\nname = \"everybody\"\nanyone = true\ndevices = [{}]\n\
-         handouts = [\"container\", \"group\", \"devices\"]\n\
+         handouts = [\"container\", \"group\", \"devices\", \"iommufd\"]\n\
          accept = [\"unsafe-interrupts\", \"no-iommu\"]\n",
         devices.join(", ")
     ))

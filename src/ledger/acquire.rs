@@ -39,8 +39,10 @@ impl Ledger {
         self.check_quota(&lease, &groups, &quota, 1)?;
         self.leases.insert(id, lease);
         let mut effects = Vec::new();
-        if handout != Handout::Group {
-            effects.push(Effect::OpenSpace);
+        match handout {
+            Handout::Container | Handout::Devices => effects.push(Effect::OpenSpace),
+            Handout::Iommufd => effects.push(Effect::OpenIommufd),
+            Handout::Group => {}
         }
         effects.extend(self.add(id, groups));
         Ok(effects)
@@ -60,22 +62,32 @@ impl Ledger {
     /// Enters what passed all checks; from now on nobody else can get it.
     fn add(&mut self, id: LeaseId, wanted: Vec<WantedGroup>) -> Vec<Effect> {
         let Some(lease) = self.leases.get_mut(&id) else { return Vec::new() };
-        let attach = lease.handout != Handout::Group;
+        let attach = matches!(lease.handout, Handout::Container | Handout::Devices);
         let (mut devices, mut fresh) = (Vec::new(), Vec::new());
         let (mut open_groups, mut open_devices) = (Vec::new(), Vec::new());
         for group in wanted {
             let handed = |withheld| move |bdf| Handed { bdf, group: group.id, withheld };
             devices.extend(group.devices.iter().copied().map(handed(false)));
             devices.extend(group.withhold.iter().copied().map(handed(true)));
-            if lease.handout == Handout::Devices {
-                let open = |bdf| Effect::OpenDevice(group.id, bdf);
-                open_devices.extend(group.devices.iter().copied().map(open));
+            let used = group.devices.iter().copied();
+            match lease.handout {
+                Handout::Devices => {
+                    open_devices.extend(used.map(|bdf| Effect::OpenDevice(group.id, bdf)));
+                }
+                Handout::Iommufd => {
+                    open_devices.extend(used.map(|bdf| Effect::OpenCdev(group.id, bdf)));
+                }
+                Handout::Container | Handout::Group => {}
             }
             if self.groups.contains_key(&group.id) {
                 continue;
             }
             fresh.push(group.id);
-            open_groups.push(Effect::OpenGroup(group.id));
+            // An open group keeps its devices from being bound to an iommufd.
+            open_groups.push(match lease.handout {
+                Handout::Iommufd => Effect::CheckGroup(group.id),
+                _ => Effect::OpenGroup(group.id),
+            });
             if attach {
                 open_groups.push(Effect::Attach(group.id));
             }
@@ -150,7 +162,9 @@ impl Ledger {
 
     /// One group, one lease.
     fn check_free(&self, lease: &Lease, id: u32, device: Bdf) -> Result<(), Refusal> {
-        let Some(group) = self.groups.get(&id) else { return Ok(()) };
+        let Some(group) = self.groups.get(&id) else {
+            return self.check_unproved(lease, id, device);
+        };
         match &group.state {
             GroupState::Quarantined { reason, since } => {
                 let (since, reason) = (*since, reason.clone());
@@ -176,10 +190,13 @@ impl Ledger {
     /// A PF on a VFIO driver and its VFs are one tenant's: whoever has the PF can take the VFs away
     /// and see into them.
     fn check_functions(&self, lease: &Lease, wanted: &WantedGroup) -> Result<(), Refusal> {
-        for group in self.groups.values() {
-            let stranger = self.leases.get(&group.lease).is_some_and(|l| l.tenant != lease.tenant);
+        let held = self.groups.values().filter_map(|group| {
+            self.leases.get(&group.lease).map(|holder| (&holder.tenant, &group.members))
+        });
+        let unproved = self.unproved.values().map(|left| (&left.tenant, &left.members));
+        for (tenant, members) in held.chain(unproved) {
             let mine = |bdf| wanted.members.iter().any(|member| member.bdf == bdf);
-            for theirs in group.members.iter().filter(|_| stranger) {
+            for theirs in members.iter().filter(|_| *tenant != lease.tenant) {
                 let above = wanted.members.iter().find(|mine| mine.physfn == Some(theirs.bdf));
                 if let Some(vf) = above {
                     let why = format!("another tenant has {}, its PF", theirs.bdf);
@@ -251,7 +268,8 @@ impl Ledger {
                 other.devices.len() + other.adding.as_ref().map_or(0, |adding| adding.devices.len())
             })
             .sum();
-        within("devices", (devices + more) as u64, quota.devices)
+        let unproved = self.unproved_devices(&lease.tenant, wanted);
+        within("devices", (devices + more + unproved) as u64, quota.devices)
     }
 }
 
@@ -260,6 +278,7 @@ fn check_form(lease: &Lease) -> Result<(), Refusal> {
     let conflict =
         |what: &str, why: &str| Err(Refusal::Conflict { what: what.into(), why: why.into() });
     match (&lease.space, lease.handout) {
+        (Space::None, Handout::Iommufd) => no_iommu_form(lease),
         (_, Handout::Iommufd) => conflict("handout iommufd", "it has no type1 container"),
         (Space::Shared { .. }, Handout::Container | Handout::Group) => conflict(
             "container",

@@ -90,10 +90,10 @@ pub enum Phase {
     Ending,
 }
 
-/// A type1 address space.
+/// The type1 address space of a lease.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Space {
-    /// Its holder brings a container.
+    /// Its holder brings a container, or makes address spaces in its iommufd.
     None,
     /// A container for this lease alone.
     Own,

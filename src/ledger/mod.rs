@@ -12,11 +12,13 @@ mod lease;
 mod mapping;
 mod reclaim;
 mod request;
+mod unproved;
 
 pub use lease::{
     Group, GroupState, Handed, Lease, LeaseId, Mapping, Member, NotALeaseId, Phase, Space, Trust,
 };
 pub use request::{Acquire, Effect, Extend, Quota, Refusal, Request, WantedGroup};
+pub use unproved::Unproved;
 
 use std::collections::BTreeMap;
 
@@ -28,6 +30,7 @@ mod tests;
 pub struct Ledger {
     leases: BTreeMap<LeaseId, Lease>,
     groups: BTreeMap<u32, Group>,
+    unproved: BTreeMap<u32, Unproved>,
 }
 
 impl Ledger {
@@ -49,6 +52,10 @@ impl Ledger {
             Request::Reclaim { lease } => self.reclaim(lease),
             Request::Detached { group } => self.detached(group),
             Request::Freed { group } => self.freed(group),
+            Request::Unbound { group, at, left } => self.unbound(group, at, left),
+            Request::Proved { group, device, registration } => {
+                self.proved(group, device, registration)
+            }
             Request::Stuck { group, reason, at } => self.stuck(group, reason, at),
         }
     }

@@ -1,6 +1,7 @@
 //! The end of a lease: its mappings undone, its groups shown to be free, one by one.
 
 use super::{Effect, GroupState, LeaseId, Ledger, Phase, Refusal, Space};
+use crate::protocol::Handout;
 
 impl Ledger {
     pub(super) fn end(&mut self, id: LeaseId, at: u64) -> Result<Vec<Effect>, Refusal> {
@@ -38,7 +39,10 @@ impl Ledger {
             if group.attached {
                 effects.push(Effect::Detach(number));
             }
-            effects.push(Effect::Prove(number));
+            effects.push(match lease.handout {
+                Handout::Iommufd => Effect::ProveUnbound(number),
+                _ => Effect::Prove(number),
+            });
         }
         Ok(effects)
     }

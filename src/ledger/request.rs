@@ -2,6 +2,7 @@
 
 use super::{LeaseId, Member, Space};
 use crate::protocol::{Bdf, Handout};
+use std::collections::BTreeMap;
 
 /// Something to enter into the ledger.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -79,6 +80,27 @@ pub enum Request {
     Freed {
         /// Which group.
         group: u32,
+    },
+    /// The kernel has shown that no device of the group is bound to an iommufd; whether somebody has
+    /// the node of one open and can bind it later, it does not show.
+    Unbound {
+        /// Which group.
+        group: u32,
+        /// When, in seconds since 1970.
+        at: u64,
+        /// The devices that were handed out by their nodes, each with the number of its
+        /// registration with VFIO.
+        left: BTreeMap<Bdf, u64>,
+    },
+    /// That registration of the device with VFIO has ended, which it does only when nobody has the
+    /// device's node open any more.
+    Proved {
+        /// Its group.
+        group: u32,
+        /// Which device.
+        device: Bdf,
+        /// The registration.
+        registration: u64,
     },
     /// The kernel has shown that somebody still does.
     Stuck {
@@ -166,6 +188,13 @@ pub enum Effect {
     Attach(u32),
     /// Open a device of an attached group.
     OpenDevice(u32, Bdf),
+    /// Open the lease's iommufd, and have it charge each process for itself.
+    OpenIommufd,
+    /// Open a group, see that it is viable, and close it: that nobody has it open, nor a device of
+    /// it bound to an iommufd.
+    CheckGroup(u32),
+    /// Open a device by its own node.
+    OpenCdev(u32, Bdf),
     /// Map this range.
     Map {
         /// First address.
@@ -186,6 +215,9 @@ pub enum Effect {
     Detach(u32),
     /// Open the group afresh, which shows that nobody else has it open, and close it.
     Prove(u32),
+    /// Open the group afresh, which shows that no device of it is bound to an iommufd, and close
+    /// it. `Unbound` is to be reported, or `Stuck`.
+    ProveUnbound(u32),
 }
 
 /// Why something was not entered.

@@ -147,7 +147,7 @@ impl Policy {
     /// # Errors
     /// It may not.
     pub fn handout(&self, tenant: &Tenant, asked: Option<Handout>) -> Result<Handout, Refusal> {
-        self.choose(tenant, "handouts", &tenant.handouts, asked, handout_name)
+        self.choose(tenant, "handouts", &tenant.handouts, asked, Handout::name)
     }
 
     /// The backend `tenant` gets: the one it asks for, if it may have it, else its first.
@@ -155,7 +155,7 @@ impl Policy {
     /// # Errors
     /// It may not.
     pub fn backend(&self, tenant: &Tenant, asked: Option<Backend>) -> Result<Backend, Refusal> {
-        self.choose(tenant, "backends", &tenant.backends, asked, backend_name)
+        self.choose(tenant, "backends", &tenant.backends, asked, Backend::name)
     }
 
     fn choose<T: Copy + PartialEq>(
@@ -210,22 +210,4 @@ impl Policy {
 fn first_deny(rules: &[DeviceRule], facts: &DeviceFacts) -> Option<(usize, usize)> {
     let mut each = rules.iter().enumerate();
     each.find(|(_, rule)| rule.denies(facts)).map(|(at, rule)| (at, rule.line))
-}
-
-/// A handout as the policy writes it.
-pub(super) fn handout_name(handout: Handout) -> &'static str {
-    match handout {
-        Handout::Container => "container",
-        Handout::Group => "group",
-        Handout::Devices => "devices",
-        Handout::Iommufd => "iommufd",
-    }
-}
-
-/// A backend as the policy writes it.
-pub(super) fn backend_name(backend: Backend) -> &'static str {
-    match backend {
-        Backend::Type1 => "type1",
-        Backend::Iommufd => "iommufd",
-    }
 }

@@ -130,12 +130,18 @@ impl Tenant {
         &self.rights.values
     }
 
-    /// The handouts it may ask for; the first is what it gets when it does not ask.
+    /// The handouts it may ask for; the first of a backend is what it gets when it does not ask.
     pub fn handouts(&self) -> &[Handout] {
         &self.handouts.values
     }
 
-    /// The backends it may ask for; the first is what it gets when it does not ask.
+    /// The handout it gets by a backend when it does not ask for another one.
+    pub fn handout_of(&self, backend: Backend) -> Option<Handout> {
+        self.handouts.values.iter().copied().find(|handout| handout.backend() == backend)
+    }
+
+    /// The backends it may ask for; the first that the host can do is what it gets when it does not
+    /// ask.
     pub fn backends(&self) -> &[Backend] {
         &self.backends.values
     }

@@ -59,8 +59,7 @@ pub enum Handout {
     Group,
     /// The devices alone: the broker maps
     Devices,
-    // There is none yet.
-    #[cfg_attr(feature = "cli", value(skip))]
+    /// An iommufd and the devices by their own nodes, unbound
     Iommufd,
 }
 
@@ -72,6 +71,16 @@ impl Handout {
             Self::Iommufd => Backend::Iommufd,
         }
     }
+
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Container => "container",
+            Self::Group => "group",
+            Self::Devices => "devices",
+            Self::Iommufd => "iommufd",
+        }
+    }
 }
 
 /// Through which interface of the kernel.
@@ -79,10 +88,20 @@ impl Handout {
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Backend {
-    /// Groups and a container
+    /// Containers and groups
     Type1,
-    /// An iommufd, and the devices' own nodes
+    /// Iommufds and devices by their own nodes
     Iommufd,
+}
+
+impl Backend {
+    /// As it is written.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Type1 => "type1",
+            Self::Iommufd => "iommufd",
+        }
+    }
 }
 
 /// What an fd is.
@@ -225,7 +244,18 @@ pub struct Group {
     pub viable: bool,
     pub state: GroupState,
     pub blockers: Vec<Blocker>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unproved: Option<Unproved>,
     pub devices: Vec<Device>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unproved {
+    pub tenant: String,
+    pub lease: String,
+    pub vm: String,
+    pub since: u64,
+    pub devices: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -238,6 +268,8 @@ pub struct Device {
     pub driver: Option<String>,
     #[serde(default)]
     pub vfio: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cdev: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<String>,
 }

@@ -450,5 +450,5 @@ fn bash_completes_every_word_and_nothing_that_is_hidden() {
         assert!(second.contains(&word.into()), "{second:?}");
     }
     let forms = completed(&script, &["vfio-broker", "acquire", "--handout", ""]);
-    assert_eq!(forms, ["container", "group", "devices"]);
+    assert_eq!(forms, ["container", "group", "devices", "iommufd"]);
 }

@@ -3,6 +3,7 @@
 mod dma;
 mod failing;
 mod flow;
+mod iommufd;
 mod plan;
 mod race;
 mod random;
@@ -24,6 +25,7 @@ use std::os::fd::OwnedFd;
 /// one that the host uses, 5 is a PF with its VFs in 6 and 7, and 8 has a device of 2's kind.
 const MACHINE: &str = r#"
 kernel = "6.12"
+owner_rights = true
 memlock = "unlimited"
 [[group]]
 id = 1
@@ -73,14 +75,14 @@ version = 1
 [[tenant]]
 name = "a"
 user = 1000
-handouts = ["container", "group", "devices"]
+handouts = ["container", "group", "devices", "iommufd"]
 devices = ["10de:2684", "10de:22ba", "8086:10d3", "1b21:0612", "1b21:0625", "8086:1572", "15b3:101d", "15b3:101e"]
 limits = { leases = 5, devices = 8, mappings = 6, mapped_bytes = "1 MiB" }
 [[tenant]]
 name = "b"
 user = 1001
 rights = ["acquire", "observe"]
-handouts = ["container", "group", "devices"]
+handouts = ["container", "group", "devices", "iommufd"]
 devices = ["10de:2684", "10de:22ba", "8086:10d3", "1b21:0612", "15b3:101d", "15b3:101e"]
 [[tenant]]
 name = "m"

@@ -130,17 +130,19 @@ impl Explanation {
     fn of_companions(&mut self, policy: &Policy, tenant: &Tenant, group: &Group, device: &Device) {
         for other in group.devices.iter().filter(|d| d.bdf() != device.bdf() && !d.is_bridge()) {
             let (bdf, decision) = (other.bdf(), policy.device(tenant, &other.facts));
-            let alone = tenant.handouts().contains(&Handout::Devices);
+            let alone = [Handout::Devices, Handout::Iommufd];
+            let alone: Vec<_> = alone.iter().filter(|h| tenant.handouts().contains(h)).collect();
             if decision.allowed {
                 self.notes.push(format!(
                     "{bdf} is in the same group, and may be named too, to use or to withhold it"
                 ));
             } else if !other.on_vfio {
                 self.notes.push(format!("{bdf} is in the same group, and may not be named"));
-            } else if alone {
+            } else if !alone.is_empty() {
                 self.notes.push(format!(
                     "{bdf} is in the same group, and denied: whoever is handed the group reaches \
-                     it, so only handout devices is possible"
+                     it, so only handout {} is possible",
+                    alone.iter().map(|handout| handout.name()).collect::<Vec<_>>().join(" or ")
                 ));
             } else {
                 let reason = format!(

@@ -2,7 +2,7 @@
 
 use super::super::reader::{Section, did_you_mean};
 use super::super::{SharedContainer, Trust};
-use super::{Found, Parser, TRUSTS, backend_of, name_of};
+use super::{Found, Parser, TRUSTS, name_of};
 use crate::protocol::{Backend, Handout};
 
 impl Parser<'_> {
@@ -60,7 +60,7 @@ impl Parser<'_> {
             let handouts = found.tenant.handouts();
             let can = match trust {
                 Trust::Enforced => handouts.contains(&Handout::Devices),
-                Trust::Mutual => handouts.iter().any(|h| backend_of(*h) == Backend::Type1),
+                Trust::Mutual => handouts.iter().any(|h| h.backend() == Backend::Type1),
             };
             if !can {
                 let line = found.tenant.line;

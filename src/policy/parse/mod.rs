@@ -222,7 +222,7 @@ impl Parser<'_> {
             }
             (None, Some(handouts)) => {
                 let mut backends = Vec::new();
-                for backend in handouts.iter().map(|handout| backend_of(*handout)) {
+                for backend in handouts.iter().map(|handout| handout.backend()) {
                     if !backends.contains(&backend) {
                         backends.push(backend);
                     }
@@ -244,9 +244,9 @@ impl Parser<'_> {
         backends: &[Backend],
         handouts: &[Handout],
     ) {
-        for handout in handouts.iter().filter(|h| !backends.contains(&backend_of(**h))) {
+        for handout in handouts.iter().filter(|h| !backends.contains(&h.backend())) {
             let (handout, backend) =
-                (name_of(*handout, &HANDOUTS), name_of(backend_of(*handout), &BACKENDS));
+                (name_of(*handout, &HANDOUTS), name_of(handout.backend(), &BACKENDS));
             let span = section.get("handouts").map_or(section.span.clone(), |value| value.span());
             self.report
                 .error(
@@ -256,7 +256,7 @@ impl Parser<'_> {
                 .help("leave `backends` out: it follows from the handouts");
         }
         for backend in backends {
-            if !handouts.iter().any(|handout| backend_of(*handout) == *backend) {
+            if !handouts.iter().any(|handout| handout.backend() == *backend) {
                 let name = name_of(*backend, &BACKENDS);
                 let span =
                     section.get("backends").map_or(section.span.clone(), |value| value.span());
@@ -296,13 +296,6 @@ impl Parser<'_> {
     /// The line of a key's value, if it is there.
     fn line(&self, section: &Section<'_, '_>, key: &str) -> Option<usize> {
         section.get(key).map(|value| self.report.line(value.span().start))
-    }
-}
-
-fn backend_of(handout: Handout) -> Backend {
-    match handout {
-        Handout::Container | Handout::Group | Handout::Devices => Backend::Type1,
-        Handout::Iommufd => Backend::Iommufd,
     }
 }
 
