@@ -15,6 +15,7 @@
 //! - [`qmp`]: a running QEMU's monitor.
 //! - [`protocol`]: what is said on the broker's socket.
 //! - [`sim`]: a simulated kernel behind the same layer, for tests.
+//! - `vmm`: open files for VMMs that nobody changed (feature `cli`).
 
 pub mod bdf;
 #[cfg(feature = "daemon")]
@@ -40,6 +41,8 @@ pub mod qmp;
 pub mod sim;
 #[cfg(feature = "daemon")]
 pub mod users;
+#[cfg(feature = "cli")]
+pub mod vmm;
 
 /// The Rust of the pages for users, compiled.
 #[cfg(all(doctest, feature = "client"))]

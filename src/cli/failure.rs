@@ -42,6 +42,12 @@ impl Failure {
         self
     }
 
+    /// The same, with another exit code.
+    pub(super) fn code(mut self, code: u8) -> Self {
+        self.code = code;
+        self
+    }
+
     /// Adds the details of another failure.
     pub(super) fn and(mut self, other: Self) -> Self {
         self.details.extend(other.details);

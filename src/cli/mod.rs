@@ -4,6 +4,7 @@ mod acquire;
 mod completions;
 mod daemon;
 mod demo;
+mod exec;
 mod failure;
 mod leases;
 mod man;
@@ -43,6 +44,7 @@ same request may work later; 5 no broker to talk to.";
 enum Command {
     Demo(demo::Args),
     Acquire(acquire::Args),
+    Exec(exec::Args),
     Leases(leases::Args),
     Topology(topology::Args),
     Watch(watch::Args),
@@ -95,6 +97,10 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Demo(args) => demo::run(&context, &args),
         Command::Acquire(args) => acquire::run(&context, args),
+        Command::Exec(args) => match exec::run(&context, args) {
+            Ok(code) => return code,
+            Err(failure) => Err(failure),
+        },
         Command::Leases(args) => leases::run(&context, &args),
         Command::Topology(args) => topology::run(&context, &args),
         Command::Watch(args) => watch::run(&context, &args),

@@ -88,9 +88,9 @@ impl Handout {
 #[serde(rename_all = "lowercase")]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 pub enum Backend {
-    /// Containers and groups
+    /// Groups and a container
     Type1,
-    /// Iommufds and devices by their own nodes
+    /// An iommufd, and the devices' own nodes
     Iommufd,
 }
 

@@ -3,9 +3,12 @@
 
 use crate::edu::Edu;
 use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::error::Error;
 use std::fs;
 use std::io::stdin;
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use vfio_broker::client::{self, Acquire, Client, DmaRange, Lease};
 use vfio_broker::kernel::{Device, DmaMap, Mapped, Unmap};
@@ -22,6 +25,8 @@ pub enum Role {
     /// `member CONTAINER BDF IOVA FOREIGN-IOVA`: joins a shared container, has its own range and
     /// tries somebody else's.
     Member,
+    /// `huge CONTAINER BDF`: joins an enforced container with memory of huge pages.
+    Huge,
 }
 
 impl Role {
@@ -30,6 +35,7 @@ impl Role {
             Role::Vmm => "vmm",
             Role::Ask => "ask",
             Role::Member => "member",
+            Role::Huge => "huge",
         }
     }
 }
@@ -44,6 +50,7 @@ pub fn play(words: Vec<String>) -> ExitCode {
         ["member", container, bdf, iova, foreign] => {
             member(container, bdf, iova.parse().unwrap(), foreign.parse().unwrap())
         }
+        ["huge", container, bdf] => huge(container, bdf),
         _ => panic!("no such role: {words:?}"),
     };
     match done {
@@ -143,6 +150,48 @@ fn member(container: &str, bdf: &str, iova: u64, foreign: u64) -> Done {
     }
 }
 
+const HUGE_PAGE: u64 = 2 << 20;
+
+fn huge(container: &str, bdf: &str) -> Done {
+    let mut broker = Client::connect()?;
+    let order = Acquire::new("huge").device(bdf).handout(Handout::Devices);
+    let lease = broker.acquire(order.container(container))?;
+    println!("joined {container:?} with {bdf}, lease {}", lease.id());
+    let memory_fd = huge_pages(2)?;
+    let memory = Mapped::file(memory_fd.as_fd(), 0, 2 * HUGE_PAGE as usize, true)?;
+    let iova = 16 << 20;
+    match broker.map_dma(&lease, &memory_fd, DmaRange::new(iova, RANGE)) {
+        Ok(()) => println!("mapped half a page"),
+        Err(error) => println!("half a page: {error}"),
+    }
+    let more = huge_pages(1 << 10)?;
+    match broker.map_dma(&lease, &more, DmaRange::new(1 << 32, HUGE_PAGE << 10)) {
+        Ok(()) => println!("mapped pages that the kernel does not have"),
+        Err(error) => println!("more than the kernel has: {error}"),
+    }
+    broker.map_dma(&lease, &memory_fd, DmaRange::new(iova, 2 * HUGE_PAGE))?;
+    let leases = broker.leases()?;
+    println!("mapped {:?} bytes at {iova:#x}", leases.first().and_then(|own| own.mapped_bytes));
+    let device = lease.device(bdf)?;
+    let mut space = Space { broker, lease, mutual: false, memory, memory_fd };
+    println!("{}", space.dma(&device, iova)?);
+    // The device keeps the pages that it was given; the file has others from now on.
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(&space.memory_fd, hole, 0, HUGE_PAGE as i64)?;
+    Edu::start(&device)?.copy(iova as u32, iova as u32 + 8192, 4096)?;
+    space.broker.unmap_dma(&space.lease, iova, 2 * HUGE_PAGE)?;
+    println!("DMA goes on after a hole was punched, and the range is unmapped");
+    drop(device);
+    println!("released, proved: {}", space.broker.release(space.lease)?);
+    Ok(())
+}
+
+fn huge_pages(count: u64) -> Result<OwnedFd, Errno> {
+    let fd = memfd_create(c"huge", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_HUGETLB)?;
+    nix::unistd::ftruncate(&fd, (count * HUGE_PAGE) as i64)?;
+    Ok(fd)
+}
+
 /// A member's view of the shared address space.
 struct Space {
     broker: Client,
@@ -150,7 +199,7 @@ struct Space {
     /// Whether the member maps by itself, with the container's fd.
     mutual: bool,
     memory: Mapped,
-    memory_fd: std::os::fd::OwnedFd,
+    memory_fd: OwnedFd,
 }
 
 impl Space {

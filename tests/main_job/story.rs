@@ -10,12 +10,13 @@ const DEFAULT_MEMLOCK: u64 = 8 * MIB;
 
 type Step = fn(&World);
 
-pub const STEPS: [(&str, Step); 6] = [
+pub const STEPS: [(&str, Step); 7] = [
     ("an ordinary user does what a VMM does", a_vmm_without_rights),
     ("the default memlock is too small, and the error says so", too_little_memlock),
     ("others are refused, and are told what they may know", others_are_refused),
     ("two share an enforced container", |world| two_share(world, "enforced")),
     ("two share a mutual container", |world| two_share(world, "mutual")),
+    ("memory of huge pages is mapped whole", huge_pages),
     ("everything is as it was", nothing_is_left),
 ];
 
@@ -135,6 +136,23 @@ fn two_share(world: &World, container: &str) {
     left.kill();
     again.kill();
     free_again(world);
+}
+
+fn huge_pages(world: &World) {
+    if !world.real {
+        println!("    of a real kernel alone: a simulated one pins nothing");
+        return;
+    }
+    let mut left = world.client(LEFT, DEFAULT_MEMLOCK, Role::Huge, &["enforced", EDU0]);
+    left.expect(&["joined"]);
+    left.expect(&["half a page", "0x100000 is no multiple of the file's page, 0x200000"]);
+    left.expect(&["more than the kernel has", "ENOMEM"]);
+    left.expect(&["mapped", &(4 * MIB).to_string()]);
+    left.expect(&["DMA done"]);
+    left.expect(&["DMA goes on"]);
+    left.expect(&["proved: true"]);
+    left.ends();
+    until("its group is free", || group_is_free(world, EDU0));
 }
 
 fn nothing_is_left(world: &World) {

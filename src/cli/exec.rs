@@ -1,0 +1,168 @@
+//! `vfio-broker exec`: gets devices and becomes a program that has their open files.
+
+use super::{Context, Failure};
+use crate::client::{Acquire, Client, Lease};
+use crate::protocol::{Backend, Handout};
+use crate::vmm::{self, Arguments, Given, Placeholder, Slots};
+use nix::errno::Errno;
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+
+/// Get devices and become a program that has their open files
+///
+/// The program inherits the open files as numbers from 3 on. In its arguments {iommufd},
+/// {cdev:DEVICE}, {container}, {group:DEVICE}, {device:DEVICE} and {lease} become those numbers, and
+/// LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID in its environment say the same. The lease lives exactly
+/// as long as the program does.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXIT_CODES)]
+pub(super) struct Args {
+    /// What lists call the holder
+    #[arg(long, value_name = "NAME")]
+    vm: String,
+    /// A device: 0000:65:00.0, VENDOR:DEVICE for any free one of that kind, vf:BDF for any free VF
+    /// of that device; may come several times
+    #[arg(long = "device", value_name = "DEVICE", required = true)]
+    devices: Vec<String>,
+    /// A function of the same groups that nobody is to use meanwhile; may come several times
+    #[arg(long, value_name = "DEVICE")]
+    withhold: Vec<String>,
+    /// Through which interface of the kernel [default: what the arguments name, or the policy's
+    /// first]
+    #[arg(long, value_name = "BACKEND")]
+    backend: Option<Backend>,
+    /// In which form the open files are given [default: the same]
+    #[arg(long, value_name = "FORM")]
+    handout: Option<Handout>,
+    /// Join this shared container of the policy
+    #[arg(long, value_name = "NAME")]
+    container: Option<String>,
+    /// Don't interpose, whatever the arguments name: the program looks at LISTEN_FDS
+    #[arg(long)]
+    inherit: bool,
+    /// An open file of the caller's own that the program is to inherit too, such as a tap device's;
+    /// all others above 2 are closed; may come several times
+    #[arg(long, value_name = "NUMBER")]
+    keep_fd: Vec<RawFd>,
+    /// The program and its arguments
+    #[arg(value_name = "PROGRAM", required = true, last = true)]
+    program: Vec<OsString>,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: the program's own; 127 there is no such program; 126 it can't be executed; and where it \
+was not started, those of vfio-broker.";
+
+pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure> {
+    let program = args.program.remove(0);
+    let arguments = Arguments::read(&args.program)?;
+    arguments.check(&args.devices)?;
+    let request = args.request(&arguments)?;
+    vmm::find(&program)?;
+
+    // A container or an iommufd, and the lease fd.
+    let most = args.devices.len() + 2;
+    let mut slots = Slots::reserve(most, &args.keep_fd)?;
+    let mut broker = context.connect()?;
+    let lease = broker.acquire(request);
+    let lease = lease.map_err(|error| Failure::from(error).about(&args.devices))?;
+
+    let given = Given::all(&lease);
+    let groups = groups(&mut broker, &lease, &arguments)?;
+    let filled = arguments.fill(|file| given.number(file, &args.devices, &groups))?;
+    let mut command = Command::new(&program);
+    command.args(filled).env("LISTEN_PID", std::process::id().to_string());
+    command.env("LISTEN_FDS", given.count().to_string()).env("LISTEN_FDNAMES", given.names());
+    slots.fill(given.fds())?;
+    // What is close-on-exec goes with this program: the connection, and our copies of the files.
+    let error = command.exec();
+    let errno = Errno::from_raw(error.raw_os_error().unwrap_or(nix::libc::ENOEXEC));
+    Err(vmm::Error::Program { program: program.into(), errno }.into())
+}
+
+impl Args {
+    /// What to ask for: what the options say, and else what the arguments need.
+    fn request(&self, arguments: &Arguments) -> Result<Acquire, Failure> {
+        let mut request = Acquire::new(&*self.vm);
+        for device in &self.devices {
+            request = request.device(device);
+        }
+        for device in &self.withhold {
+            request = request.withhold(device);
+        }
+        if let Some(name) = &self.container {
+            request = request.container(name);
+        }
+        if let Some(backend) = self.backend {
+            request = request.backend(backend);
+        }
+        if let Some(handout) = self.handout(arguments)? {
+            request = request.handout(handout);
+        }
+        Ok(request)
+    }
+
+    fn handout(&self, arguments: &Arguments) -> Result<Option<Handout>, Failure> {
+        if let Some(handout) = self.handout {
+            if let Some(placeholder) = arguments.without_file(handout) {
+                return Err(not_in(placeholder, handout));
+            }
+            return Ok(Some(handout));
+        }
+        let named = arguments.placeholders().any(|file| *file != Placeholder::Lease);
+        let possible = arguments.handouts();
+        let of_backend = |handout: &Handout| match self.backend {
+            Some(backend) => handout.backend() == backend,
+            None => true,
+        };
+        let mut possible = possible.into_iter().filter(of_backend);
+        match possible.next() {
+            None => Err(Failure::new("no handout has an open file for each of these placeholders")
+                .detail(list(arguments))
+                .advise("name files of one backend: see `vfio-broker exec --help`")),
+            // A group alone is in two handouts: the policy decides. In a shared container there is
+            // but one.
+            Some(_) if !named || self.container.is_some() => Ok(None),
+            Some(Handout::Container) if possible.next() == Some(Handout::Group) => Ok(None),
+            Some(handout) => Ok(Some(handout)),
+        }
+    }
+}
+
+fn list(arguments: &Arguments) -> String {
+    arguments.placeholders().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+}
+
+fn not_in(placeholder: &Placeholder, handout: Handout) -> Failure {
+    let handout = format!("{handout:?}").to_lowercase();
+    vmm::Error::NotInLease { placeholder: placeholder.to_string(), handout }.into()
+}
+
+/// The groups of the host, where the arguments name a group and the lease has several.
+fn groups(
+    broker: &mut Client,
+    lease: &Lease,
+    arguments: &Arguments,
+) -> Result<Vec<crate::protocol::Group>, Failure> {
+    use crate::protocol::FdKind::Group;
+    let several = lease.files().iter().filter(|file| file.kind == Group).count() > 1;
+    let named = arguments.placeholders().any(|file| matches!(file, Placeholder::Group(_)));
+    Ok(if several && named { broker.topology()? } else { Vec::new() })
+}
+
+impl From<vmm::Error> for Failure {
+    fn from(error: vmm::Error) -> Self {
+        let code = match &error {
+            vmm::Error::Program { errno: Errno::ENOENT, .. } => 127,
+            vmm::Error::Program { .. } => 126,
+            vmm::Error::NoPlaceholder { .. }
+            | vmm::Error::NamesNothing { .. }
+            | vmm::Error::Ambiguous { .. }
+            | vmm::Error::KeepFd { .. } => 2,
+            _ => 1,
+        };
+        Failure::new(error.to_string()).code(code)
+    }
+}

@@ -1,0 +1,80 @@
+//! What can go wrong between a lease and a program that runs with it.
+
+use nix::errno::Errno;
+use std::path::PathBuf;
+
+/// The result of starting a program.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a program was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// What stands in braces is no placeholder.
+    #[error(
+        "{{{name}}} is no placeholder: there are {{iommufd}}, {{cdev:DEVICE}}, {{container}}, \
+         {{group:DEVICE}}, {{device:DEVICE}} and {{lease}}; for the text itself write {{{{{name}}}}}"
+    )]
+    NoPlaceholder {
+        /// The text between the braces.
+        name: String,
+    },
+    /// A placeholder names a device that is not asked for.
+    #[error("{placeholder} names nothing: --device has {}", list(.devices))]
+    NamesNothing {
+        /// The placeholder.
+        placeholder: String,
+        /// The devices that are asked for.
+        devices: Vec<String>,
+    },
+    /// A placeholder could stand for several devices.
+    #[error("{placeholder} could be any of several: {device} is asked for more than once")]
+    Ambiguous {
+        /// The placeholder.
+        placeholder: String,
+        /// What it names.
+        device: String,
+    },
+    /// The lease has no such open file.
+    #[error("there is no open file for {placeholder}: the lease's handout is {handout}")]
+    NotInLease {
+        /// The placeholder.
+        placeholder: String,
+        /// In which form the lease's files were given.
+        handout: String,
+    },
+    /// A file that is to stay open is none, or its number is needed.
+    #[error("--keep-fd {fd}: {why}")]
+    KeepFd {
+        /// Its number.
+        fd: i32,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// There is no such program.
+    #[error("{}: {}", program.display(), if *.errno == Errno::ENOENT { "no such program" } else { errno.desc() })]
+    Program {
+        /// As it was named.
+        program: PathBuf,
+        /// What execve(2) says, or would.
+        errno: Errno,
+    },
+    /// A system call failed.
+    #[error("{call}: {} ({errno:?})", errno.desc())]
+    System {
+        /// Which call.
+        call: &'static str,
+        /// What it said.
+        errno: Errno,
+    },
+}
+
+fn list(devices: &[String]) -> String {
+    devices.join(" ")
+}
+
+impl Error {
+    /// A failed system call.
+    pub(super) fn system(call: &'static str) -> impl Fn(Errno) -> Self {
+        move |errno| Self::System { call, errno }
+    }
+}

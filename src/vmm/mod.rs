@@ -1,0 +1,13 @@
+//! Open files for VMMs that nobody changed.
+
+mod arguments;
+mod error;
+mod given;
+mod program;
+mod slots;
+
+pub use arguments::{Arguments, Placeholder};
+pub use error::{Error, Result};
+pub use given::Given;
+pub use program::find;
+pub use slots::Slots;
