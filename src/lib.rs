@@ -12,7 +12,7 @@
 //! - `ledger`: who has what, and the rules of sharing (feature `daemon`).
 //! - `broker`: carries the ledger's decisions out on a kernel (feature `daemon`).
 //! - `users`: the users and groups of this machine (feature `daemon`).
-//! - [`qmp`]: a running QEMU's monitor.
+//! - [`qmp`]: a running QEMU's monitor, and devices into it and out of it.
 //! - [`protocol`]: what is said on the broker's socket.
 //! - [`sim`]: a simulated kernel behind the same layer, for tests.
 //! - `vmm`: open files for VMMs that nobody changed (feature `cli`).

@@ -32,6 +32,16 @@ impl Failure {
         Self { code: FAILED, what, details: Vec::new(), advice: None, json }
     }
 
+    /// "what; what to do", as the library's errors are written.
+    pub(super) fn of(message: &str) -> Self {
+        let message = printable(message);
+        let failure = Self::new(&*message);
+        match message.rsplit_once("; ") {
+            Some((what, advice)) => Self { what: what.to_owned(), ..failure }.advise(advice),
+            None => failure,
+        }
+    }
+
     pub(super) fn advise(mut self, advice: impl Into<String>) -> Self {
         self.advice = Some(advice.into());
         self

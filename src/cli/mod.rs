@@ -1,15 +1,18 @@
 //! The program `vfio-broker`: everything a person types. One file a subcommand.
 
 mod acquire;
+mod attach;
 mod completions;
 mod daemon;
 mod demo;
+mod detach;
 mod exec;
 mod failure;
 mod leases;
 mod man;
 mod pci_names;
 mod policy;
+mod qemu;
 mod style;
 mod topology;
 mod watch;
@@ -45,6 +48,8 @@ enum Command {
     Demo(demo::Args),
     Acquire(acquire::Args),
     Exec(exec::Args),
+    Attach(attach::Args),
+    Detach(detach::Args),
     Leases(leases::Args),
     Topology(topology::Args),
     Watch(watch::Args),
@@ -101,6 +106,8 @@ pub fn main() -> ExitCode {
             Ok(code) => return code,
             Err(failure) => Err(failure),
         },
+        Command::Attach(args) => attach::run(&context, args),
+        Command::Detach(args) => detach::run(&context, &args),
         Command::Leases(args) => leases::run(&context, &args),
         Command::Topology(args) => topology::run(&context, &args),
         Command::Watch(args) => watch::run(&context, &args),

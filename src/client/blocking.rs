@@ -115,6 +115,16 @@ impl Client {
         Ok(reply.proved)
     }
 
+    /// Ends a lease that another process acquired; returns whether the kernel has shown that nothing
+    /// of it is in use.
+    ///
+    /// # Errors
+    /// [`Error::Broker`], where there is no such lease with that key.
+    pub fn release_of(&mut self, lease: &str, key: &str) -> Result<bool> {
+        let call = protocol::Release { lease: lease.to_owned(), key: key.to_owned() };
+        Ok(self.call(&call, &[])?.0.proved)
+    }
+
     /// Lets the lease's devices reach memory: a memfd, or a file on tmpfs or hugetlbfs. For
     /// leases whose container the broker keeps to itself (handout `devices`).
     ///

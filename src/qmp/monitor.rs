@@ -118,6 +118,11 @@ impl Monitor {
         Ok(self.events.pop_front())
     }
 
+    /// Forgets the events that wait to be asked for.
+    pub fn forget_events(&mut self) {
+        self.events.clear();
+    }
+
     fn greeting(&mut self) -> Result<Version> {
         const DURING: &str = "the greeting";
         let deadline = Deadline::after(Some(self.timeout));
