@@ -1,8 +1,9 @@
 //! A device by its own node, `/dev/vfio/devices/vfioN`: opened without its group, and of no use
 //! until it is bound to an iommufd.
 
+use super::open_file::OpenFile;
 use super::parse::{Fields, u32_at};
-use super::{Arg, Device, Error, FdSlot, Iommufd, Kernel, Node, Result, request};
+use super::{Arg, Device, FdSlot, Iommufd, Kernel, Node, Result, request};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use vfio_bindings::bindings::vfio as uapi;
@@ -15,9 +16,7 @@ impl Device {
     /// ENOENT no such node, or a kernel without cdevs; ENODEV its driver is about to go; EACCES no
     /// rights to the node.
     pub fn open_cdev(kernel: Arc<dyn Kernel>, number: u32, name: &str) -> Result<Self> {
-        let node = Node::Cdev(number);
-        let fd = kernel.open(&node).map_err(|errno| Error::new("open", node.to_string(), errno))?;
-        Ok(Self::from_fd(kernel, name, fd))
+        OpenFile::open(kernel, &Node::Cdev(number), name).map(Self)
     }
 
     /// `VFIO_DEVICE_BIND_IOMMUFD`: makes a cdev usable, as this open file alone; returns the
@@ -52,7 +51,7 @@ impl Device {
     ) -> Result<u32> {
         let fds = [FdSlot { offset: 8, fd: Some(iommufd.as_fd()) }];
         let arg = Arg::Struct { bytes: &mut bytes, fds: &fds, out };
-        self.ioctl(request::DEVICE_BIND_IOMMUFD, arg)?;
+        self.0.call(request::DEVICE_BIND_IOMMUFD, arg)?;
         Ok(u32_at(&bytes, 12))
     }
 
@@ -66,7 +65,7 @@ impl Device {
     /// reach; ENOMEM and EFAULT as [`Iommufd::ioas_map`].
     pub fn attach_iommufd_pt(&self, id: u32) -> Result<u32> {
         let mut bytes = Fields::with_argsz().u32(0).u32(id).done();
-        self.ioctl_struct(request::DEVICE_ATTACH_IOMMUFD_PT, &mut bytes)?;
+        self.0.call_struct(request::DEVICE_ATTACH_IOMMUFD_PT, &mut bytes)?;
         Ok(u32_at(&bytes, 8))
     }
 
@@ -76,6 +75,6 @@ impl Device {
     /// EINVAL not a bound cdev.
     pub fn detach_iommufd_pt(&self) -> Result<()> {
         let mut bytes = Fields::with_argsz().u32(0).done();
-        self.ioctl_struct(request::DEVICE_DETACH_IOMMUFD_PT, &mut bytes).map(drop)
+        self.0.call_struct(request::DEVICE_DETACH_IOMMUFD_PT, &mut bytes).map(drop)
     }
 }

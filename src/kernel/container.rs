@@ -1,7 +1,8 @@
 //! A container: one type1 IOMMU address space, `/dev/vfio/vfio`.
 
+use super::open_file::OpenFile;
 use super::parse::{self, Fields, u32_at, u64_at};
-use super::{Arg, Error, Ioctl, Kernel, Node, Request, Result, request};
+use super::{Arg, Kernel, Node, Request, Result, request};
 use nix::errno::Errno;
 use nix::libc::RLIM_INFINITY;
 use nix::sys::resource::{Resource, getrlimit};
@@ -160,20 +161,17 @@ pub enum DirtyOp<'a> {
 /// An open container. Dropping it closes this copy of the open file, nothing more: mappings stay
 /// while a group is attached.
 #[derive(Debug)]
-pub struct Container {
-    kernel: Arc<dyn Kernel>,
-    fd: OwnedFd,
-}
+pub struct Container(OpenFile);
 
 impl AsFd for Container {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.0.as_fd()
     }
 }
 
 impl From<Container> for OwnedFd {
     fn from(container: Container) -> OwnedFd {
-        container.fd
+        container.0.into()
     }
 }
 
@@ -185,37 +183,24 @@ impl Container {
     /// # Errors
     /// ENOENT where VFIO is not loaded, EACCES without rights to the node.
     pub fn open(kernel: Arc<dyn Kernel>) -> Result<Self> {
-        let node = Node::Container;
-        let fd = kernel.open(&node).map_err(|errno| Error::new("open", node.to_string(), errno))?;
-        Ok(Self { kernel, fd })
+        OpenFile::open(kernel, &Node::Container, OBJECT).map(Self)
     }
 
     /// A container that somebody handed over; takes the fd.
     pub fn from_fd(kernel: Arc<dyn Kernel>, fd: OwnedFd) -> Self {
-        Self { kernel, fd }
-    }
-
-    fn ioctl(&self, request: Request, arg: Arg<'_>) -> Result<i32> {
-        self.kernel
-            .ioctl(self.as_fd(), Ioctl { request, arg })
-            .map(|reply| reply.value)
-            .map_err(|errno| Error::new(request.name, OBJECT, errno))
-    }
-
-    fn ioctl_struct(&self, request: Request, bytes: &mut [u8]) -> Result<i32> {
-        self.ioctl(request, Arg::Struct { bytes, fds: &[], out: None })
+        Self(OpenFile::new(kernel, fd, OBJECT))
     }
 
     /// `VFIO_GET_API_VERSION`: 0 on every kernel so far.
     pub fn api_version(&self) -> Result<i32> {
-        self.ioctl(request::GET_API_VERSION, Arg::Value(0))
+        self.0.call(request::GET_API_VERSION, Arg::Value(0))
     }
 
     /// `VFIO_CHECK_EXTENSION`: before an IOMMU type is set, whether any driver can; after, whether
     /// this one can.
     pub fn check_extension(&self, extension: Extension) -> Result<bool> {
         let arg = Arg::Value(extension.number().into());
-        self.ioctl(request::CHECK_EXTENSION, arg).map(|value| value > 0)
+        self.0.call(request::CHECK_EXTENSION, arg).map(|value| value > 0)
     }
 
     /// `VFIO_SET_IOMMU`.
@@ -224,12 +209,12 @@ impl Container {
     /// EINVAL no group attached, or a type is set already; EPERM no interrupt remapping and
     /// `allow_unsafe_interrupts` off; ENODEV no driver of that type.
     pub fn set_iommu(&self, kind: IommuType) -> Result<()> {
-        self.ioctl(request::SET_IOMMU, Arg::Value(kind.number().into())).map(drop)
+        self.0.call(request::SET_IOMMU, Arg::Value(kind.number().into())).map(drop)
     }
 
     /// `VFIO_IOMMU_GET_INFO`, asked again with the size the kernel wants.
     pub fn info(&self) -> Result<IommuInfo> {
-        let bytes = growing(24, |bytes| self.ioctl_struct(request::IOMMU_GET_INFO, bytes))?;
+        let bytes = growing(24, |bytes| self.0.call_struct(request::IOMMU_GET_INFO, bytes))?;
         Ok(IommuInfo::parse(&bytes))
     }
 
@@ -241,7 +226,7 @@ impl Container {
     pub fn map(&self, map: &DmaMap) -> Result<()> {
         let mut bytes =
             Fields::with_argsz().u32(map.flags).u64(map.vaddr).u64(map.iova).u64(map.size).done();
-        self.ioctl_struct(request::IOMMU_MAP_DMA, &mut bytes).map(drop).map_err(|mut error| {
+        self.0.call_struct(request::IOMMU_MAP_DMA, &mut bytes).map(drop).map_err(|mut error| {
             if error.errno == Errno::ENOMEM {
                 error.note = Some(memlock_note(map.size).into());
             }
@@ -253,7 +238,7 @@ impl Container {
     pub fn unmap(&self, unmap: &Unmap) -> Result<u64> {
         let mut bytes =
             Fields::with_argsz().u32(unmap.flags).u64(unmap.iova).u64(unmap.size).done();
-        self.ioctl_struct(request::IOMMU_UNMAP_DMA, &mut bytes)?;
+        self.0.call_struct(request::IOMMU_UNMAP_DMA, &mut bytes)?;
         Ok(u64_at(&bytes, 16))
     }
 
@@ -268,7 +253,7 @@ impl Container {
             .u64(0)
             .done();
         let arg = Arg::Struct { bytes: &mut bytes, fds: &[], out: Some((40, bitmap)) };
-        self.ioctl(request::IOMMU_UNMAP_DMA, arg)?;
+        self.0.call(request::IOMMU_UNMAP_DMA, arg)?;
         Ok(u64_at(&bytes, 16))
     }
 
@@ -286,12 +271,12 @@ impl Container {
         let head = Fields::with_argsz().u32(flags);
         let request = request::IOMMU_DIRTY_PAGES;
         match range {
-            None => self.ioctl_struct(request, &mut head.done()).map(drop),
+            None => self.0.call_struct(request, &mut head.done()).map(drop),
             Some((iova, size, pgsize, bitmap)) => {
                 let len = bitmap.len() as u64;
                 let mut bytes = head.u64(iova).u64(size).u64(pgsize).u64(len).u64(0).done();
                 let arg = Arg::Struct { bytes: &mut bytes, fds: &[], out: Some((40, bitmap)) };
-                self.ioctl(request, arg).map(drop)
+                self.0.call(request, arg).map(drop)
             }
         }
     }
@@ -299,7 +284,7 @@ impl Container {
     /// Any request with any struct, for tests of what the kernel says to odd ones. The kernel's
     /// answer replaces `bytes`.
     pub fn raw(&self, request: Request, arg: Arg<'_>) -> Result<i32> {
-        self.ioctl(request, arg)
+        self.0.call(request, arg)
     }
 }
 

@@ -1,8 +1,9 @@
 //! An open VFIO device: its regions, interrupts and resets.
 
 use super::container::growing;
+use super::open_file::OpenFile;
 use super::parse::{self, Fields, u16_at, u32_at, u64_at};
-use super::{Arg, Error, FdSlot, Ioctl, Kernel, Request, Result, request};
+use super::{Arg, FdSlot, Kernel, Request, Result, request};
 use nix::errno::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -124,54 +125,34 @@ pub struct HotResetDevice {
 /// An open device: from its group, or its cdev (`cdev.rs` has what only those can do). The last
 /// copy's close switches bus mastering and interrupts off.
 #[derive(Debug)]
-pub struct Device {
-    kernel: Arc<dyn Kernel>,
-    fd: OwnedFd,
-    name: String,
-}
+pub struct Device(pub(super) OpenFile);
 
 impl AsFd for Device {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.0.as_fd()
     }
 }
 
 impl From<Device> for OwnedFd {
     fn from(device: Device) -> OwnedFd {
-        device.fd
+        device.0.into()
     }
 }
 
 impl Device {
     /// A device that somebody handed over; takes the fd. `name` is for messages only.
     pub fn from_fd(kernel: Arc<dyn Kernel>, name: &str, fd: OwnedFd) -> Self {
-        Self { kernel, fd, name: name.to_owned() }
+        Self(OpenFile::new(kernel, fd, name))
     }
 
     /// Its name: the BDF.
     pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn failed(&self, call: &'static str) -> impl Fn(Errno) -> Error {
-        let name = self.name.clone();
-        move |errno| Error::new(call, name.clone(), errno)
-    }
-
-    pub(super) fn ioctl(&self, request: Request, arg: Arg<'_>) -> Result<i32> {
-        self.kernel
-            .ioctl(self.as_fd(), Ioctl { request, arg })
-            .map(|reply| reply.value)
-            .map_err(self.failed(request.name))
-    }
-
-    pub(super) fn ioctl_struct(&self, request: Request, bytes: &mut [u8]) -> Result<i32> {
-        self.ioctl(request, Arg::Struct { bytes, fds: &[], out: None })
+        &self.0.name
     }
 
     /// `VFIO_DEVICE_GET_INFO`.
     pub fn info(&self) -> Result<DeviceInfo> {
-        let bytes = growing(24, |bytes| self.ioctl_struct(request::DEVICE_GET_INFO, bytes))?;
+        let bytes = growing(24, |bytes| self.0.call_struct(request::DEVICE_GET_INFO, bytes))?;
         Ok(DeviceInfo {
             flags: u32_at(&bytes, 4),
             regions: u32_at(&bytes, 8),
@@ -186,7 +167,7 @@ impl Device {
     pub fn region(&self, index: u32) -> Result<RegionInfo> {
         let bytes = growing(32, |bytes| {
             bytes[8..12].copy_from_slice(&index.to_ne_bytes());
-            self.ioctl_struct(request::DEVICE_GET_REGION_INFO, bytes)
+            self.0.call_struct(request::DEVICE_GET_REGION_INFO, bytes)
         })?;
         Ok(RegionInfo::parse(&bytes))
     }
@@ -197,7 +178,7 @@ impl Device {
     /// EINVAL no such index.
     pub fn irq(&self, index: u32) -> Result<IrqInfo> {
         let mut bytes = Fields::with_argsz().u32(0).u32(index).u32(0).done();
-        self.ioctl_struct(request::DEVICE_GET_IRQ_INFO, &mut bytes)?;
+        self.0.call_struct(request::DEVICE_GET_IRQ_INFO, &mut bytes)?;
         Ok(IrqInfo { index, flags: u32_at(&bytes, 4), count: u32_at(&bytes, 12) })
     }
 
@@ -238,7 +219,7 @@ impl Device {
             .bytes(&payload)
             .done();
         let arg = Arg::Struct { bytes: &mut bytes, fds: &fds, out: None };
-        self.ioctl(request::DEVICE_SET_IRQS, arg).map(drop)
+        self.0.call(request::DEVICE_SET_IRQS, arg).map(drop)
     }
 
     /// `VFIO_DEVICE_RESET`: may take as long as the device does.
@@ -246,7 +227,7 @@ impl Device {
     /// # Errors
     /// EINVAL the device can't be reset alone; EAGAIN another user is resetting it.
     pub fn reset(&self) -> Result<()> {
-        self.ioctl(request::DEVICE_RESET, Arg::Value(0)).map(drop)
+        self.0.call(request::DEVICE_RESET, Arg::Value(0)).map(drop)
     }
 
     /// `VFIO_DEVICE_GET_PCI_HOT_RESET_INFO`: every device that a slot or bus reset would hit.
@@ -259,7 +240,7 @@ impl Device {
         loop {
             let mut bytes = vec![0; 12 + 8 * room];
             parse::set_argsz(&mut bytes);
-            let asked = self.ioctl_struct(request, &mut bytes);
+            let asked = self.0.call_struct(request, &mut bytes);
             let count = u32_at(&bytes, 8) as usize;
             match asked {
                 Err(error) if error.errno == Errno::ENOSPC && count > room && count <= 4096 => {
@@ -298,17 +279,17 @@ impl Device {
             .bytes(&vec![0xff; groups.len() * 4])
             .done();
         let arg = Arg::Struct { bytes: &mut bytes, fds: &slots, out: None };
-        self.ioctl(request::DEVICE_PCI_HOT_RESET, arg).map(drop)
+        self.0.call(request::DEVICE_PCI_HOT_RESET, arg).map(drop)
     }
 
     /// Reads from the device's fd at `offset` bytes; see [`RegionInfo::offset`].
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<usize> {
-        self.kernel.pread(self.as_fd(), buf, offset).map_err(self.failed("pread"))
+        self.0.kernel.pread(self.as_fd(), buf, offset).map_err(self.0.failed("pread"))
     }
 
     /// Writes to the device's fd at `offset` bytes.
     pub fn write_at(&self, buf: &[u8], offset: u64) -> Result<usize> {
-        self.kernel.pwrite(self.as_fd(), buf, offset).map_err(self.failed("pwrite"))
+        self.0.kernel.pwrite(self.as_fd(), buf, offset).map_err(self.0.failed("pwrite"))
     }
 
     /// Reads the first four bytes of the PCI configuration space: vendor and device id.
@@ -316,14 +297,14 @@ impl Device {
         let config = self.region(PCI_CONFIG_REGION)?;
         let mut ids = [0; 4];
         if self.read_at(&mut ids, config.offset)? != ids.len() {
-            return Err(self.failed("pread")(Errno::EIO));
+            return Err(self.0.failed("pread")(Errno::EIO));
         }
         Ok((u16::from_le_bytes([ids[0], ids[1]]), u16::from_le_bytes([ids[2], ids[3]])))
     }
 
     /// Any request with any argument, for tests of what the kernel says to odd ones.
     pub fn raw(&self, request: Request, arg: Arg<'_>) -> Result<i32> {
-        self.ioctl(request, arg)
+        self.0.call(request, arg)
     }
 }
 

@@ -1,5 +1,6 @@
 //! An IOMMU group: `/dev/vfio/N`, the unit that DMA isolation works by.
 
+use super::open_file::OpenFile;
 use super::parse::{Fields, u32_at};
 use super::{Arg, Container, Device, Error, Ioctl, Kernel, Node, Request, Result, request};
 use nix::errno::Errno;
@@ -20,20 +21,19 @@ pub struct GroupStatus {
 /// An open group. One process can have it open at a time; dropping the last copy detaches it.
 #[derive(Debug)]
 pub struct Group {
-    kernel: Arc<dyn Kernel>,
-    fd: OwnedFd,
+    file: OpenFile,
     node: Node,
 }
 
 impl AsFd for Group {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.file.as_fd()
     }
 }
 
 impl From<Group> for OwnedFd {
     fn from(group: Group) -> OwnedFd {
-        group.fd
+        group.file.into()
     }
 }
 
@@ -44,24 +44,18 @@ impl Group {
     /// EBUSY it is open already; ENOENT no device of it is on a VFIO driver; ENODEV its drivers
     /// are gone; EPERM a no-IOMMU group without CAP_SYS_RAWIO.
     pub fn open(kernel: Arc<dyn Kernel>, node: Node) -> Result<Self> {
-        let fd = kernel.open(&node).map_err(|errno| Error::new("open", node.to_string(), errno))?;
-        Ok(Self { kernel, fd, node })
+        let file = OpenFile::open(kernel, &node, &node.to_string())?;
+        Ok(Self { file, node })
     }
 
     /// A group that somebody handed over; takes the fd. `node` is for messages only.
     pub fn from_fd(kernel: Arc<dyn Kernel>, node: Node, fd: OwnedFd) -> Self {
-        Self { kernel, fd, node }
+        Self { file: OpenFile::new(kernel, fd, &node.to_string()), node }
     }
 
     /// Which node this is.
     pub fn node(&self) -> &Node {
         &self.node
-    }
-
-    fn ioctl(&self, request: Request, arg: Arg<'_>) -> Result<super::Reply> {
-        self.kernel
-            .ioctl(self.as_fd(), Ioctl { request, arg })
-            .map_err(|errno| Error::new(request.name, self.node.to_string(), errno))
     }
 
     /// `VFIO_GROUP_GET_STATUS`.
@@ -71,7 +65,7 @@ impl Group {
     pub fn status(&self) -> Result<GroupStatus> {
         let mut bytes = Fields::with_argsz().u32(0).done();
         let arg = Arg::Struct { bytes: &mut bytes, fds: &[], out: None };
-        self.ioctl(request::GROUP_GET_STATUS, arg)?;
+        self.file.ioctl(request::GROUP_GET_STATUS, arg)?;
         let flags = u32_at(&bytes, 4);
         Ok(GroupStatus {
             viable: flags & uapi::VFIO_GROUP_FLAGS_VIABLE != 0,
@@ -85,7 +79,7 @@ impl Group {
     /// EPERM not viable, or no-IOMMU mixed with real; EINVAL attached already; ENODEV gone; EBADFD
     /// (EINVAL before Linux 6.2) not a container.
     pub fn set_container(&self, container: &Container) -> Result<()> {
-        self.ioctl(request::GROUP_SET_CONTAINER, Arg::Fd(container.as_fd())).map(drop)
+        self.file.ioctl(request::GROUP_SET_CONTAINER, Arg::Fd(container.as_fd())).map(drop)
     }
 
     /// `VFIO_GROUP_UNSET_CONTAINER`: detaches it; the last group of a container takes all
@@ -94,7 +88,7 @@ impl Group {
     /// # Errors
     /// EINVAL not attached; EBUSY some process has a device of the group open.
     pub fn unset_container(&self) -> Result<()> {
-        self.ioctl(request::GROUP_UNSET_CONTAINER, Arg::Value(0)).map(drop)
+        self.file.ioctl(request::GROUP_UNSET_CONTAINER, Arg::Value(0)).map(drop)
     }
 
     /// `VFIO_GROUP_GET_DEVICE_FD`: opens a device of an attached group. `name` is the BDF, for a
@@ -107,17 +101,15 @@ impl Group {
         let call = request::GROUP_GET_DEVICE_FD;
         let failed = |errno| Error::new(call.name, name, errno);
         let text = CString::new(name).map_err(|_| failed(Errno::EINVAL))?;
-        let reply = self
-            .kernel
-            .ioctl(self.as_fd(), Ioctl { request: call, arg: Arg::Text(&text) })
-            .map_err(failed)?;
+        let call_on_it = Ioctl { request: call, arg: Arg::Text(&text) };
+        let reply = self.file.kernel.ioctl(self.as_fd(), call_on_it).map_err(failed)?;
         let fd = reply.fd.ok_or_else(|| failed(Errno::EBADF))?;
         let bdf = name.split(' ').next().unwrap_or(name);
-        Ok(Device::from_fd(Arc::clone(&self.kernel), bdf, fd))
+        Ok(Device::from_fd(Arc::clone(&self.file.kernel), bdf, fd))
     }
 
     /// Any request with any argument, for tests of what the kernel says to odd ones.
     pub fn raw(&self, request: Request, arg: Arg<'_>) -> Result<super::Reply> {
-        self.ioctl(request, arg)
+        self.file.ioctl(request, arg)
     }
 }

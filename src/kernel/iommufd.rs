@@ -1,8 +1,9 @@
 //! An iommufd: address spaces (IOAS) for devices that are opened by their cdevs, `/dev/iommu`.
 
 use super::container::memlock_note;
+use super::open_file::OpenFile;
 use super::parse::{Fields, u32_at, u64_at};
-use super::{Arg, Error, FdSlot, Ioctl, IovaRange, Kernel, Node, Request, Result, request};
+use super::{Arg, Error, FdSlot, IovaRange, Kernel, Node, Request, Result, request};
 use iommufd_bindings::iommufd as uapi;
 use nix::errno::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -79,20 +80,17 @@ pub struct IoasRanges {
 ///
 /// Objects in it, address spaces as well as devices and page tables, are known by number.
 #[derive(Debug)]
-pub struct Iommufd {
-    kernel: Arc<dyn Kernel>,
-    fd: OwnedFd,
-}
+pub struct Iommufd(OpenFile);
 
 impl AsFd for Iommufd {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.0.as_fd()
     }
 }
 
 impl From<Iommufd> for OwnedFd {
     fn from(iommufd: Iommufd) -> OwnedFd {
-        iommufd.fd
+        iommufd.0.into()
     }
 }
 
@@ -104,25 +102,12 @@ impl Iommufd {
     /// # Errors
     /// ENOENT a kernel without iommufd, EACCES without rights to the node.
     pub fn open(kernel: Arc<dyn Kernel>) -> Result<Self> {
-        let node = Node::Iommu;
-        let fd = kernel.open(&node).map_err(|errno| Error::new("open", node.to_string(), errno))?;
-        Ok(Self { kernel, fd })
+        OpenFile::open(kernel, &Node::Iommu, OBJECT).map(Self)
     }
 
     /// An iommufd that somebody handed over; takes the fd.
     pub fn from_fd(kernel: Arc<dyn Kernel>, fd: OwnedFd) -> Self {
-        Self { kernel, fd }
-    }
-
-    fn ioctl(&self, request: Request, arg: Arg<'_>) -> Result<i32> {
-        self.kernel
-            .ioctl(self.as_fd(), Ioctl { request, arg })
-            .map(|reply| reply.value)
-            .map_err(|errno| Error::new(request.name, OBJECT, errno))
-    }
-
-    fn ioctl_struct(&self, request: Request, bytes: &mut [u8]) -> Result<i32> {
-        self.ioctl(request, Arg::Struct { bytes, fds: &[], out: None })
+        Self(OpenFile::new(kernel, fd, OBJECT))
     }
 
     /// `IOMMU_OPTION`, RLIMIT_MODE: pinned memory is charged to each process that maps it rather
@@ -148,14 +133,14 @@ impl Iommufd {
             .u32(0)
             .u64(value)
             .done();
-        self.ioctl_struct(request::IOMMU_OPTION, &mut bytes)?;
+        self.0.call_struct(request::IOMMU_OPTION, &mut bytes)?;
         Ok(u64_at(&bytes, 16))
     }
 
     /// `IOMMU_IOAS_ALLOC`: makes an empty address space; returns its id.
     pub fn ioas_alloc(&self) -> Result<u32> {
         let mut bytes = Fields::with_argsz().u32(0).u32(0).done();
-        self.ioctl_struct(request::IOAS_ALLOC, &mut bytes)?;
+        self.0.call_struct(request::IOAS_ALLOC, &mut bytes)?;
         Ok(u32_at(&bytes, 8))
     }
 
@@ -171,7 +156,7 @@ impl Iommufd {
             let mut bytes =
                 Fields::with_argsz().u32(ioas).u32(room as u32).u32(0).u64(0).u64(0).done();
             let arg = Arg::Struct { bytes: &mut bytes, fds: &[], out: Some((16, &mut list)) };
-            let asked = self.ioctl(request::IOAS_IOVA_RANGES, arg);
+            let asked = self.0.call(request::IOAS_IOVA_RANGES, arg);
             let count = u32_at(&bytes, 8) as usize;
             match asked {
                 Err(error) if error.errno == Errno::EMSGSIZE && count > room && count <= 4096 => {
@@ -201,7 +186,7 @@ impl Iommufd {
         let mut bytes =
             Fields::with_argsz().u32(ioas).u32(ranges.len() as u32).u32(0).u64(0).done();
         let arg = Arg::Struct { bytes: &mut bytes, fds: &[], out: Some((16, &mut list)) };
-        self.ioctl(request::IOAS_ALLOW_IOVAS, arg).map(drop)
+        self.0.call(request::IOAS_ALLOW_IOVAS, arg).map(drop)
     }
 
     /// `IOMMU_IOAS_MAP`: lets devices reach this process's memory; returns the address. It is
@@ -220,7 +205,9 @@ impl Iommufd {
             .u64(map.size)
             .u64(map.iova)
             .done();
-        self.ioctl_struct(request::IOAS_MAP, &mut bytes).map_err(|error| noted(error, map.size))?;
+        self.0
+            .call_struct(request::IOAS_MAP, &mut bytes)
+            .map_err(|error| noted(error, map.size))?;
         Ok(u64_at(&bytes, 32))
     }
 
@@ -241,7 +228,7 @@ impl Iommufd {
             .done();
         let fds = [FdSlot { offset: 12, fd: Some(file) }];
         let arg = Arg::Struct { bytes: &mut bytes, fds: &fds, out: None };
-        self.ioctl(request::IOAS_MAP_FILE, arg).map_err(|error| noted(error, map.size))?;
+        self.0.call(request::IOAS_MAP_FILE, arg).map_err(|error| noted(error, map.size))?;
         Ok(u64_at(&bytes, 32))
     }
 
@@ -253,7 +240,7 @@ impl Iommufd {
     /// before it are gone then; EINVAL an empty range; EOVERFLOW.
     pub fn ioas_unmap(&self, ioas: u32, iova: u64, size: u64) -> Result<u64> {
         let mut bytes = Fields::with_argsz().u32(ioas).u64(iova).u64(size).done();
-        self.ioctl_struct(request::IOAS_UNMAP, &mut bytes)?;
+        self.0.call_struct(request::IOAS_UNMAP, &mut bytes)?;
         Ok(u64_at(&bytes, 16))
     }
 
@@ -280,7 +267,8 @@ impl Iommufd {
             .u64(copy.to_iova)
             .u64(copy.from_iova)
             .done();
-        self.ioctl_struct(request::IOAS_COPY, &mut bytes)
+        self.0
+            .call_struct(request::IOAS_COPY, &mut bytes)
             .map_err(|error| noted(error, copy.size))?;
         Ok(u64_at(&bytes, 24))
     }
@@ -291,12 +279,12 @@ impl Iommufd {
     /// ENOENT no such object; EBUSY a device is bound, or another object needs it.
     pub fn destroy(&self, id: u32) -> Result<()> {
         let mut bytes = Fields::with_argsz().u32(id).done();
-        self.ioctl_struct(request::IOMMU_DESTROY, &mut bytes).map(drop)
+        self.0.call_struct(request::IOMMU_DESTROY, &mut bytes).map(drop)
     }
 
     /// Any request with any argument, for tests of what the kernel says to odd ones.
     pub fn raw(&self, request: Request, arg: Arg<'_>) -> Result<i32> {
-        self.ioctl(request, arg)
+        self.0.call(request, arg)
     }
 }
 

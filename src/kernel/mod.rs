@@ -20,6 +20,7 @@ mod iommufd;
 mod linux;
 mod memory;
 mod node;
+mod open_file;
 pub(crate) mod parse;
 pub mod peer;
 #[cfg(feature = "async")]
