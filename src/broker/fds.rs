@@ -3,7 +3,7 @@
 use super::acquire::gives_container;
 use super::books::{Books, Entry, Files, Lifeline};
 use super::{Broker, Caller, LifelineId, SentFd, lifeline, no_such_lease};
-use crate::kernel::{Group, Node};
+use crate::kernel::{Container, Group, Node};
 use crate::ledger::{Lease, Refusal};
 use crate::protocol::{Bdf, Error, Fd, FdKind, Fds, GetFds, Handout};
 use std::os::fd::OwnedFd;
@@ -56,30 +56,50 @@ impl Broker {
     /// What the kernel says where it must be asked: EBUSY while somebody has the group open.
     pub fn get_fds(&self, caller: &Caller, request: &GetFds) -> Result<(Fds, Vec<OwnedFd>), Error> {
         let entry = self.authorize(caller, &request.lease, &request.key)?;
-        let files = entry.files();
+        let mut files = entry.files();
         let lease = self.live(&entry)?;
-        check_kept_any(&lease)?;
-        let kept = kept(&lease, &entry, &files).into_iter();
+        check_kept_any(&lease, request)?;
+        let kept = kept(&lease, &entry, &files, request).into_iter();
         let mut fds = kept.map(Named::copied).collect::<Result<Vec<_>, _>>()?;
         match lease.handout {
             Handout::Group => {
                 let books = self.books();
                 let groups: Vec<_> = books.ledger.groups_of(lease.id).map(|(id, _)| id).collect();
                 drop(books);
-                for id in groups {
+                for id in
+                    groups.into_iter().filter(|id| request.wants(FdKind::Group, &id.to_string()))
+                {
                     let group = Group::open(Arc::clone(&self.kernel), Node::Group(id))?;
                     fds.push(Named::group(id, group.into()));
                 }
+                // Whoever opens nodes by itself wants one; to all others it means nothing.
+                if request.kind == Some(FdKind::Container) {
+                    let (kind, name) = (FdKind::Container, String::new());
+                    let fd = Container::open(Arc::clone(&self.kernel))?.into();
+                    fds.push(Named { kind, name, fd });
+                }
             }
             Handout::Devices => {
-                for handed in lease.devices.iter().filter(|handed| !handed.withheld) {
+                let used = lease.devices.iter().filter(|handed| !handed.withheld);
+                for handed in used.filter(|d| request.wants(FdKind::Device, &d.bdf.to_string())) {
                     if let Some(group) = files.group(handed.group) {
                         let device = group.device(&files.name(handed.bdf))?;
                         fds.push(Named::device(handed.bdf, device.into()));
                     }
                 }
             }
-            Handout::Container | Handout::Iommufd => {}
+            Handout::Iommufd => {
+                if request.kind == Some(FdKind::Iommufd) {
+                    fds.push(Named::iommufd(self.open_iommufd()?));
+                }
+                let used = lease.devices.iter().filter(|handed| !handed.withheld);
+                for handed in used.filter(|d| request.wants(FdKind::Cdev, &d.bdf.to_string())) {
+                    let cdev = self.open_cdev(handed.bdf)?;
+                    files.registrations.insert(handed.bdf, cdev.registration);
+                    fds.push(Named::cdev(handed.bdf, cdev));
+                }
+            }
+            Handout::Container => {}
         }
         self.with_lifeline(&entry, request, fds)
     }
@@ -100,13 +120,13 @@ impl Broker {
             Ok(lease) => lease,
             Err(error) => return Some(Err(error)),
         };
-        if let Err(error) = check_kept_any(&lease) {
+        if let Err(error) = check_kept_any(&lease, request) {
             return Some(Err(error));
         }
         if lease.handout != Handout::Container {
             return None;
         }
-        Some(self.with_lifeline(&entry, request, kept(&lease, &entry, &files)))
+        Some(self.with_lifeline(&entry, request, kept(&lease, &entry, &files, request)))
     }
 
     fn live(&self, entry: &Entry) -> Result<Lease, Error> {
@@ -157,20 +177,21 @@ impl Broker {
 }
 
 /// Whether there is something to be had once more.
-fn check_kept_any(lease: &Lease) -> Result<(), Error> {
-    if lease.handout != Handout::Iommufd {
+fn check_kept_any(lease: &Lease, asked: &GetFds) -> Result<(), Error> {
+    if lease.handout != Handout::Iommufd || asked.kind.is_some() {
         return Ok(());
     }
     Err(Error::Unsupported {
         what: "GetFds of handout iommufd".into(),
         why: "the broker keeps no copies of an iommufd and its cdevs, so that closing them frees \
-              the devices: whoever needs them again keeps a copy, or acquires anew"
+              the devices: whoever needs them again keeps a copy, or says by kind what is to be \
+              opened anew"
             .into(),
     })
 }
 
 /// What the broker keeps of what the holder was given.
-fn kept(lease: &Lease, entry: &Entry, files: &Files) -> Vec<Named<SentFd>> {
+fn kept(lease: &Lease, entry: &Entry, files: &Files, asked: &GetFds) -> Vec<Named<SentFd>> {
     let mut fds = Vec::new();
     if gives_container(lease) {
         fds.extend(Named::container(lease, entry));
@@ -179,5 +200,6 @@ fn kept(lease: &Lease, entry: &Entry, files: &Files) -> Vec<Named<SentFd>> {
         let groups = files.groups.iter();
         fds.extend(groups.map(|(id, group)| Named::group(*id, SentFd::Group(Arc::clone(group)))));
     }
+    fds.retain(|file| asked.wants(file.kind, &file.name));
     fds
 }

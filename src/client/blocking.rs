@@ -93,7 +93,7 @@ impl Client {
     /// [`Error::Broker`], where there is no such lease with that key.
     pub fn get_fds_of(&mut self, lease: &str, key: &str) -> Result<Files> {
         let (lease, key) = (lease.to_owned(), key.to_owned());
-        self.files(&protocol::GetFds { lease, key, lifeline: None })
+        self.files(&protocol::GetFds { lease, key, ..Default::default() })
     }
 
     fn files(&mut self, call: &protocol::GetFds) -> Result<Files> {

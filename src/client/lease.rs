@@ -284,7 +284,7 @@ impl Lease {
 
     pub(super) fn get_fds_call(&self) -> protocol::GetFds {
         let (lease, key) = (self.id.clone(), self.key.clone());
-        protocol::GetFds { lease, key, lifeline: Some(false) }
+        protocol::GetFds { lease, key, lifeline: Some(false), ..Default::default() }
     }
 
     pub(super) fn release_call(&self) -> protocol::Release {

@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn a_call_is_one_json_object_and_a_nul() {
-        let call = GetFds { lease: "l1".into(), key: "k".into(), lifeline: None };
+        let call = GetFds { lease: "l1".into(), key: "k".into(), ..GetFds::default() };
         let bytes = Outgoing::new(&call, false).unwrap().bytes;
         let expected =
             br#"{"method":"org.vfiobroker.Broker.GetFds","parameters":{"lease":"l1","key":"k"}}"#;
@@ -164,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_call_over_64_kib_is_not_sent() {
-        let call = GetFds { lease: "l".repeat(70_000), key: String::new(), lifeline: None };
+        let call = GetFds { lease: "l".repeat(70_000), ..GetFds::default() };
         assert!(matches!(Outgoing::new(&call, false), Err(Error::TooLong { .. })));
     }
 

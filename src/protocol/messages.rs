@@ -158,13 +158,25 @@ pub struct Acquired {
     pub fds: Vec<Fd>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GetFds {
     pub lease: String,
     pub key: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lifeline: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<FdKind>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+impl GetFds {
+    /// Whether such a file is asked for.
+    pub fn wants(&self, kind: FdKind, name: &str) -> bool {
+        self.kind.is_none_or(|wanted| wanted == kind)
+            && self.name.as_deref().is_none_or(|wanted| wanted == name)
+    }
 }
 method!(GetFds -> Fds, "GetFds");
 

@@ -111,6 +111,31 @@ fn gone(held: &Acquired) -> Error {
 }
 
 #[test]
+fn get_fds_gives_one_file_alone_while_others_are_in_use() {
+    let world = World::new();
+    let two = want_as(Handout::Group, &["0000:01:00.0", "0000:01:00.1", "0000:02:00.0"]);
+    let mut grant = world.acquire(1000, &two).unwrap();
+    let ask = |kind, name: Option<&str>| {
+        let name = name.map(str::to_owned);
+        let one = GetFds { lifeline: Some(false), kind: Some(kind), name, ..get_fds(&grant.reply) };
+        world.broker.get_fds(&caller(1000), &one)
+    };
+    let busy = |result: Result<_, Error>| matches!(result, Err(Error::Kernel { errno: 16, .. }));
+    assert!(busy(ask(FdKind::Group, Some("2"))), "the holder has it open");
+    assert!(busy(ask(FdKind::Group, None)));
+    let second = grant.reply.fds.iter().find(|fd| fd.name == "2").unwrap().index;
+    drop(grant.fds.remove(second));
+    let (fds, files) = ask(FdKind::Group, Some("2")).unwrap();
+    assert_eq!((fds.fds.len(), &*fds.fds[0].name, files.len()), (1, "2", 1));
+    assert!(busy(ask(FdKind::Group, Some("2"))), "it was given as an open file of its own");
+    // A container is nobody's until groups are attached to it.
+    let (fds, files) = ask(FdKind::Container, None).unwrap();
+    assert_eq!((fds.fds[0].kind, files.len()), (FdKind::Container, 1));
+    assert_eq!(ask(FdKind::Group, Some("7")).unwrap().1.len(), 0);
+    assert_eq!(world.stats().containers, 1);
+}
+
+#[test]
 fn get_fds_gives_the_same_files_again() {
     let world = World::new();
     let grant = world.acquire(1000, &want(&["0000:02:00.0"])).unwrap();
@@ -124,6 +149,9 @@ fn get_fds_gives_the_same_files_again() {
     let (fds, without) = world.broker.try_get_fds(&caller(1000), &alone).expect("quick").unwrap();
     let kinds: Vec<_> = fds.fds.iter().map(|fd| fd.kind).collect();
     assert_eq!(kinds, [FdKind::Container, FdKind::Group]);
+    let group = GetFds { kind: Some(FdKind::Group), ..alone };
+    let (fds, _) = world.broker.try_get_fds(&caller(1000), &group).expect("quick").unwrap();
+    assert_eq!((fds.fds.len(), fds.fds[0].kind), (1, FdKind::Group));
     drop(without);
     let held = grant.reply.clone();
     drop(grant);

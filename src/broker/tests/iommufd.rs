@@ -134,6 +134,20 @@ fn nothing_is_kept_so_nothing_is_mapped_or_given_again() {
     assert!(unsupported(&again) && again.to_string().contains("keeps no copies"), "{again}");
     let quick = world.broker.try_get_fds(&caller(1000), &get_fds(&grant.reply)).unwrap();
     assert_eq!(quick.unwrap_err(), again);
+    // What is named is opened anew.
+    let ask = |kind, name: Option<&str>| {
+        let name = name.map(str::to_owned);
+        let kind = Some(kind);
+        let one = GetFds { lifeline: Some(false), kind, name, ..get_fds(&grant.reply) };
+        assert!(world.broker.try_get_fds(&caller(1000), &one).is_none(), "it can block");
+        world.broker.get_fds(&caller(1000), &one).unwrap()
+    };
+    let fresh = [ask(FdKind::Iommufd, None), ask(FdKind::Cdev, Some(NIC))];
+    let stats = world.stats();
+    assert_eq!((stats.cdevs, stats.open_iommufds), (2, 2));
+    assert!(stats.iommufds.iter().all(|iommufd| iommufd.per_process));
+    assert_eq!(ask(FdKind::Cdev, Some("0000:01:00.0")).1.len(), 0, "of another lease, or of none");
+    drop(fresh);
     let map = world.map(1000, &grant.reply, 0, 4096).unwrap_err();
     assert!(unsupported(&map) && map.to_string().contains("IOMMU_IOAS_MAP"), "{map}");
     assert!(unsupported(&world.unmap(1000, &grant.reply, 0, 4096).unwrap_err()));

@@ -252,5 +252,5 @@ fn kinds(grant: &Grant) -> Vec<(FdKind, &str)> {
 }
 
 fn get_fds(held: &Acquired) -> GetFds {
-    GetFds { lease: held.lease.clone(), key: held.key.clone(), lifeline: None }
+    GetFds { lease: held.lease.clone(), key: held.key.clone(), ..GetFds::default() }
 }
