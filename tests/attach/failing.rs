@@ -1,0 +1,127 @@
+//! Each step fails in turn, in each way in which it can.
+
+use super::*;
+use crate::qemu::{Fault, Guest};
+use vfio_broker::qmp::hotplug::Error;
+
+/// How many commands an attach makes, and a detach.
+fn commands() -> (usize, usize) {
+    let world = World::start();
+    world.attach(&nic()).unwrap();
+    let attach = world.qemu.model().commands.len();
+    world.qemu.disarm();
+    world.detach(&Detach::new("web1", NIC)).unwrap();
+    (attach, world.qemu.model().commands.len())
+}
+
+#[test]
+fn what_qemu_refuses_is_undone() {
+    let world = World::start();
+    for at in 0..commands().0 {
+        world.qemu.arm(at, Fault::Refuse);
+        let error = world.attach(&nic()).unwrap_err();
+        let fails_before_anything_is_there = world.qemu.model().objects.is_empty();
+        assert!(fails_before_anything_is_there, "at {at}: {:?}", world.qemu.model().objects);
+        assert!(!matches!(error, Error::Left { .. }), "at {at}: {error}");
+        world.is_clean();
+    }
+    world.qemu.disarm();
+    world.attach(&nic()).unwrap();
+}
+
+#[test]
+fn a_conversation_that_breaks_off_leaves_what_the_next_one_clears() {
+    let world = World::start();
+    let fds = world.broker.settled_fds();
+    let faults = [Fault::Garbage, Fault::HangUp { done: false }, Fault::HangUp { done: true }];
+    for at in 0..commands().0 {
+        for fault in faults {
+            // Without the iommufd of the last one.
+            world.qemu.model().restart();
+            world.qemu.arm(at, fault);
+            world.attach(&nic()).unwrap_err();
+            world.qemu.disarm();
+            recovers(&world);
+        }
+    }
+    world.broker.settles_at(fds);
+}
+
+/// The next attach works, or the device is in already; a detach takes it out.
+fn recovers(world: &World) {
+    match world.attach(&nic()) {
+        Ok(_) => {}
+        Err(Error::AlreadyThere { .. }) => assert_eq!(world.qemu.model().devices.len(), 1),
+        Err(error) => panic!("{error}, after {:?}", world.qemu.model().commands),
+    }
+    world.detach(&Detach::new("web1", NIC)).unwrap();
+    world.is_clean();
+}
+
+#[test]
+fn a_qemu_that_falls_silent_is_given_up() {
+    let world = World::start();
+    let (steps, _) = commands();
+    // The last before the device, and the device itself.
+    for (at, done) in [(steps - 3, false), (steps - 2, false), (steps - 2, true)] {
+        world.qemu.model().restart();
+        world.qemu.arm(at, Fault::Silence { done });
+        let error = world.attach_within(&nic(), Duration::from_secs(3)).unwrap_err();
+        let cause = error.cause().to_string();
+        assert!(cause.contains("no answer from QEMU"), "{error}");
+        assert!(matches!(error, Error::Left { .. }), "{error}");
+        assert_eq!(error.to_string().contains("device_add"), at == steps - 2, "{error}");
+        world.qemu.disarm();
+        recovers(&world);
+    }
+}
+
+#[test]
+fn a_detach_that_breaks_off_is_finished_by_the_next() {
+    let world = World::start();
+    let (_, steps) = commands();
+    let faults = [Fault::Garbage, Fault::HangUp { done: false }, Fault::HangUp { done: true }];
+    for at in 0..steps {
+        for fault in faults {
+            world.qemu.disarm();
+            world.attach(&nic()).unwrap();
+            world.qemu.arm(at, fault);
+            world.detach(&Detach::new("web1", NIC)).unwrap_err();
+            world.qemu.disarm();
+            match world.detach(&Detach::new("web1", NIC)) {
+                // It was the last step that was done.
+                Ok(_) | Err(Error::NotAttached { .. }) => {}
+                Err(error) => panic!("at {at}, {fault:?}: {error}"),
+            }
+            world.is_clean();
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_keeps_what_is_to_be_undone_keeps_its_lease() {
+    let world = World::start();
+    world.qemu.model().guest = Guest::Refuses;
+    world.qemu.arm(commands().0 - 1, Fault::Refuse);
+    let error = world.attach(&nic()).unwrap_err();
+    assert!(matches!(error, Error::Left { .. }), "{error}");
+    assert!(matches!(error.cause(), Error::NotThere { .. }), "{error}");
+    assert_eq!((world.leases(), world.qemu.model().devices.len()), (1, 1));
+    world.qemu.disarm();
+    world.qemu.model().guest = Guest::LetsGo;
+    world.detach(&Detach::new("web1", NIC)).unwrap();
+    world.is_clean();
+}
+
+#[test]
+fn a_joined_lease_goes_on_when_the_second_device_fails() {
+    let world = World::start();
+    let [first, second] = PAIR;
+    world.attach(&Attach::new("web1", first)).unwrap();
+    let error = world.attach(&Attach::new("web1", second).bus("nowhere")).unwrap_err();
+    assert!(error.to_string().contains("nowhere"), "{error}");
+    assert_eq!((world.leases(), world.qemu.model().devices.len()), (1, 1));
+    world.detach(&Detach::new("web1", first)).unwrap();
+    world.is_free(second);
+    world.is_clean();
+}
