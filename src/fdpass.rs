@@ -76,7 +76,8 @@ pub struct Next {
 }
 
 /// Says what there is to be read, at most as much as fits into `buf`, and takes nothing. Does not
-/// wait, and installs no fd.
+/// wait, and installs no fd. The socket must have SO_OOBINLINE: what was sent as urgent is passed
+/// over otherwise, and closed with its fds by the next read, in whichever thread makes it.
 ///
 /// # Errors
 /// The errno of recvmsg(2); EAGAIN where there is nothing yet.

@@ -12,6 +12,7 @@ use crate::kernel::readiness::{try_watch, watch};
 use crate::policy::Peer;
 use crate::protocol::Error;
 use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -66,7 +67,10 @@ fn gone_again(failure: &std::io::Error) -> bool {
 
 /// Finds out who it is, and serves it if there is room.
 fn admit(daemon: &Rc<Daemon>, stream: UnixStream) {
-    let described = peer::describe(stream.as_fd(), daemon.names_units);
+    // Without it, urgent data (MSG_OOB) and the files that come with it are not seen by who looks
+    // ahead, and closed here by the next read or the end.
+    let inline = setsockopt(&stream, sockopt::OobInline, &true);
+    let described = inline.and_then(|()| peer::describe(stream.as_fd(), daemon.names_units));
     let peer = match described {
         Ok(peer) => peer,
         Err(errno) => {

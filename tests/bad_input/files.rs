@@ -127,6 +127,46 @@ fn files_that_linger_when_they_are_closed() {
     });
 }
 
+#[test]
+fn files_that_come_with_urgent_data() {
+    use nix::sys::socket::MsgFlags;
+    use vfio_broker::fdpass;
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        let mut readers = Vec::new();
+        let mut urgent = |client: &Raw| {
+            let (lingering, reader) = lingering();
+            readers.push(reader);
+            // Ours goes first, so that the daemon's is the last and has to wait.
+            daemon.pause();
+            let _ =
+                fdpass::send(client.stream.as_fd(), b"x", &[lingering.as_fd()], MsgFlags::MSG_OOB);
+        };
+        // It is the last of what was sent.
+        let client = daemon.connect();
+        urgent(&client);
+        drop(client);
+        daemon.signal(Signal::SIGCONT);
+        // More comes behind it.
+        let mut client = daemon.connect();
+        client.call("Leases", json!({})).ok();
+        urgent(&client);
+        client.send(&call("Leases", &json!({})));
+        daemon.signal(Signal::SIGCONT);
+        client.reply().bad("message");
+        // It was sent before the connection was accepted.
+        daemon.pause();
+        let client = daemon.connect();
+        urgent(&client);
+        drop(client);
+        daemon.signal(Signal::SIGCONT);
+        // Nobody has the connection any more, but it itself.
+        let client = daemon.connect();
+        let own = client.stream.try_clone().unwrap();
+        let _ = fdpass::send(own.as_fd(), b"x", &[own.as_fd()], MsgFlags::MSG_OOB);
+    });
+}
+
 /// Sends files with a call and closes them here before the daemon can act: its close is the last one.
 fn send_and_forget(client: &Raw, message: &[u8], files: Vec<OwnedFd>) {
     let (last, before) = message.split_last().unwrap();
