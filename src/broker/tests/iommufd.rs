@@ -28,12 +28,6 @@ fn ended(world: &World, grant: Grant) {
     world.serve_hang_ups();
 }
 
-/// Has an administrator take a device off its driver and bind it again.
-fn rebind(world: &World, bdf: &str) {
-    world.sim.set_driver(bdf, None).unwrap();
-    world.sim.set_driver(bdf, Some("vfio-pci")).unwrap();
-}
-
 fn unproved(world: &World, uid: u32, id: u32) -> (GroupState, Option<crate::protocol::Unproved>) {
     let groups = world.broker.topology(&caller(uid)).unwrap().groups;
     let group = groups.into_iter().find(|group| group.id == id).unwrap();
@@ -221,7 +215,7 @@ fn the_same_tenant_has_it_again_and_no_other() {
     // The driver goes once nobody has the node open; then it is anybody's.
     assert_eq!(world.sim.set_driver(NIC, None), Err(Errno::EBUSY));
     drop(stale);
-    rebind(&world, NIC);
+    world.rebind(NIC);
     drop(other);
     ended(&world, world.acquire(1001, &want(&[NIC])).unwrap());
     world.serve_hang_ups();
@@ -268,7 +262,7 @@ fn a_bound_device_is_quarantined_and_a_stale_one_is_named() {
     }
     assert_ne!(lease, lease_again);
     drop((own, stale));
-    rebind(&world, NIC);
+    world.rebind(NIC);
     ended(&world, world.acquire(1001, &want(&[NIC])).unwrap());
     world.assert_idle();
 }

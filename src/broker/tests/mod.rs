@@ -181,6 +181,13 @@ impl World {
         }
     }
 
+    /// Has an administrator take a device off its driver and bind it again, and the broker see it.
+    fn rebind(&self, bdf: &str) {
+        self.sim.set_driver(bdf, None).unwrap();
+        self.sim.set_driver(bdf, Some("vfio-pci")).unwrap();
+        self.broker.topology(&caller(1001)).unwrap();
+    }
+
     /// Nothing is open, nothing is mapped, nothing is in the books.
     fn assert_idle(&self) {
         assert!(self.stats().is_idle(), "{:#?}", self.stats());

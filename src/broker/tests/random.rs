@@ -2,6 +2,7 @@
 
 use super::failing::{Failing, failing};
 use super::*;
+use crate::kernel::{Device, Iommufd};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
@@ -16,6 +17,9 @@ const DEVICES: [(&str, u32); 6] = [
     ("0000:05:00.0", 5),
     ("0000:08:00.0", 8),
 ];
+
+/// Which of them has VFs.
+const PF: usize = 4;
 
 /// `fault` is the kernel call that fails, counted from the op's first; 0 for none.
 #[derive(Clone, Debug)]
@@ -68,7 +72,7 @@ fn op() -> impl Strategy<Value = Op> {
     let fault = || prop_oneof![2 => Just(0i64), 1 => 1..60i64];
     let devices = || prop::collection::btree_set(0..DEVICES.len(), 1..3);
     prop_oneof![
-        6 => (1000..1002u32, devices(), 0..5u8, fault())
+        6 => (1000..1002u32, devices(), 0..7u8, fault())
             .prop_map(|(uid, devices, form, fault)| Op::Acquire { uid, devices, form, fault }),
         2 => (lease(), 0..DEVICES.len(), fault())
             .prop_map(|(lease, device, fault)| Op::Add { lease, device, fault }),
@@ -102,6 +106,8 @@ struct Story {
     owner: BTreeMap<u32, String>,
     /// Groups of leases that have ended and whose files are kept, or whose reclaim failed.
     uncertain: BTreeSet<u32>,
+    /// Groups that were handed out by iommufd, and the uid whose tenant alone can have them.
+    only_for: BTreeMap<u32, u32>,
     kept: Vec<OwnedFd>,
 }
 
@@ -123,12 +129,14 @@ impl Story {
         let groups: BTreeSet<u32> = devices.iter().map(|n| DEVICES[*n].1).collect();
         let own = request.lease.clone();
         let foreign =
-            groups.iter().any(|g| self.owner.get(g).is_some_and(|l| Some(l) != own.as_ref()));
+            groups.iter().any(|g| self.owner.get(g).is_some_and(|l| Some(l) != own.as_ref()))
+                || groups.iter().any(|g| self.only_for.get(g).is_some_and(|whose| *whose != uid));
         let (done, met) = self.with_fault(fault, |world| world.acquire(uid, request));
         match done {
             Ok(Grant { reply, fds }) => {
                 assert!(!foreign, "{groups:?} are {:?}'s", self.owner);
-                assert!(!met, "a call failed and nobody minded");
+                // What can't be read while it is looked for shows nothing.
+                assert!(!met || !self.only_for.is_empty(), "a call failed and nobody minded");
                 assert_eq!(reply.fds.len(), fds.len());
                 for group in groups {
                     self.owner.insert(group, reply.lease.clone());
@@ -213,9 +221,17 @@ impl Story {
     /// The end of a lease, one way or the other.
     fn end(&mut self, lease: usize, keeps: bool, release: bool, fault: i64) {
         let mut held = self.held.remove(lease);
+        let by_iommufd = held.reply.handout == Handout::Iommufd;
         if keeps {
             self.kept.push(held.fds.remove(0));
         }
+        if keeps && by_iommufd {
+            self.kept.push(held.fds.remove(0));
+            if fault % 2 == 0 {
+                self.bind_kept();
+            }
+        }
+        let given: Vec<_> = held.devices.iter().map(|n| DEVICES[*n].1).collect();
         let (proved, met) = if release {
             let stay = std::mem::take(&mut held.fds);
             self.kept.extend(stay);
@@ -235,7 +251,7 @@ impl Story {
             assert!(left.is_empty(), "nobody has anything of {left:?}");
         }
         if let Some(proved) = proved {
-            assert_eq!(proved, left.is_empty());
+            assert_eq!(proved, left.is_empty() && !by_iommufd);
         }
         for group in groups {
             if left.contains(&group) {
@@ -243,7 +259,19 @@ impl Story {
             } else {
                 self.owner.remove(&group);
             }
+            if by_iommufd && given.contains(&group) {
+                self.only_for.insert(group, held.uid);
+            }
         }
+    }
+
+    /// Whoever keeps an iommufd and a device binds the device to it.
+    fn bind_kept(&self) {
+        let [.., iommufd, cdev] = &*self.kept else { return };
+        let copy = |fd: &OwnedFd| fd.try_clone().unwrap();
+        let iommufd = Iommufd::from_fd(self.world.sim.kernel(), copy(iommufd));
+        let device = Device::from_fd(self.world.sim.kernel(), "kept", copy(cdev));
+        device.bind_iommufd(&iommufd).unwrap();
     }
 
     fn retry(&mut self) {
@@ -254,6 +282,12 @@ impl Story {
             assert!(self.books().group(group).is_none(), "{group} is free and not known to be");
             self.owner.remove(&group);
         }
+        let owner = &self.owner;
+        for (group, _) in self.only_for.extract_if(.., |group, _| !owner.contains_key(group)) {
+            for (bdf, _) in DEVICES.iter().filter(|(_, id)| *id == group) {
+                self.world.rebind(bdf);
+            }
+        }
     }
 
     /// Kernel, books and holders agree.
@@ -262,6 +296,16 @@ impl Story {
         let owned: BTreeMap<_, _> =
             books.groups().map(|(id, g)| (id, g.lease.to_string())).collect();
         assert_eq!(owned, self.owner);
+        // Where a reclaim is not over, who can have the group is not written yet.
+        let only_for = books.unproved().map(|(id, left)| (id, left.tenant.clone()));
+        let known: BTreeMap<_, _> = only_for.collect();
+        let tenant = |uid: &u32| if *uid == 1000 { "a" } else { "b" }.to_owned();
+        let model = self
+            .only_for
+            .iter()
+            .filter(|(id, _)| known.contains_key(id) || !self.uncertain.contains(id));
+        let model: BTreeMap<_, _> = model.map(|(id, uid)| (*id, tenant(uid))).collect();
+        assert_eq!(known, model);
         let listed = self.world.broker.leases(&caller(1001)).unwrap().leases;
         assert_eq!(listed.len(), self.held.len());
         for held in &self.held {
@@ -293,7 +337,8 @@ proptest! {
         let (world, kernel) = failing();
         let (held, owner) = (Vec::new(), BTreeMap::new());
         let (uncertain, kept) = (BTreeSet::new(), Vec::new());
-        let mut story = Story { world, kernel, held, owner, uncertain, kept };
+        let only_for = BTreeMap::new();
+        let mut story = Story { world, kernel, held, owner, uncertain, only_for, kept };
         for op in ops {
             let pick = |lease: usize| (!story.held.is_empty()).then(|| lease % story.held.len());
             match op {
@@ -304,12 +349,18 @@ proptest! {
                         1 => want_as(Handout::Group, &names),
                         2 => want_as(Handout::Devices, &names),
                         3 => want_in("pool", &names),
-                        _ => want_in("friends", &names),
+                        4 => want_in("friends", &names),
+                        // A PF with VFs can't be taken off its driver to prove anything.
+                        _ if devices.contains(&PF) => continue,
+                        _ => want_as(Handout::Iommufd, &names),
                     };
                     story.acquire(uid, &request, devices, fault);
                 }
                 Op::Add { lease, device, fault } => if let Some(lease) = pick(lease) {
                     let Held { uid, reply, .. } = &story.held[lease];
+                    if device == PF && reply.handout == Handout::Iommufd {
+                        continue;
+                    }
                     let (uid, request) = (*uid, more(reply, &[DEVICES[device].0]));
                     story.acquire(uid, &request, [device].into(), fault);
                 },
@@ -317,7 +368,7 @@ proptest! {
                     let Held { uid, reply, .. } = &story.held[lease];
                     let (who, request) = (caller(*uid), get_fds(reply));
                     let (done, met) = story.with_fault(fault, |world| world.broker.get_fds(&who, &request));
-                    let busy = reply.handout == Handout::Group;
+                    let busy = matches!(reply.handout, Handout::Group | Handout::Iommufd);
                     assert_eq!(done.is_ok(), !met && !busy);
                     story.held[lease].fds.extend(done.into_iter().flat_map(|(_, fds)| fds));
                 },

@@ -38,9 +38,11 @@ fn each_handout_is_all_or_nothing() {
         want_as(Handout::Devices, &two),
         want_in("pool", &two),
         want_in("friends", &two),
+        want_as(Handout::Iommufd, &two),
     ] {
         let calls = every_failure_is_undone(&world, &kernel, 1000, &request);
         assert!(calls > 20, "only {calls} calls");
+        two.iter().for_each(|bdf| world.rebind(bdf));
         world.assert_idle();
     }
 }
@@ -54,6 +56,7 @@ fn joining_and_adding_are_all_or_nothing() {
         want_as(Handout::Devices, &["0000:01:00.0"]),
         want_in("pool", &["0000:01:00.0"]),
         want_in("friends", &["0000:01:00.0"]),
+        want_as(Handout::Iommufd, &["0000:01:00.0"]),
     ] {
         let held = world.acquire(1000, &first).unwrap();
         if first.container.is_some() {
@@ -65,6 +68,9 @@ fn joining_and_adding_are_all_or_nothing() {
         every_failure_is_undone(&world, &kernel, 1000, &add);
         drop(held);
         world.serve_hang_ups();
+        for bdf in ["0000:01:00.0", "0000:01:00.1", "0000:08:00.0"] {
+            world.rebind(bdf);
+        }
         world.assert_idle();
     }
 }

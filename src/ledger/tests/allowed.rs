@@ -15,6 +15,9 @@ impl Model {
                 Some(_) if here.is_empty() => return false,
                 Some(_) => {}
                 None if group.devices.is_empty() => return false,
+                None if self.whose(group.id).is_some_and(|tenant| tenant != holder.tenant) => {
+                    return false;
+                }
                 None => {}
             }
             if group.noiommu != holder.noiommu
@@ -34,7 +37,12 @@ impl Model {
             if theirs.is_some_and(|tenant| tenant != Some(holder.tenant)) {
                 return false;
             }
+            let left = family.and_then(|(_, other)| self.whose(other));
+            if left.is_some_and(|tenant| tenant != holder.tenant) {
+                return false;
+            }
         }
+        let wanted = named.len();
         let of_tenant: usize = self
             .holders
             .iter()
@@ -44,7 +52,20 @@ impl Model {
                 it.devices.len() + pending.map(|p| p.devices.len()).sum::<usize>()
             })
             .sum();
-        of_tenant + named.len() <= QUOTA.devices as usize
+        let theirs = self.holders.values().filter(|other| other.tenant == holder.tenant);
+        let pending = |id: &LeaseId| self.holders[id].tenant == holder.tenant;
+        let pending = self.pending.iter().filter(|p| pending(&p.lease));
+        named.extend(theirs.flat_map(|other| other.devices.keys()));
+        named.extend(pending.flat_map(|pending| pending.devices.keys()));
+        let kept_away = self.unproved.values().filter(|(tenant, _)| *tenant == holder.tenant);
+        let kept_away = kept_away.flat_map(|(_, left)| left.keys());
+        let kept_away = kept_away.filter(|bdf| !named.contains(bdf)).count();
+        of_tenant + wanted + kept_away <= QUOTA.devices as usize
+    }
+
+    /// The tenant that a group is for alone.
+    fn whose(&self, group: u32) -> Option<u8> {
+        self.unproved.get(&group).map(|(tenant, _)| *tenant)
     }
 
     /// Handout, address space and the other members go together.

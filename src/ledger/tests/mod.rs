@@ -1,6 +1,7 @@
 //! The ledger against a plain model, over random sequences of requests, deaths and faults.
 
 mod allowed;
+mod mapping;
 mod model;
 mod rules;
 
@@ -64,6 +65,10 @@ enum Op {
     LetGo {
         group: u32,
     },
+    /// An administrator takes its devices off their driver and binds them again.
+    Rebind {
+        group: u32,
+    },
 }
 
 fn wanted() -> impl Strategy<Value = Vec<(u32, u8, u8)>> {
@@ -73,7 +78,7 @@ fn wanted() -> impl Strategy<Value = Vec<(u32, u8, u8)>> {
 fn op() -> impl Strategy<Value = Op> {
     let lease = || 0..8usize;
     prop_oneof![
-        6 => (0..3u8, wanted(), 0..4u8, 0..5u8)
+        6 => (0..3u8, wanted(), 0..6u8, 0..5u8)
             .prop_map(|(tenant, wanted, handout, space)| Op::Acquire { tenant, wanted, handout, space }),
         2 => (lease(), wanted()).prop_map(|(lease, wanted)| Op::Extend { lease, wanted }),
         6 => (0..3usize, prop::bool::weighted(0.8)).prop_map(|(which, ok)| Op::Finish { which, ok }),
@@ -87,6 +92,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (lease(), prop_oneof![Just(0u16), any::<u16>()])
             .prop_map(|(lease, faults)| Op::Reclaim { lease, faults }),
         1 => (0..model::GROUPS).prop_map(|group| Op::LetGo { group }),
+        1 => (0..model::GROUPS).prop_map(|group| Op::Rebind { group }),
     ]
 }
 
@@ -114,6 +120,7 @@ proptest! {
                 }),
                 Op::Reclaim { lease, faults } => model.reclaim(lease, faults),
                 Op::LetGo { group } => model.let_go(group),
+                Op::Rebind { group } => model.rebind(group),
             }
             model.check();
         }

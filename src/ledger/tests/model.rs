@@ -33,6 +33,8 @@ pub(super) struct Holder {
     pub(super) noiommu: bool,
     pub(super) state: State,
     pub(super) devices: BTreeMap<Bdf, u32>,
+    /// What was handed out by its own node, with the registration of that time.
+    pub(super) cdevs: BTreeMap<Bdf, u64>,
 }
 
 /// An acquisition that the kernel has carried out and the ledger has not heard of.
@@ -40,20 +42,21 @@ pub(super) struct Pending {
     pub(super) lease: LeaseId,
     pub(super) opened: Vec<u32>,
     pub(super) devices: BTreeMap<Bdf, u32>,
+    cdevs: BTreeMap<Bdf, u64>,
 }
 
 /// One mapping in the toy kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Mapped {
-    iova: u64,
-    size: u64,
-    lease: LeaseId,
-    by_broker: bool,
-    in_flight: Option<Going>,
+pub(super) struct Mapped {
+    pub(super) iova: u64,
+    pub(super) size: u64,
+    pub(super) lease: LeaseId,
+    pub(super) by_broker: bool,
+    pub(super) in_flight: Option<Going>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Going {
+pub(super) enum Going {
     In,
     Out,
 }
@@ -70,8 +73,14 @@ pub(super) struct Model {
     /// what strangers keep.
     open: BTreeSet<u32>,
     attached: BTreeMap<u32, String>,
-    mapped: BTreeMap<String, Vec<Mapped>>,
+    pub(super) mapped: BTreeMap<String, Vec<Mapped>>,
     kept: BTreeMap<u32, Keeps>,
+    /// Whose devices somebody has open by their own nodes, unbound, where nothing shows it.
+    stale: BTreeMap<u32, u8>,
+    /// How often each group's devices were bound to their driver anew.
+    registrations: BTreeMap<u32, u64>,
+    /// Groups that are for one tenant alone, with what somebody may have open.
+    pub(super) unproved: BTreeMap<u32, (u8, BTreeMap<Bdf, u64>)>,
 }
 
 pub(super) fn bdf(group: u32, device: u8) -> Bdf {
@@ -94,7 +103,7 @@ fn merged(wanted: &[(u32, u8, u8)]) -> Vec<WantedGroup> {
     groups.into_values().collect()
 }
 
-fn space_key(id: LeaseId, space: &Space) -> String {
+pub(super) fn space_key(id: LeaseId, space: &Space) -> String {
     match space {
         Space::Shared { name, .. } => name.clone(),
         _ => id.to_string(),
@@ -102,14 +111,14 @@ fn space_key(id: LeaseId, space: &Space) -> String {
 }
 
 impl Model {
-    fn live(&self, which: usize) -> Option<LeaseId> {
+    pub(super) fn live(&self, which: usize) -> Option<LeaseId> {
         let live = self.holders.iter().filter(|(_, holder)| holder.state == State::Live);
         let live: Vec<_> = live.map(|(id, _)| *id).collect();
         (!live.is_empty()).then(|| live[which % live.len()])
     }
 
     /// Applies a request that may be refused; what is refused must change nothing.
-    fn apply(&mut self, request: Request) -> Option<Vec<Effect>> {
+    pub(super) fn apply(&mut self, request: Request) -> Option<Vec<Effect>> {
         let before = self.ledger.clone();
         let done = self.ledger.apply(request.clone());
         match done {
@@ -122,28 +131,28 @@ impl Model {
     }
 
     /// Applies a report, which is never refused.
-    fn report(&mut self, request: Request) {
+    pub(super) fn report(&mut self, request: Request) {
         assert!(self.apply(request.clone()).is_some(), "{request:?} was refused");
     }
 
     pub(super) fn acquire(&mut self, tenant: u8, wanted: &[(u32, u8, u8)], handout: u8, space: u8) {
-        let handout = [Handout::Container, Handout::Group, Handout::Devices, Handout::Devices]
-            [usize::from(handout)];
+        use Handout::{Container, Devices, Group, Iommufd};
+        let handout = [Container, Group, Devices, Devices, Iommufd, Iommufd][usize::from(handout)];
         let shared = |name: &str, trust| Space::Shared { name: name.into(), trust };
         let space = match space {
             0 => shared("enforced", Trust::Enforced),
             1 => shared("mutual", Trust::Mutual),
             2 => shared("enforced", Trust::Mutual),
-            _ if handout == Handout::Group => Space::None,
+            _ if matches!(handout, Group | Iommufd) => Space::None,
             _ => Space::Own,
         };
         let groups = merged(wanted);
         self.next += 1;
         let lease = LeaseId(self.next);
         let noiommu = groups.iter().any(|group| group.noiommu);
-        let devices = BTreeMap::new();
-        let state = State::InFlight;
-        let holder = Holder { tenant, handout, space: space.clone(), noiommu, state, devices };
+        let (devices, cdevs, state) = (BTreeMap::new(), BTreeMap::new(), State::InFlight);
+        let space_of = space.clone();
+        let holder = Holder { tenant, handout, space: space_of, noiommu, state, devices, cdevs };
         let leases = self.holders.values().filter(|other| other.tenant == tenant).count();
         let allowed = self.may_have(lease, &holder, &groups)
             && self.fits(&holder)
@@ -185,14 +194,17 @@ impl Model {
     fn carry_out(&mut self, lease: LeaseId, groups: &[WantedGroup], effects: &[Effect]) {
         let key = space_key(lease, &self.holders[&lease].space);
         let mut opened = Vec::new();
-        let mut devices = BTreeMap::new();
+        let (mut devices, mut cdevs) = (BTreeMap::new(), BTreeMap::new());
+        let tenant = self.holders[&lease].tenant;
         for group in groups {
             devices.extend(group.devices.iter().map(|bdf| (*bdf, group.id)));
             devices.extend(group.withhold.iter().map(|bdf| (*bdf, group.id)));
         }
         for effect in effects {
             match effect {
-                Effect::OpenGroup(id) => {
+                Effect::OpenGroup(id) | Effect::CheckGroup(id) => {
+                    let stranger = self.stale.get(id).filter(|whose| **whose != tenant);
+                    assert_eq!(stranger, None, "another tenant can take over {id}");
                     assert!(!self.kept.contains_key(id), "somebody still has something of {id}");
                     assert!(self.open.insert(*id), "{id} is opened twice");
                     self.owner.insert(*id, lease);
@@ -206,25 +218,31 @@ impl Model {
                     let used = groups.iter().any(|group| group.devices.contains(bdf));
                     assert!(used, "{bdf} was not asked for");
                 }
-                Effect::OpenSpace => {}
+                Effect::OpenCdev(id, bdf) => {
+                    assert_eq!(self.owner.get(id), Some(&lease), "{bdf} is another's");
+                    cdevs.insert(*bdf, self.registrations.get(id).copied().unwrap_or_default());
+                }
+                Effect::OpenSpace | Effect::OpenIommufd => {}
                 other => panic!("{other:?} while acquiring"),
             }
         }
         let lonely = groups.iter().find(|group| self.owner.get(&group.id) != Some(&lease));
         assert!(lonely.is_none(), "{lonely:?} was not opened");
-        self.pending.push(Pending { lease, opened, devices });
+        self.pending.push(Pending { lease, opened, devices, cdevs });
     }
 
     pub(super) fn finish(&mut self, which: usize, ok: bool) {
         if self.pending.is_empty() {
             return;
         }
-        let Pending { lease, opened, devices } = self.pending.remove(which % self.pending.len());
+        let Pending { lease, opened, devices, cdevs } =
+            self.pending.remove(which % self.pending.len());
         if ok && self.holders[&lease].state != State::Dead {
             self.report(Request::Commit { lease });
             let holder = self.holders.get_mut(&lease).unwrap();
             holder.state = State::Live;
             holder.devices.extend(devices);
+            holder.cdevs.extend(cdevs);
             return;
         }
         if ok {
@@ -250,121 +268,6 @@ impl Model {
         }
     }
 
-    pub(super) fn map(&mut self, which: usize, page: u64, pages: u64, how: u8) {
-        let Some(lease) = self.live(which) else { return };
-        let (iova, size) = (page << 12, pages << 12);
-        let holder = self.holders[&lease].clone();
-        let key = space_key(lease, &holder.space);
-        let here = self.mapped.get(&key).cloned().unwrap_or_default();
-        let overlap =
-            here.iter().any(|there| there.iova < iova + size && iova < there.iova + there.size);
-        let theirs: Vec<_> = self
-            .mapped
-            .values()
-            .flatten()
-            .filter(|m| m.by_broker && self.holders[&m.lease].tenant == holder.tenant)
-            .collect();
-        let bytes: u64 = theirs.iter().map(|mapped| mapped.size).sum();
-        let enforced = !matches!(holder.space, Space::Shared { trust: Trust::Mutual, .. });
-        let allowed = size > 0
-            && holder.handout == Handout::Devices
-            && enforced
-            && !holder.noiommu
-            && !overlap
-            && theirs.len() < QUOTA.mappings as usize
-            && bytes + size <= QUOTA.mapped_bytes;
-        let effects = self.apply(Request::Map { lease, iova, size, quota: QUOTA });
-        assert_eq!(effects.is_some(), allowed, "{lease} maps {page}+{pages} beside {here:?}");
-        if effects.is_none() {
-            return;
-        }
-        assert_eq!(effects, Some(vec![Effect::Map { iova, size }]));
-        let in_flight = (how == 3).then_some(Going::In);
-        if how == 0 {
-            self.report(Request::MapDone { lease, iova, made: false });
-            return;
-        }
-        let mapped = Mapped { iova, size, lease, by_broker: true, in_flight };
-        self.mapped.entry(key).or_default().push(mapped);
-        if in_flight.is_none() {
-            self.report(Request::MapDone { lease, iova, made: true });
-        }
-    }
-
-    pub(super) fn unmap(&mut self, which: usize, page: u64, pages: u64, how: u8) {
-        let Some(lease) = self.live(which) else { return };
-        let (iova, size) = (page << 12, pages << 12);
-        let key = space_key(lease, &self.holders[&lease].space);
-        let own: Vec<_> = self
-            .mapped
-            .get(&key)
-            .into_iter()
-            .flatten()
-            .filter(|m| m.by_broker && m.lease == lease)
-            .filter(|m| m.iova < iova + size && iova < m.iova + m.size)
-            .copied()
-            .collect();
-        let whole = own.iter().all(|m| iova <= m.iova && m.iova + m.size <= iova + size);
-        let allowed = size > 0 && whole && own.iter().all(|m| m.in_flight.is_none());
-        let effects = self.apply(Request::Unmap { lease, iova, size });
-        assert_eq!(effects.is_some(), allowed, "{lease} unmaps {page}+{pages} of {own:?}");
-        let Some(effects) = effects else { return };
-        let mut expected: Vec<_> =
-            own.iter().map(|m| Effect::Unmap { iova: m.iova, size: m.size }).collect();
-        expected.sort_by_key(|effect| match effect {
-            Effect::Unmap { iova, .. } => *iova,
-            _ => 0,
-        });
-        assert_eq!(effects, expected);
-        for one in own {
-            let mapped = self.mapped.get_mut(&key).unwrap();
-            let at = mapped.iter().position(|m| *m == one).unwrap();
-            match how {
-                0 => {}
-                3 => mapped[at].in_flight = Some(Going::Out),
-                _ => drop(mapped.remove(at)),
-            }
-            if how != 3 {
-                self.report(Request::UnmapDone { lease, iova: one.iova, gone: how != 0 });
-            }
-        }
-    }
-
-    pub(super) fn settle(&mut self, which: usize, ok: bool) {
-        let going = self.mapped.values_mut().flatten().filter(|m| m.in_flight.is_some());
-        let mut going: Vec<_> = going.collect();
-        if going.is_empty() {
-            return;
-        }
-        let which = which % going.len();
-        let mapped = &mut *going[which];
-        let way = mapped.in_flight.take().unwrap();
-        let (lease, iova) = (mapped.lease, mapped.iova);
-        let stays = (way == Going::In) == ok;
-        if !stays {
-            let key = space_key(lease, &self.holders[&lease].space);
-            let there = self.mapped.get_mut(&key).unwrap();
-            there.retain(|m| (m.lease, m.iova, m.by_broker) != (lease, iova, true));
-        }
-        self.report(match way {
-            Going::In => Request::MapDone { lease, iova, made: ok },
-            Going::Out => Request::UnmapDone { lease, iova, gone: ok },
-        });
-        self.forget();
-    }
-
-    pub(super) fn own_map(&mut self, which: usize, page: u64) {
-        let Some(lease) = self.live(which) else { return };
-        let holder = &self.holders[&lease];
-        let mutual = matches!(holder.space, Space::Shared { trust: Trust::Mutual, .. });
-        if holder.handout == Handout::Container || mutual {
-            let key = space_key(lease, &holder.space);
-            let (iova, size) = (page << 12, 1 << 12);
-            let mapped = Mapped { iova, size, lease, by_broker: false, in_flight: None };
-            self.mapped.entry(key).or_default().push(mapped);
-        }
-    }
-
     pub(super) fn end(&mut self, which: usize, keeps: Keeps) {
         let Some(lease) = self.live(which) else { return };
         self.report(Request::End { lease, at: 1 });
@@ -372,8 +275,18 @@ impl Model {
         self.holders.get_mut(&lease).unwrap().state = State::Dead;
         let fresh: Vec<_> = self.pending.iter().flat_map(|p| p.opened.clone()).collect();
         let theirs = self.owner.iter().find(|(id, l)| **l == lease && !fresh.contains(id));
-        if let (Some((id, _)), true) = (theirs, keeps != Keeps::Nothing) {
-            self.kept.insert(*id, keeps);
+        let Some(id) = theirs.map(|(id, _)| *id) else { return };
+        let holder = &self.holders[&lease];
+        let given = holder.devices.iter().any(|(b, g)| *g == id && holder.cdevs.contains_key(b));
+        match keeps {
+            Keeps::Nothing => {}
+            // By iommufd there is no group to keep: a device that is not bound.
+            Keeps::Group if holder.handout == Handout::Iommufd => {
+                if given {
+                    self.stale.insert(id, holder.tenant);
+                }
+            }
+            _ => drop(self.kept.insert(id, keeps)),
         }
     }
 
@@ -428,11 +341,21 @@ impl Model {
                 }
                 Effect::Prove(id) => {
                     assert!(!self.attached.contains_key(&id), "{id} is still attached");
-                    self.open.remove(&id);
-                    self.owner.remove(&id);
-                    let holder = self.holders.get_mut(&lease).unwrap();
-                    holder.devices.retain(|_, group| *group != id);
+                    self.free(lease, id);
                     self.report(Request::Freed { group: id });
+                }
+                Effect::ProveUnbound(id) if fault || self.kept.contains_key(&id) => {
+                    self.report(Request::Stuck { group: id, reason: "busy".into(), at: 1 });
+                }
+                Effect::ProveUnbound(id) => {
+                    let left = self.free(lease, id);
+                    if !left.is_empty() {
+                        let tenant = self.holders[&lease].tenant;
+                        let unproved = self.unproved.entry(id).or_default();
+                        unproved.0 = tenant;
+                        unproved.1.extend(left.clone());
+                    }
+                    self.report(Request::Unbound { group: id, at: 1, left });
                 }
                 other => panic!("{other:?} while reclaiming"),
             }
@@ -440,8 +363,36 @@ impl Model {
         self.forget();
     }
 
+    /// A group that nobody has in use any more; its devices that were handed out by their nodes.
+    fn free(&mut self, lease: LeaseId, id: u32) -> BTreeMap<Bdf, u64> {
+        self.open.remove(&id);
+        self.owner.remove(&id);
+        let holder = self.holders.get_mut(&lease).unwrap();
+        let here: Vec<_> =
+            holder.devices.extract_if(.., |_, group| *group == id).map(|(bdf, _)| bdf).collect();
+        let cdevs = &holder.cdevs;
+        here.iter().filter_map(|bdf| cdevs.get_key_value(bdf)).map(|(b, r)| (*b, *r)).collect()
+    }
+
+    /// Somebody has a group's devices bound anew: the driver waits until nobody has them open.
+    pub(super) fn rebind(&mut self, group: u32) {
+        if self.owner.contains_key(&group) || self.stale.contains_key(&group) {
+            return;
+        }
+        *self.registrations.entry(group).or_default() += 1;
+        for (device, registration) in self.unproved.remove(&group).map_or(BTreeMap::new(), |u| u.1)
+        {
+            // Another registration's end shows nothing.
+            let other = Request::Proved { group, device, registration: registration + 1 };
+            let before = self.ledger.clone();
+            self.report(other);
+            assert_eq!(self.ledger, before);
+            self.report(Request::Proved { group, device, registration });
+        }
+    }
+
     /// Ended leases of which nothing is left.
-    fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         let Self { holders, owner, mapped, pending, .. } = self;
         mapped.retain(|_, those| !those.is_empty());
         holders.retain(|id, holder| {
@@ -454,6 +405,7 @@ impl Model {
 
     pub(super) fn let_go(&mut self, group: u32) {
         self.kept.remove(&group);
+        self.stale.remove(&group);
     }
 
     /// The ledger knows what the model knows, no more and no less.
@@ -461,6 +413,11 @@ impl Model {
         let owners: BTreeMap<_, _> = self.ledger.groups().map(|(id, g)| (id, g.lease)).collect();
         assert_eq!(owners, self.owner);
         assert_eq!(self.owner.keys().copied().collect::<BTreeSet<_>>(), self.open);
+        let unproved = self.ledger.unproved();
+        let unproved: BTreeMap<_, _> = unproved
+            .map(|(id, left)| (id, (left.tenant.parse().unwrap(), left.left.clone())))
+            .collect();
+        assert_eq!(unproved, self.unproved);
         let ids: Vec<_> = self.ledger.leases().map(|lease| lease.id).collect();
         assert_eq!(ids, self.holders.keys().copied().collect::<Vec<_>>());
         for lease in self.ledger.leases() {
@@ -501,12 +458,14 @@ impl Model {
             self.end(0, Keeps::Nothing);
         }
         self.kept.clear();
+        self.stale.clear();
         for lease in self.holders.keys().copied().collect::<Vec<_>>() {
             if self.holders.contains_key(&lease) {
                 self.take_back(lease, 0);
             }
         }
         self.check();
+        (0..GROUPS).for_each(|group| self.rebind(group));
         assert_eq!(self.ledger, Ledger::default());
         assert!(self.attached.is_empty() && self.open.is_empty(), "{:?}", self.attached);
     }
