@@ -11,8 +11,8 @@ use std::io::stdin;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use vfio_broker::client::{self, Acquire, Client, DmaRange, Lease};
-use vfio_broker::kernel::{Device, DmaMap, Mapped, Unmap};
-use vfio_broker::protocol::Handout;
+use vfio_broker::kernel::{Device, DmaMap, IoasMap, MapFlags, Mapped, Unmap};
+use vfio_broker::protocol::{Backend, Handout};
 
 pub const FLAG: &str = "--role";
 
@@ -25,6 +25,9 @@ pub enum Role {
     /// `member CONTAINER BDF IOVA FOREIGN-IOVA`: joins a shared container, has its own range and
     /// tries somebody else's.
     Member,
+    /// `iommufd BDF MORE…`: gets an iommufd and a cdev, does what a VMM does with them, and adds one
+    /// device after the other.
+    Iommufd,
     /// `huge CONTAINER BDF`: joins an enforced container with memory of huge pages.
     Huge,
 }
@@ -35,6 +38,7 @@ impl Role {
             Role::Vmm => "vmm",
             Role::Ask => "ask",
             Role::Member => "member",
+            Role::Iommufd => "iommufd",
             Role::Huge => "huge",
         }
     }
@@ -50,6 +54,7 @@ pub fn play(words: Vec<String>) -> ExitCode {
         ["member", container, bdf, iova, foreign] => {
             member(container, bdf, iova.parse().unwrap(), foreign.parse().unwrap())
         }
+        ["iommufd", bdf, ref more @ ..] => iommufd(bdf, more),
         ["huge", container, bdf] => huge(container, bdf),
         _ => panic!("no such role: {words:?}"),
     };
@@ -105,6 +110,54 @@ fn vmm(bdf: &str, bytes: usize) -> Done {
     drop((device, group, container));
     println!("released, proved: {}", broker.release(lease)?);
     Ok(())
+}
+
+fn iommufd(bdf: &str, more: &[&str]) -> Done {
+    println!("uid {}, {}, /dev/iommu: {}", nix::unistd::geteuid(), capabilities(), open_iommu());
+    let mut broker = Client::connect()?;
+    let order = Acquire::new("erin1").device(bdf).backend(Backend::Iommufd);
+    let mut lease = match broker.acquire(order) {
+        Ok(lease) => lease,
+        Err(error) => {
+            println!("refused: {error}");
+            let lease = broker.acquire(Acquire::new("erin1").device(bdf))?;
+            println!("got lease {} by {}", lease.id(), lease.backend().name());
+            return Ok(());
+        }
+    };
+    let kinds: Vec<_> = lease.files().iter().map(|file| format!("{:?}", file.kind)).collect();
+    println!("got lease {} by {}: {}", lease.id(), lease.backend().name(), kinds.join(" "));
+    let (iommufd, device) = (lease.iommufd()?, lease.cdev(bdf)?);
+    println!("charged by process: {}", iommufd.rlimit_mode()?);
+    device.bind_iommufd(&iommufd)?;
+    let ioas = iommufd.ioas_alloc()?;
+    device.attach_iommufd_pt(ioas)?;
+    let (memory_fd, memory) = Mapped::memfd(RANGE as usize)?;
+    let flags = MapFlags::FIXED_IOVA | MapFlags::READ | MapFlags::WRITE;
+    let iova = 16 << 20;
+    iommufd.ioas_map(ioas, &IoasMap { flags, vaddr: memory.vaddr(), size: RANGE, iova })?;
+    println!("bound, attached, mapped {RANGE} bytes at {iova:#x}");
+    device.reset()?;
+    let (vendor, id) = device.pci_ids()?;
+    println!("device {bdf} is {vendor:04x}:{id:04x}, reset");
+    for bdf in more {
+        broker.add(&mut lease, Acquire::new("").device(bdf))?;
+        let device = lease.cdev(bdf)?;
+        device.bind_iommufd(&iommufd)?;
+        device.attach_iommufd_pt(ioas)?;
+        println!("added {bdf} to the address space: {}", dma(&memory, &device, iova)?);
+    }
+    wait();
+    drop((device, iommufd, memory_fd));
+    println!("released, proved: {}", broker.release(lease)?);
+    Ok(())
+}
+
+fn open_iommu() -> String {
+    match fs::OpenOptions::new().read(true).write(true).open("/dev/iommu") {
+        Ok(_) => "OPEN TO ALL".to_owned(),
+        Err(error) => format!("{:?}", Errno::from_raw(error.raw_os_error().unwrap_or(0))),
+    }
 }
 
 fn capabilities() -> String {
@@ -212,22 +265,26 @@ impl Space {
         Ok(self.lease.container()?.map(&DmaMap { flags, vaddr, iova, size: RANGE })?)
     }
 
-    /// Has the device copy a page of this member's memory to another page of it. A simulated
-    /// device does no DMA; there it is only asked who it is.
     fn dma(&self, device: &Device, iova: u64) -> Result<&'static str, Box<dyn Error>> {
-        if std::env::var_os("LAB_KERNEL").is_none() {
-            device.pci_ids()?;
-            return Ok("device answers");
-        }
-        let pattern: Vec<u8> = (0..4096u32).map(|i| (i * 7 + iova as u32 / 4096) as u8).collect();
-        self.memory.write(0, &pattern).ok_or("outside")?;
-        self.memory.write(8192, &[0; 4096]).ok_or("outside")?;
-        Edu::start(device)?.copy(iova as u32, iova as u32 + 8192, 4096)?;
-        let mut copied = vec![0; 4096];
-        self.memory.read(8192, &mut copied).ok_or("outside")?;
-        if copied != pattern {
-            return Err("what the device wrote is not what it read".into());
-        }
-        Ok("DMA done")
+        dma(&self.memory, device, iova)
     }
+}
+
+/// Has the device copy a page of memory that is mapped at `iova` to another page of it. A simulated
+/// device does no DMA; there it is only asked who it is.
+fn dma(memory: &Mapped, device: &Device, iova: u64) -> Result<&'static str, Box<dyn Error>> {
+    if std::env::var_os("LAB_KERNEL").is_none() {
+        device.pci_ids()?;
+        return Ok("device answers");
+    }
+    let pattern: Vec<u8> = (0..4096u32).map(|i| (i * 7 + iova as u32 / 4096) as u8).collect();
+    memory.write(0, &pattern).ok_or("outside")?;
+    memory.write(8192, &[0; 4096]).ok_or("outside")?;
+    Edu::start(device)?.copy(iova as u32, iova as u32 + 8192, 4096)?;
+    let mut copied = vec![0; 4096];
+    memory.read(8192, &mut copied).ok_or("outside")?;
+    if copied != pattern {
+        return Err("what the device wrote is not what it read".into());
+    }
+    Ok("DMA done")
 }

@@ -10,13 +10,14 @@ const DEFAULT_MEMLOCK: u64 = 8 * MIB;
 
 type Step = fn(&World);
 
-pub const STEPS: [(&str, Step); 7] = [
+pub const STEPS: [(&str, Step); 8] = [
     ("an ordinary user does what a VMM does", a_vmm_without_rights),
     ("the default memlock is too small, and the error says so", too_little_memlock),
     ("others are refused, and are told what they may know", others_are_refused),
     ("two share an enforced container", |world| two_share(world, "enforced")),
     ("two share a mutual container", |world| two_share(world, "mutual")),
     ("memory of huge pages is mapped whole", huge_pages),
+    ("an iommufd and cdevs, again for one tenant and for no other", by_iommufd),
     ("everything is as it was", nothing_is_left),
 ];
 
@@ -153,6 +154,70 @@ fn huge_pages(world: &World) {
     left.expect(&["proved: true"]);
     left.ends();
     until("its group is free", || group_is_free(world, EDU0));
+}
+
+fn by_iommufd(world: &World) {
+    let words = [NIC, PAIR[0], PAIR[1]];
+    let mut erin = world.client(ERIN, DEFAULT_MEMLOCK, Role::Iommufd, &words);
+    erin.expect(&["uid 2007", "CapEff: 0000000000000000", "/dev/iommu: E"]);
+    if !world.has_iommufd() {
+        erin.expect(&["refused", "backend iommufd is not supported", "no /dev/iommu"]);
+        // Not asked for by name it is the policy's next, and the reply says so.
+        erin.expect(&["got lease", "by type1"]);
+        erin.ends();
+        free_again(world);
+        return;
+    }
+    does_what_a_vmm_does(&mut erin);
+    let leases = world.observer().leases().unwrap();
+    assert_eq!((leases.len(), leases[0].devices.len()), (1, 3));
+    is_refused(world, CAROL, NIC, "busy");
+    // Killed with devices bound and memory mapped.
+    erin.kill();
+    until("no lease is left", || world.observer().leases().unwrap().is_empty());
+    for device in words {
+        until("its group is for its tenant alone", || only_for(world, device) == ["erin"]);
+    }
+    is_refused(world, CAROL, NIC, "may still have it open");
+    is_refused(world, FRANK, PAIR[1], "driver/unbind");
+    let mut erin = world.client(ERIN, DEFAULT_MEMLOCK, Role::Iommufd, &words);
+    erin.says();
+    does_what_a_vmm_does(&mut erin);
+    erin.go_on();
+    erin.expect(&["released, proved: false"]);
+    erin.ends();
+    for device in words {
+        world.rebind(device);
+    }
+    for (uid, device) in [(CAROL, NIC), (FRANK, PAIR[1])] {
+        let mut other = world.client(uid, DEFAULT_MEMLOCK, Role::Ask, &[device]);
+        other.expect(&["got lease"]);
+        other.ends();
+        until("its group is free", || group_is_free(world, device));
+    }
+    println!("    off their drivers and on them again, the groups are anybody's");
+}
+
+fn does_what_a_vmm_does(erin: &mut Actor) {
+    erin.expect(&["got lease", "by iommufd: Iommufd Cdev"]);
+    erin.expect(&["charged by process: true"]);
+    erin.expect(&["bound, attached, mapped"]);
+    erin.expect(&["device 0000:00:02.0", "reset"]);
+    erin.expect(&["added 0000:00:07.0"]);
+    erin.expect(&["added 0000:00:07.1"]);
+}
+
+fn is_refused(world: &World, uid: u32, bdf: &str, why: &str) {
+    let mut other = world.client(uid, DEFAULT_MEMLOCK, Role::Ask, &[bdf]);
+    other.expect(&["refused", why]);
+    other.ends();
+}
+
+/// Whom a group is for alone.
+fn only_for(world: &World, bdf: &str) -> Vec<String> {
+    let groups = world.observer().topology().unwrap();
+    let here = groups.iter().filter(|group| group.devices.iter().any(|device| device.bdf == bdf));
+    here.filter_map(|group| group.unproved.clone()).map(|unproved| unproved.tenant).collect()
 }
 
 fn nothing_is_left(world: &World) {

@@ -12,10 +12,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use vfio_broker::client::Client;
+use vfio_broker::sim::Wire;
 
 pub const NIC: &str = "0000:00:02.0";
 pub const EDU0: &str = "0000:00:03.0";
 pub const EDU1: &str = "0000:00:04.0";
+/// Two functions in one group.
+pub const PAIR: [&str; 2] = ["0000:00:07.0", "0000:00:07.1"];
 
 /// The users, as the policy below knows them.
 pub const ALICE: u32 = 2001;
@@ -24,6 +27,8 @@ pub const CAROL: u32 = 2003;
 pub const MALLORY: u32 = 2004;
 pub const LEFT: u32 = 2005;
 pub const RIGHT: u32 = 2006;
+pub const ERIN: u32 = 2007;
+pub const FRANK: u32 = 2008;
 
 const POLICY: &str = r#"
 version = 1
@@ -56,6 +61,17 @@ name = "right"
 user = 2006
 devices = ["1234:11e8"]
 handouts = ["devices"]
+
+[[tenant]]
+name = "erin"
+user = 2007
+devices = ["8086:10d3", "1234:11e8"]
+handouts = ["iommufd", "container"]
+
+[[tenant]]
+name = "frank"
+user = 2008
+devices = ["1234:11e8"]
 
 [[tenant]]
 name = "root"
@@ -97,7 +113,8 @@ impl World {
         if !real {
             let topology = dir.path().join("lab.toml");
             fs::write(&topology, simulated_topology()).unwrap();
-            command.arg("--sim").arg(&topology);
+            fs::create_dir(dir.path().join("sim")).unwrap();
+            command.arg("--sim").arg(&topology).arg("--sim-control").arg(dir.path().join("sim"));
         }
         let daemon = command.stdin(Stdio::null()).spawn().unwrap();
         let world = Self { kernel, real, dir, daemon };
@@ -111,6 +128,23 @@ impl World {
 
     pub fn daemon_pid(&self) -> u32 {
         self.daemon.id()
+    }
+
+    /// Whether the kernel can do iommufd and cdevs.
+    pub fn has_iommufd(&self) -> bool {
+        !self.real || Path::new("/dev/iommu").exists()
+    }
+
+    /// What an administrator does to show that nobody has a device open any more.
+    pub fn rebind(&self, bdf: &str) {
+        if self.real {
+            fs::write(format!("/sys/bus/pci/devices/{bdf}/driver/unbind"), bdf).unwrap();
+            fs::write("/sys/bus/pci/drivers/vfio-pci/bind", bdf).unwrap();
+            return;
+        }
+        let sim = Wire::connect(&self.dir.path().join("sim/control.sock")).unwrap();
+        sim.set_driver(bdf, None).unwrap();
+        sim.set_driver(bdf, Some("vfio-pci")).unwrap();
     }
 
     /// A connection of this test itself, which is root and may observe.
@@ -236,7 +270,7 @@ fn simulated_topology() -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/topologies/lab.toml");
     let text = fs::read_to_string(path).unwrap();
     assert!(!text.contains("\nmemlock"), "lab.toml sets memlock, as this test does");
-    format!("memlock = {SIMULATED_MEMLOCK}\n{text}")
+    format!("memlock = {SIMULATED_MEMLOCK}\nowner_rights = true\n{text}")
 }
 
 fn real_kernel() -> String {
