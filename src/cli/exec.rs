@@ -1,8 +1,10 @@
 //! `vfio-broker exec`: gets devices and becomes a program that has their open files.
 
+use super::style::{complain, printable};
 use super::{Context, Failure};
 use crate::client::{Acquire, Client, Lease};
 use crate::protocol::{Backend, Handout};
+use crate::vmm::interpose::Interposed;
 use crate::vmm::{self, Arguments, Given, Placeholder, Slots};
 use nix::errno::Errno;
 use std::ffi::OsString;
@@ -14,8 +16,10 @@ use std::process::{Command, ExitCode};
 ///
 /// The program inherits the open files as numbers from 3 on. In its arguments {iommufd},
 /// {cdev:DEVICE}, {container}, {group:DEVICE}, {device:DEVICE} and {lease} become those numbers, and
-/// LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID in its environment say the same. The lease lives exactly
-/// as long as the program does.
+/// LISTEN_FDS, LISTEN_FDNAMES and LISTEN_PID in its environment say the same. A program whose
+/// arguments name none of them is given the open files when it opens /dev/vfio/N, /dev/vfio/vfio,
+/// /dev/iommu or /dev/vfio/devices/vfioN by itself. The lease lives exactly as long as the program
+/// does.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXIT_CODES)]
 pub(super) struct Args {
@@ -39,7 +43,11 @@ pub(super) struct Args {
     /// Join this shared container of the policy
     #[arg(long, value_name = "NAME")]
     container: Option<String>,
-    /// Don't interpose, whatever the arguments name: the program looks at LISTEN_FDS
+    /// Give the program the lease's open files when it opens VFIO's nodes by itself [default: where
+    /// the arguments name no open file]
+    #[arg(long, conflicts_with = "inherit")]
+    interpose: bool,
+    /// Don't, also where the arguments name no open file: the program looks at LISTEN_FDS
     #[arg(long)]
     inherit: bool,
     /// An open file of the caller's own that the program is to inherit too, such as a tap device's;
@@ -59,6 +67,7 @@ pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure
     let program = args.program.remove(0);
     let arguments = Arguments::read(&args.program)?;
     arguments.check(&args.devices)?;
+    let interposed = args.interposed(&arguments)?;
     let request = args.request(&arguments)?;
     vmm::find(&program)?;
 
@@ -69,15 +78,23 @@ pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure
     let lease = broker.acquire(request);
     let lease = lease.map_err(|error| Failure::from(error).about(&args.devices))?;
 
-    let given = Given::all(&lease);
+    let given = if interposed { Given::lifeline(&lease) } else { Given::all(&lease) };
     let groups = groups(&mut broker, &lease, &arguments)?;
+    drop(broker);
     let filled = arguments.fill(|file| given.number(file, &args.devices, &groups))?;
     let mut command = Command::new(&program);
-    command.args(filled).env("LISTEN_PID", std::process::id().to_string());
+    command.args(filled);
     command.env("LISTEN_FDS", given.count().to_string()).env("LISTEN_FDNAMES", given.names());
     slots.fill(given.fds())?;
-    // What is close-on-exec goes with this program: the connection, and our copies of the files.
-    let error = command.exec();
+    if interposed {
+        // The supervisor does not stay in this directory.
+        let broker = std::path::absolute(&context.socket)?;
+        let log = |text: &str| complain(&format!("vfio-broker: {}\n", printable(text)));
+        let ended = Interposed { command, slots, lease, broker, log }.run()?;
+        return Ok(ended.as_own());
+    }
+    // What is close-on-exec goes with this program: our own copies of the files.
+    let error = command.env("LISTEN_PID", std::process::id().to_string()).exec();
     let errno = Errno::from_raw(error.raw_os_error().unwrap_or(nix::libc::ENOEXEC));
     Err(vmm::Error::Program { program: program.into(), errno }.into())
 }
@@ -102,6 +119,20 @@ impl Args {
             request = request.handout(handout);
         }
         Ok(request)
+    }
+
+    /// Whether the program is to be given files as it opens them.
+    fn interposed(&self, arguments: &Arguments) -> Result<bool, Failure> {
+        let mut named = arguments.placeholders().filter(|file| **file != Placeholder::Lease);
+        match named.next() {
+            Some(file) if self.interpose => Err(Failure::new(format!(
+                "{file} can't be given by number and be left to be opened at the same time"
+            ))
+            .advise("leave out --interpose, or what the arguments name beside {lease}")
+            .code(2)),
+            Some(_) => Ok(false),
+            None => Ok(!self.inherit),
+        }
     }
 
     fn handout(&self, arguments: &Arguments) -> Result<Option<Handout>, Failure> {

@@ -58,6 +58,32 @@ pub enum Error {
         /// What execve(2) says, or would.
         errno: Errno,
     },
+    /// Another program's filter is there already.
+    #[error(
+        "a seccomp listener is there already, of a container manager or another `exec`, and there \
+         can be but one: the program can't be interposed; give it the open files by number"
+    )]
+    Listener,
+    /// The kernel can't interpose.
+    #[error(
+        "this kernel can't interpose (seccomp: {errno:?}): Linux 5.14 or later, with CONFIG_SECCOMP_FILTER"
+    )]
+    NoSeccomp {
+        /// What seccomp(2) said.
+        errno: Errno,
+    },
+    /// The filter is not written for this machine.
+    #[error("programs can be interposed on x86-64 and arm64 alone")]
+    Architecture,
+    /// A program that opens nodes has nothing to open.
+    #[error(
+        "the handout devices has no node that a program could open by itself: ask for another one, \
+         or give the program its files by number"
+    )]
+    NothingToOpen,
+    /// The lease's files are not what they should be.
+    #[error(transparent)]
+    Lease(#[from] crate::client::Error),
     /// A system call failed.
     #[error("{call}: {} ({errno:?})", errno.desc())]
     System {

@@ -3,6 +3,7 @@
 mod arguments;
 mod error;
 mod given;
+pub mod interpose;
 mod program;
 mod slots;
 

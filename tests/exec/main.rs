@@ -6,6 +6,7 @@
 #[path = "../cli/broker.rs"]
 mod broker;
 mod inherit;
+mod interpose;
 
 use broker::Broker;
 use serde_json::Value;

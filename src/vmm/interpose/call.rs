@@ -1,0 +1,243 @@
+//! What a system call that waits for an answer wants: read from its registers and its memory.
+
+use super::path;
+use super::sys::Notification;
+use crate::kernel::Node;
+use nix::errno::Errno;
+use nix::libc;
+use nix::unistd::Pid;
+use std::fs::File;
+use std::os::fd::RawFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// What is asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Call {
+    /// To open a VFIO node.
+    Open { node: Node, close_on_exec: bool },
+    /// `VFIO_GROUP_SET_CONTAINER`.
+    SetContainer { group: RawFd, container: RawFd },
+    /// `VFIO_SET_IOMMU`.
+    SetIommu { container: RawFd, kind: u64 },
+    /// Something that is none of our business.
+    Other,
+}
+
+const SET_CONTAINER: u32 = crate::kernel::request::GROUP_SET_CONTAINER.number;
+const SET_IOMMU: u32 = crate::kernel::request::SET_IOMMU.number;
+
+/// The ioctls that are asked about where the lease's groups are attached already.
+pub(super) const IOCTLS: [u32; 2] = [SET_CONTAINER, SET_IOMMU];
+
+impl Call {
+    /// Reads it. What was read counts only if its maker still waits afterwards.
+    ///
+    /// # Errors
+    /// EACCES, EPERM: the program's memory can't be looked into. ESRCH: it can't be seen.
+    pub(super) fn read(notification: &Notification) -> Result<Self, Errno> {
+        let &Notification { thread, number, arguments, .. } = notification;
+        let [first, second, third, fourth, ..] = arguments;
+        match number {
+            #[cfg(target_arch = "x86_64")]
+            libc::SYS_open => open(thread, libc::AT_FDCWD, first, second as i32),
+            libc::SYS_openat => open(thread, first as RawFd, second, third as i32),
+            libc::SYS_openat2 => open_how(thread, first as RawFd, second, third, fourth),
+            libc::SYS_ioctl if second as u32 == SET_CONTAINER => {
+                let Some(container) = read_array(thread, third)? else { return Ok(Self::Other) };
+                let container = RawFd::from_ne_bytes(container);
+                Ok(Self::SetContainer { group: first as RawFd, container })
+            }
+            libc::SYS_ioctl if second as u32 == SET_IOMMU => {
+                Ok(Self::SetIommu { container: first as RawFd, kind: third })
+            }
+            _ => Ok(Self::Other),
+        }
+    }
+}
+
+fn open(thread: Pid, directory: RawFd, address: u64, flags: i32) -> Result<Call, Errno> {
+    // These open no device.
+    if flags & (libc::O_PATH | libc::O_DIRECTORY) != 0 {
+        return Ok(Call::Other);
+    }
+    let path = read_text(thread, address)?;
+    let node = path::node(&path, || base(thread, directory));
+    let close_on_exec = flags & libc::O_CLOEXEC != 0;
+    Ok(node.map_or(Call::Other, |node| Call::Open { node, close_on_exec }))
+}
+
+/// openat2(2): flags, mode and how to resolve are in memory too.
+fn open_how(
+    thread: Pid,
+    directory: RawFd,
+    address: u64,
+    how: u64,
+    size: u64,
+) -> Result<Call, Errno> {
+    let resolve_at = how.wrapping_add(16);
+    let (Some(flags), Some(resolve)) = (read_array(thread, how)?, read_array(thread, resolve_at)?)
+    else {
+        return Ok(Call::Other);
+    };
+    // Where paths are meant from another root, or the kernel is to refuse, it is to decide.
+    let simple = libc::RESOLVE_NO_XDEV | libc::RESOLVE_NO_MAGICLINKS | libc::RESOLVE_NO_SYMLINKS;
+    if size < 24 || u64::from_ne_bytes(resolve) & !simple != 0 {
+        return Ok(Call::Other);
+    }
+    open(thread, directory, address, u64::from_ne_bytes(flags) as i32)
+}
+
+/// The directory that a relative path starts from, as the program names it.
+fn base(thread: Pid, directory: RawFd) -> Option<Vec<u8>> {
+    let link = |name: &str| std::fs::read_link(format!("/proc/{thread}/{name}")).ok();
+    let directory = match directory {
+        libc::AT_FDCWD => link("cwd")?,
+        fd => link(&format!("fd/{fd}"))?,
+    };
+    let root = link("root")?;
+    // What is no file in the tree (a pipe, for example) has no whole path.
+    if !directory.is_absolute() { None } else { path::below_root(&directory, Path::new(&root)) }
+}
+
+fn memory(thread: Pid) -> Result<File, Errno> {
+    if thread.as_raw() <= 0 {
+        return Err(Errno::ESRCH);
+    }
+    File::open(format!("/proc/{thread}/mem")).map_err(errno)
+}
+
+fn errno(error: std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+fn is_unmapped(error: &std::io::Error) -> bool {
+    // EINVAL is for addresses that are no offset in a file.
+    matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL))
+}
+
+/// The text at an address, without its NUL; empty where it has none within the longest path, which
+/// is no path at all then.
+fn read_text(thread: Pid, address: u64) -> Result<Vec<u8>, Errno> {
+    let mut bytes = vec![0; libc::PATH_MAX as usize];
+    let len = match memory(thread)?.read_at(&mut bytes, address) {
+        Ok(len) => len,
+        // Nothing is mapped there: the kernel will say EFAULT itself.
+        Err(error) if is_unmapped(&error) => 0,
+        Err(error) => return Err(errno(error)),
+    };
+    bytes.truncate(len);
+    match bytes.iter().position(|byte| *byte == 0) {
+        Some(end) => bytes.truncate(end),
+        None => bytes.clear(),
+    }
+    Ok(bytes)
+}
+
+/// So many bytes at an address; `None` where they are not all there.
+fn read_array<const LEN: usize>(thread: Pid, address: u64) -> Result<Option<[u8; LEN]>, Errno> {
+    let mut bytes = [0; LEN];
+    match memory(thread)?.read_at(&mut bytes, address) {
+        Ok(len) if len == LEN => Ok(Some(bytes)),
+        Ok(_) => Ok(None),
+        Err(error) if is_unmapped(&error) => Ok(None),
+        Err(error) => Err(errno(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CStr;
+
+    fn notification(number: libc::c_long, arguments: [u64; 6]) -> Notification {
+        Notification { id: 1, thread: nix::unistd::gettid(), number, arguments }
+    }
+
+    fn openat(directory: RawFd, path: &CStr, flags: i32) -> Result<Call, Errno> {
+        let path = path.as_ptr().expose_provenance() as u64;
+        let arguments = [directory as u64, path, flags as u64, 0, 0, 0];
+        Call::read(&notification(libc::SYS_openat, arguments))
+    }
+
+    #[test]
+    fn an_open_is_read_from_memory() {
+        let flags = libc::O_RDWR | libc::O_CLOEXEC;
+        let group = Call::Open { node: Node::Group(26), close_on_exec: true };
+        assert_eq!(openat(libc::AT_FDCWD, c"/dev/vfio/26", flags), Ok(group));
+        let plain = Call::Open { node: Node::Iommu, close_on_exec: false };
+        assert_eq!(openat(-1, c"/dev/iommu", libc::O_RDWR), Ok(plain));
+        assert_eq!(openat(-1, c"/dev/iommu", libc::O_PATH), Ok(Call::Other));
+        assert_eq!(openat(libc::AT_FDCWD, c"/etc/passwd", flags), Ok(Call::Other));
+        assert_eq!(openat(-5, c"26", flags), Ok(Call::Other));
+    }
+
+    #[test]
+    fn a_path_may_start_from_an_open_directory() {
+        use std::os::fd::AsRawFd;
+        let dev = File::open("/dev").unwrap();
+        let call = openat(dev.as_raw_fd(), c"vfio/26", libc::O_RDWR);
+        assert_eq!(call, Ok(Call::Open { node: Node::Group(26), close_on_exec: false }));
+        let (pipe, _other) = nix::unistd::pipe().unwrap();
+        assert_eq!(openat(pipe.as_raw_fd(), c"vfio/26", libc::O_RDWR), Ok(Call::Other));
+    }
+
+    #[test]
+    fn openat2_that_changes_what_a_path_means_is_the_kernels() {
+        let path = c"/dev/vfio/26".as_ptr().expose_provenance() as u64;
+        let read = |resolve: u64, size: u64| {
+            let how = [libc::O_RDWR as u64, 0, resolve];
+            let how = how.as_ptr().expose_provenance() as u64;
+            let arguments = [libc::AT_FDCWD as u64, path, how, size, 0, 0];
+            Call::read(&notification(libc::SYS_openat2, arguments)).unwrap()
+        };
+        let group = Call::Open { node: Node::Group(26), close_on_exec: false };
+        assert_eq!(read(0, 24), group);
+        assert_eq!(read(libc::RESOLVE_NO_SYMLINKS, 24), group);
+        assert_eq!(read(libc::RESOLVE_IN_ROOT, 24), Call::Other);
+        assert_eq!(read(libc::RESOLVE_BENEATH, 24), Call::Other);
+        assert_eq!(read(0, 8), Call::Other);
+    }
+
+    #[test]
+    fn the_two_ioctls_are_read_and_others_are_not() {
+        let number: RawFd = 9;
+        let at = (&raw const number).expose_provenance() as u64;
+        let ioctl = |request: u32, argument: u64| {
+            let arguments = [7, u64::from(request) | 1 << 40, argument, 0, 0, 0];
+            Call::read(&notification(libc::SYS_ioctl, arguments)).unwrap()
+        };
+        assert_eq!(ioctl(SET_CONTAINER, at), Call::SetContainer { group: 7, container: 9 });
+        assert_eq!(ioctl(SET_CONTAINER, 8), Call::Other, "a bad pointer");
+        assert_eq!(ioctl(SET_IOMMU, 3), Call::SetIommu { container: 7, kind: 3 });
+        assert_eq!(ioctl(SET_IOMMU + 1, 3), Call::Other);
+    }
+
+    #[test]
+    fn text_at_the_end_of_what_is_mapped_is_read_and_none_is_no_error() {
+        use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+        let two = std::num::NonZeroUsize::new(8192).unwrap();
+        let (read, private) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE);
+        #[allow(unsafe_code)]
+        // SAFETY: fresh memory at a place of the kernel's choice.
+        let start = unsafe { mmap_anonymous(None, two, read, private) }.unwrap();
+        let text = b"/dev/iommu\0";
+        let at = start.as_ptr().cast::<[u8; 11]>().wrapping_byte_add(4096 - text.len());
+        #[allow(unsafe_code)]
+        // SAFETY: within the first page, which nobody else knows of.
+        unsafe {
+            at.write(*text)
+        };
+        let second = std::ptr::NonNull::new(start.as_ptr().wrapping_byte_add(4096)).unwrap();
+        #[allow(unsafe_code)]
+        // SAFETY: nothing uses the second page.
+        unsafe { munmap(second, 4096) }.unwrap();
+        let address = start.as_ptr().expose_provenance() as u64;
+        let me = nix::unistd::gettid();
+        assert_eq!(read_text(me, address + 4096 - 11).unwrap(), b"/dev/iommu");
+        assert_eq!(read_text(me, address + 4096).unwrap(), b"");
+        assert_eq!(read_text(me, 0).unwrap(), b"");
+        assert_eq!(read_text(me, u64::MAX).unwrap(), b"");
+        assert_eq!(read_text(Pid::from_raw(0), address).unwrap_err(), Errno::ESRCH);
+    }
+}

@@ -1,0 +1,176 @@
+//! What the lease gives for which node.
+
+use crate::client::{self, Client, Lease};
+use crate::kernel::{Container, Group, IommuType, Node};
+use crate::protocol::{self, FdKind, Handout};
+use nix::errno::Errno;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+/// The lease, and its files as a program finds them that opens nodes by itself.
+///
+/// Where the broker keeps copies (handout `container`) every open gives the same open file. Else
+/// nothing is kept here: what came with the lease is given away with the first open, and each
+/// further one gives what the broker opens anew, with what the kernel says to that.
+pub(super) struct Grants {
+    broker: PathBuf,
+    lease: Lease,
+    groups: Vec<String>,
+    /// In handout `container`: what every open gives.
+    pub(super) attached: Option<Attached>,
+    /// Else: what has not been given away yet.
+    unused: Vec<Fresh>,
+}
+
+/// The container and the groups that the broker attached.
+pub(super) struct Attached {
+    pub(super) container: Container,
+    pub(super) groups: Vec<Group>,
+    pub(super) iommu: IommuType,
+}
+
+/// What becomes of an open.
+pub(super) enum Grant<'g> {
+    /// This open file, which is kept.
+    Kept(BorrowedFd<'g>),
+    /// This one, which is the program's alone.
+    Given(Fresh),
+    /// The lease has no such thing.
+    NotGranted,
+    /// It has, and it can't be had now.
+    Failed(client::Error),
+}
+
+/// An open file that is given away.
+pub(super) struct Fresh {
+    kind: FdKind,
+    name: String,
+    pub(super) file: OwnedFd,
+}
+
+impl Grants {
+    /// The files of a lease; `broker` is where more are asked for.
+    pub(super) fn new(broker: PathBuf, mut lease: Lease) -> client::Result<Self> {
+        let groups = lease.files().iter().filter(|file| file.kind == FdKind::Group);
+        let groups = groups.map(|file| file.name.clone()).collect();
+        let (mut unused, mut attached) = (Vec::new(), None);
+        if lease.handout() == Handout::Container {
+            let kind = if lease.iommu() == "type1" { IommuType::Type1 } else { IommuType::Type1v2 };
+            let (container, groups) = (lease.container()?, lease.groups()?);
+            attached = Some(Attached { container, groups, iommu: kind });
+        }
+        for kind in [FdKind::Container, FdKind::Group, FdKind::Iommufd, FdKind::Cdev] {
+            while let Some(file) = lease.files_mut().take(kind, None) {
+                unused.push(Fresh { kind, name: file.name, file: file.fd });
+            }
+        }
+        if attached.is_some() {
+            unused.clear();
+        }
+        Ok(Self { broker, lease, groups, attached, unused })
+    }
+
+    /// The nodes that can be opened, for a log.
+    pub(super) fn nodes(&self) -> String {
+        let mut nodes = match self.lease.handout() {
+            Handout::Container | Handout::Group => vec![Node::Container.to_string()],
+            Handout::Iommufd => vec![Node::Iommu.to_string()],
+            Handout::Devices => Vec::new(),
+        };
+        nodes.extend(self.groups.iter().map(|group| format!("/dev/vfio/{group}")));
+        if self.lease.handout() == Handout::Iommufd {
+            let cdevs = self.lease.devices().iter().filter_map(|device| cdev_of(device));
+            nodes.extend(cdevs.map(|number| Node::Cdev(number).to_string()));
+        }
+        nodes.join(", ")
+    }
+
+    /// The lease's name.
+    pub(super) fn lease(&self) -> &str {
+        self.lease.id()
+    }
+
+    /// What an open of `node` is answered with.
+    pub(super) fn open(&mut self, node: &Node) -> Grant<'_> {
+        let Some((kind, name)) = self.granted(node) else { return Grant::NotGranted };
+        if let Some(attached) = &self.attached {
+            let group = attached.groups.iter().find(|group| group.node() == node);
+            return Grant::Kept(group.map_or(attached.container.as_fd(), Group::as_fd));
+        }
+        let fits = |fresh: &Fresh| {
+            fresh.kind == kind && name.as_ref().is_none_or(|name| fresh.name == *name)
+        };
+        if let Some(at) = self.unused.iter().position(fits) {
+            return Grant::Given(self.unused.remove(at));
+        }
+        match self.ask(kind, name) {
+            Ok(fresh) => Grant::Given(fresh),
+            Err(error) => Grant::Failed(error),
+        }
+    }
+
+    /// Nobody took it: the next open gets it.
+    pub(super) fn put_back(&mut self, fresh: Fresh) {
+        self.unused.push(fresh);
+    }
+
+    /// Which of the lease's files a node is.
+    fn granted(&self, node: &Node) -> Option<(FdKind, Option<String>)> {
+        match (node, self.lease.handout()) {
+            (Node::Container, Handout::Container | Handout::Group) => {
+                Some((FdKind::Container, None))
+            }
+            (Node::Group(number), Handout::Container | Handout::Group) => {
+                let name = number.to_string();
+                self.groups.contains(&name).then_some((FdKind::Group, Some(name)))
+            }
+            (Node::Iommu, Handout::Iommufd) => Some((FdKind::Iommufd, None)),
+            (Node::Cdev(number), Handout::Iommufd) => {
+                let mut devices = self.lease.devices().iter();
+                let device = devices.find(|device| cdev_of(device) == Some(*number))?;
+                Some((FdKind::Cdev, Some(device.clone())))
+            }
+            _ => None,
+        }
+    }
+
+    /// Has the broker open one anew. The connection is for this alone: connections are limited, and
+    /// programs open few nodes.
+    fn ask(&self, kind: FdKind, name: Option<String>) -> client::Result<Fresh> {
+        let call = protocol::GetFds {
+            lease: self.lease.id().to_owned(),
+            key: self.lease.key().to_owned(),
+            lifeline: Some(false),
+            kind: Some(kind),
+            name: name.clone(),
+        };
+        let (_, mut fds) = Client::connect_to(&self.broker)?.call(&call, &[])?;
+        let missing = || client::Error::Missing {
+            lease: self.lease.id().to_owned(),
+            kind,
+            name: name.clone().unwrap_or_default(),
+            hint: "the broker gave none".into(),
+        };
+        let file = fds.pop().ok_or_else(missing)?;
+        Ok(Fresh { kind, name: name.unwrap_or_default(), file })
+    }
+}
+
+/// The N of the device's `/dev/vfio/devices/vfioN`, which changes when its driver is bound again.
+fn cdev_of(device: &str) -> Option<u32> {
+    let entries = std::fs::read_dir(format!("/sys/bus/pci/devices/{device}/vfio-dev")).ok()?;
+    let mut names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.find_map(|name| name.strip_prefix("vfio")?.parse().ok())
+}
+
+/// What open(2) is to say to an open that the broker could not make.
+pub(super) fn errno_of(error: &client::Error) -> Errno {
+    match error {
+        client::Error::Broker(protocol::Error::Kernel { errno, .. }) => Errno::from_raw(*errno),
+        client::Error::Broker(protocol::Error::Busy { .. }) => Errno::EBUSY,
+        client::Error::Broker(
+            protocol::Error::NoSuchLease { .. } | protocol::Error::Denied { .. },
+        ) => Errno::EACCES,
+        _ => Errno::EIO,
+    }
+}

@@ -1,0 +1,84 @@
+//! The interposer: a program that opens `/dev/vfio/26` by itself is given the lease's open file.
+//!
+//! The program runs under a seccomp filter that has the kernel ask a supervisor about each open
+//! (`filter`), which looks at the path in the program's memory (`call`, `path`), and hands the
+//! lease's file over (`grants`) or lets the kernel go on (`supervisor`). It is a convenience, not a
+//! security boundary: between the look and the kernel's own one the program can change the path; it
+//! gets nothing by it that it could not have had without.
+
+mod call;
+mod filter;
+mod grants;
+mod path;
+mod start;
+mod supervisor;
+mod sys;
+mod watch;
+
+pub use supervisor::Log;
+pub use watch::Ended;
+
+use super::{Error, Result, Slots};
+use crate::client::Lease;
+use crate::protocol::Handout;
+use grants::Grants;
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::ForkResult;
+use std::path::PathBuf;
+use std::process::Command;
+use supervisor::Supervisor;
+
+/// A program and what it runs with.
+#[derive(Debug)]
+pub struct Interposed {
+    /// The program, its arguments and its environment. `LISTEN_PID` is set when its process is
+    /// there.
+    pub command: Command,
+    /// What it inherits.
+    pub slots: Slots,
+    /// What it is given when it opens nodes.
+    pub lease: Lease,
+    /// Where the broker is asked for more.
+    pub broker: PathBuf,
+    /// Where is told what it was not given.
+    pub log: Log,
+}
+
+impl Interposed {
+    /// Runs it to its end. What it has left running under the filter is served on by a process in
+    /// the background.
+    ///
+    /// # Errors
+    /// It was not started: [`Error::Program`], [`Error::Listener`] and others.
+    pub fn run(self) -> Result<Ended> {
+        let Self { command, slots, lease, broker, log } = self;
+        if lease.handout() == Handout::Devices {
+            return Err(Error::NothingToOpen);
+        }
+        let grants = Grants::new(broker, lease)?;
+        let ioctls = if grants.attached.is_some() { &call::IOCTLS[..] } else { &[] };
+        let filter = filter::program(ioctls).ok_or(Error::Architecture)?;
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(Error::system("socketpair"))?;
+        // From before there is a program, so that no end of it goes by unseen.
+        let mut before = SigSet::empty();
+        let blocked = watch::signals();
+        sigprocmask(SigmaskHow::SIG_BLOCK, Some(&blocked), Some(&mut before))
+            .map_err(Error::system("sigprocmask"))?;
+        match sys::fork().map_err(Error::system("fork"))? {
+            ForkResult::Child => {
+                drop(ours);
+                start::start(command, &filter, &before, &theirs)
+            }
+            ForkResult::Parent { child } => {
+                let path = PathBuf::from(command.get_program());
+                drop((theirs, slots, command));
+                let listener = start::listener(&ours, child)?;
+                let supervisor = Supervisor::new(listener, grants, log);
+                watch::Watch::new(supervisor, child, path, ours)?.run()
+            }
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! Answers a program's opens for as long as anybody is left who makes them.
+
+use super::call::Call;
+use super::grants::{Attached, Grant, Grants, errno_of};
+use super::sys::{self, Notification};
+use crate::kernel::Node;
+use nix::errno::Errno;
+use nix::unistd::Pid;
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+
+/// Where the supervisor's words go.
+pub type Log = fn(&str);
+
+pub(super) struct Supervisor {
+    listener: OwnedFd,
+    grants: Grants,
+    log: Log,
+    /// What has been said is not said again.
+    said: BTreeSet<String>,
+}
+
+/// What a system call is answered with.
+enum Verdict {
+    GoOn,
+    Done,
+    Failed(Errno),
+}
+
+impl Supervisor {
+    pub(super) fn new(listener: OwnedFd, grants: Grants, log: Log) -> Self {
+        Self { listener, grants, log, said: BTreeSet::new() }
+    }
+
+    /// Readable when there is a question; hung up when nobody is left to ask.
+    pub(super) fn listener(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+
+    /// From here on nobody reads what is said.
+    pub(super) fn be_silent(&mut self) {
+        self.log = |_| {};
+    }
+
+    /// Answers one question.
+    ///
+    /// # Errors
+    /// The listener is of no more use.
+    pub(super) fn serve(&mut self) -> Result<(), Errno> {
+        let question = match sys::receive(self.listener.as_fd()) {
+            Ok(question) => question,
+            Err(Errno::ENOENT | Errno::EINTR) => return Ok(()),
+            Err(errno) => return Err(errno),
+        };
+        let call = Call::read(&question);
+        // Only now is it known that what was read was the asker's, and not its successor's.
+        if !sys::is_waiting(self.listener.as_fd(), question.id) {
+            return Ok(());
+        }
+        let call = call.unwrap_or_else(|errno| {
+            let who = name(question.thread);
+            self.say_once(&format!(
+                "{who} can't be looked into ({errno}): it opens files by itself, and gets none of \
+                 the lease's"
+            ));
+            Call::Other
+        });
+        let verdict = match call {
+            Call::Open { node, close_on_exec } => {
+                return self.open(&question, &node, close_on_exec);
+            }
+            Call::SetContainer { group, container } => {
+                self.is_attached(|attached| attached.has_both(&question, group, container))
+            }
+            Call::SetIommu { container, kind } => {
+                self.is_attached(|attached| attached.has_iommu(&question, container, kind))
+            }
+            Call::Other => Verdict::GoOn,
+        };
+        self.answer(&question, verdict)
+    }
+
+    fn answer(&self, question: &Notification, verdict: Verdict) -> Result<(), Errno> {
+        let listener = self.listener.as_fd();
+        let sent = match verdict {
+            Verdict::GoOn => sys::go_on(listener, question.id),
+            Verdict::Done => sys::answer(listener, question.id, Ok(())),
+            Verdict::Failed(errno) => sys::answer(listener, question.id, Err(errno)),
+        };
+        match sent {
+            // It was killed meanwhile.
+            Err(Errno::ENOENT) => Ok(()),
+            other => other,
+        }
+    }
+
+    fn open(
+        &mut self,
+        question: &Notification,
+        node: &Node,
+        close_on_exec: bool,
+    ) -> Result<(), Errno> {
+        let listener = self.listener.as_fd();
+        let (given, fresh) = match self.grants.open(node) {
+            Grant::Kept(file) => (sys::give(listener, question.id, file, close_on_exec), None),
+            Grant::Given(fresh) => {
+                let given = sys::give(listener, question.id, fresh.file.as_fd(), close_on_exec);
+                (given, Some(fresh))
+            }
+            Grant::NotGranted => {
+                let (who, lease) = (name(question.thread), self.grants.lease());
+                let nodes = self.grants.nodes();
+                self.say_once(&format!("{who} may not open {node}: lease {lease} has {nodes}"));
+                return self.answer(question, Verdict::Failed(Errno::EACCES));
+            }
+            Grant::Failed(error) => {
+                let who = name(question.thread);
+                self.say_once(&format!("{who} can't open {node} now: {error}"));
+                return self.answer(question, Verdict::Failed(errno_of(&error)));
+            }
+        };
+        match (given, fresh) {
+            // The program has it, and nobody else does: ours is closed here.
+            (Ok(()), _) => Ok(()),
+            (Err(errno), fresh) => {
+                if let Some(fresh) = fresh {
+                    self.grants.put_back(fresh);
+                }
+                self.answer(question, Verdict::Failed(errno))
+            }
+        }
+    }
+
+    /// Whether the kernel says that what is asked for has been done.
+    fn is_attached(&mut self, has: impl FnOnce(&Attached) -> Result<bool, Errno>) -> Verdict {
+        let Some(attached) = &self.grants.attached else { return Verdict::GoOn };
+        match has(attached) {
+            Ok(true) => Verdict::Done,
+            Ok(false) => Verdict::GoOn,
+            Err(errno) => {
+                self.say_once(&format!(
+                    "whose files an ioctl names can't be seen (kcmp: {errno}): it goes on to the \
+                     kernel, which says that the group is attached already"
+                ));
+                Verdict::GoOn
+            }
+        }
+    }
+
+    fn say_once(&mut self, text: &str) {
+        // A program can ask for as many things as it likes.
+        if self.said.len() < 100 && self.said.insert(text.to_owned()) {
+            (self.log)(text);
+        }
+    }
+}
+
+impl Attached {
+    /// Whether these numbers of the asker are one of our groups and our container, and the group is
+    /// attached at this moment: a program may have taken it out.
+    fn has_both(
+        &self,
+        question: &Notification,
+        group: RawFd,
+        container: RawFd,
+    ) -> Result<bool, Errno> {
+        if !sys::is_same(question.thread, container, self.container.as_fd())? {
+            return Ok(false);
+        }
+        for ours in &self.groups {
+            if sys::is_same(question.thread, group, ours.as_fd())? {
+                return Ok(ours.status().is_ok_and(|status| status.attached));
+            }
+        }
+        Ok(false)
+    }
+
+    /// Whether the number is our container, and it has this IOMMU type at this moment: it loses it
+    /// with its last group.
+    fn has_iommu(
+        &self,
+        question: &Notification,
+        container: RawFd,
+        kind: u64,
+    ) -> Result<bool, Errno> {
+        Ok(kind == u64::from(self.iommu.number())
+            && sys::is_same(question.thread, container, self.container.as_fd())?
+            && self.container.info().is_ok())
+    }
+}
+
+/// A process, for people.
+fn name(thread: Pid) -> String {
+    let command = std::fs::read_to_string(format!("/proc/{thread}/comm")).unwrap_or_default();
+    format!("{} (pid {thread})", command.trim_end().escape_debug())
+}
