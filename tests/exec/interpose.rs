@@ -239,6 +239,8 @@ fn signals_reach_the_program() {
     let broker = Broker::start("workstation.toml");
     for signal in ["TERM", "INT", "HUP", "USR1"] {
         let (mut child, _output) = waiting(&broker, &["wait"]);
+        // Waiting for a child closes its input, which would end it too.
+        let input = child.stdin.take();
         let pid = child.id().to_string();
         assert!(Command::new("kill").args(["-s", signal, &pid]).status().unwrap().success());
         let status = child.wait().unwrap();
@@ -249,6 +251,7 @@ fn signals_reach_the_program() {
             _ => 10,
         };
         assert_eq!(status.signal(), Some(expected));
+        drop(input);
     }
     no_lease_is_left(&broker);
 }
@@ -292,6 +295,7 @@ fn a_program_that_is_killed_leaves_nothing() {
     let (mut child, _output) = waiting(&broker, &["open:/dev/vfio/15", "wait"]);
     let children = format!("/proc/{0}/task/{0}/children", child.id());
     let program = std::fs::read_to_string(children).unwrap();
+    let _input = child.stdin.take();
     assert!(Command::new("kill").args(["-9", program.trim()]).status().unwrap().success());
     assert_eq!(child.wait().unwrap().signal(), Some(9));
     no_lease_is_left(&broker);
