@@ -10,6 +10,7 @@ mod common;
 mod connections;
 mod files;
 mod framing;
+mod iommufd;
 mod leases;
 mod mapping;
 mod requests;

@@ -25,6 +25,7 @@ pub const SOON: Duration = Duration::from_secs(60);
 /// Four devices on VFIO, each in a group of its own.
 pub const TOPOLOGY: &str = r#"
 kernel = "6.12"
+owner_rights = true
 memlock = "unlimited"
 [[group]]
 id = 26
@@ -47,7 +48,7 @@ version = 1
 name = "everybody"
 anyone = true
 devices = ["8086:10d3"]
-handouts = ["container", "group", "devices"]
+handouts = ["container", "group", "devices", "iommufd"]
 [tenant.limits]
 {limits}
 "#

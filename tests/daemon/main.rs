@@ -5,6 +5,7 @@
 mod calls;
 #[path = "../common/mod.rs"]
 mod common;
+mod iommufd;
 mod leases;
 mod lifecycle;
 mod limits;
