@@ -6,8 +6,14 @@ use super::incoming::{Deferred, Sent};
 use super::outgoing::Answer;
 use super::workers::Job;
 use crate::broker::{Broker, Caller, SentFd};
-use crate::protocol::{Acquire, Error, GetFds, Handout, MapDma, Release, UnmapDma};
+use crate::protocol::{Acquire, Error, Fds, GetFds, Handout, MapDma, Release, UnmapDma};
+use nix::errno::Errno;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
+
+/// How long is waited for our copies of a tenant's files to be closed; one may hang.
+const OUR_COPIES: Duration = Duration::from_secs(1);
 
 impl Connection {
     pub(super) async fn acquire(&self, request: Acquire) -> Result<Answer, Error> {
@@ -34,10 +40,22 @@ impl Connection {
     }
 
     pub(super) async fn get_fds(&self, request: GetFds) -> Result<Answer, Error> {
-        let object = request.lease.clone();
+        let lane = &self.seat.account.own_lane;
+        let mut result = self.open_anew(&request).await;
+        if matches!(&result, Err(Error::Kernel { errno, .. }) if *errno == Errno::EBUSY as i32) {
+            // What is in use may be our own copy of what was sent before, which is closed some time
+            // soon: only after that it is known to be somebody else's.
+            lane.drained(OUR_COPIES).await;
+            result = self.open_anew(&request).await;
+        }
+        let (reply, fds) = result?;
+        Ok(Answer::with_fds(reply, Deferred::new(fds, lane)))
+    }
+
+    async fn open_anew(&self, request: &GetFds) -> Result<(Fds, Vec<OwnedFd>), Error> {
+        let (object, request) = (request.lease.clone(), request.clone());
         let work = move |broker: &Broker, caller: &Caller| broker.get_fds(caller, &request);
-        let (reply, fds) = self.on_worker("GetFds", object, work, |_, _, _| {}).await?;
-        Ok(Answer::with_fds(reply, Deferred::new(fds, &self.seat.account.own_lane)))
+        self.on_worker("GetFds", object, work, |_, _, _| {}).await
     }
 
     pub(super) async fn release(&self, request: Release) -> Result<Answer, Error> {

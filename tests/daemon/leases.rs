@@ -28,6 +28,27 @@ fn lease_fd(reply: &Value, fds: Vec<OwnedFd>) -> OwnedFd {
 }
 
 #[test]
+fn what_its_holder_has_closed_is_opened_anew_at_once() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        let mut lease = Held::acquire(&mut client, DEVICE, "group");
+        let list = lease.reply["fds"].as_array().unwrap();
+        let at = list.iter().position(|fd| fd["kind"] == "group").unwrap();
+        drop(lease.fds.remove(at));
+        let again = lease.with(json!({ "lifeline": false, "kind": "group" }));
+        // The daemon's own copies of what it sent must not stand in the way.
+        for _ in 0..200 {
+            let (_, fds) = client.call("GetFds", again.clone()).ok();
+            assert_eq!(fds.len(), 1);
+        }
+        let (_, held) = client.call("GetFds", again.clone()).ok();
+        assert_eq!(client.call("GetFds", again.clone()).error("Kernel")["errno"], 16);
+        drop((held, lease));
+    });
+}
+
+#[test]
 fn connections_mean_nothing_to_a_lease() {
     let daemon = Daemon::start();
     beside(&daemon, || {
