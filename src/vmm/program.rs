@@ -32,7 +32,8 @@ pub fn find(program: &OsStr) -> Result<PathBuf> {
 }
 
 fn check(path: &Path) -> std::result::Result<(), Errno> {
-    let found = nix::sys::stat::stat(path)?;
+    // A directory of PATH that can't be searched has no such program in it, as for shells.
+    let found = nix::sys::stat::stat(path).map_err(|_| Errno::ENOENT)?;
     if found.st_mode & nix::libc::S_IFMT != nix::libc::S_IFREG {
         return Err(Errno::EACCES);
     }
