@@ -154,8 +154,8 @@ fn receive_into(
     Ok(received)
 }
 
-/// The most fds that the kernel lets one message carry (SCM_MAX_FD).
-const SCM_MAX_FD: usize = 253;
+/// The most fds that the kernel lets one message carry.
+pub const SCM_MAX_FD: usize = 253;
 
 /// Room for fds and the sender's credentials, aligned as `cmsghdr` must be.
 #[repr(align(8))]

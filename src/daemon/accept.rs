@@ -26,9 +26,6 @@ use tracing::{debug, error, warn};
 /// wait in the socket's queue.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Whom porters work for where it is not known who it was.
-const NOBODY: u32 = u32::MAX;
-
 /// Serves everybody who connects, for ever.
 pub(super) async fn serve(daemon: Rc<Daemon>, listener: UnixListener) {
     let watched = listener.try_clone().and_then(|copy| watch(copy.into(), Interest::READABLE));
@@ -75,15 +72,15 @@ fn admit(daemon: &Rc<Daemon>, stream: UnixStream) {
         Ok(peer) => peer,
         Err(errno) => {
             debug!(reason = %Refused::Failed { call: "getsockopt", errno }, "not let in");
-            return daemon.porters.close(NOBODY, stream.into(), daemon.accounts.strangers_lane());
+            return daemon.accounts.strangers_sink().close(stream.into(), None);
         }
     };
     let uid = peer.uid;
     let account = daemon.accounts.account(daemon.broker.policy(), &peer);
-    let lane = account.lane.clone();
+    let sink = Rc::clone(&account.sink);
     if let Err((stream, reason)) = try_admit(daemon, stream, peer, account) {
         debug!(uid, %reason, "not let in");
-        daemon.porters.close(uid, stream, &lane);
+        sink.close(stream, None);
     }
 }
 

@@ -3,6 +3,7 @@
 
 use super::closer::{Closer, Lane};
 use super::limit::RateLimit;
+use super::porter::{MOST_OF_OWNER, Sink};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
 use crate::protocol::{Error, Handout};
 use std::cell::{Cell, RefCell};
@@ -32,8 +33,10 @@ const MOST_STRANGERS: usize = 1000;
 #[derive(Debug)]
 pub(super) struct Accounts {
     closer: Closer,
-    /// One for all strangers: with one each, many uids could hold up all closer threads.
+    /// One of each for all strangers: with their own, many uids could hold up all closer threads
+    /// and have any number of porters.
     strangers_lane: Lane,
+    strangers_sink: Rc<Sink>,
     strangers: Cell<usize>,
     by_owner: RefCell<HashMap<Owner, Rc<Account>>>,
     connections: Cell<usize>,
@@ -50,6 +53,10 @@ pub(super) struct Account {
     pub(super) lane: Lane,
     /// Where what the broker meant for them is closed: behind nothing that a peer sent.
     pub(super) own_lane: Lane,
+    /// Where its connections end.
+    pub(super) sink: Rc<Sink>,
+    /// Messages of its that porters take, at a time.
+    pub(super) porters: Semaphore,
     /// Requests in flight that are not answered on the event loop.
     pub(super) requests: Arc<Semaphore>,
     pub(super) most_requests: usize,
@@ -73,6 +80,7 @@ impl Accounts {
         let strangers_lane = closer.lane();
         Self {
             closer,
+            strangers_sink: Sink::new(strangers_lane.clone()),
             strangers_lane,
             strangers: Cell::new(0),
             by_owner: RefCell::default(),
@@ -81,9 +89,9 @@ impl Accounts {
         }
     }
 
-    /// The lane of those who belong to no tenant.
-    pub(super) fn strangers_lane(&self) -> &Lane {
-        &self.strangers_lane
+    /// Where the connections of those end who belong to no tenant.
+    pub(super) fn strangers_sink(&self) -> &Rc<Sink> {
+        &self.strangers_sink
     }
 
     /// A place for one more connection of this account.
@@ -132,18 +140,28 @@ impl Accounts {
             return Rc::clone(account);
         }
         by_owner.retain(|_, account| !account.is_forgettable());
-        let lane = match &tenant {
-            Ok(_) => self.closer.lane(),
-            Err(_) => self.strangers_lane.clone(),
+        let (lane, sink) = match &tenant {
+            Ok(_) => {
+                let lane = self.closer.lane();
+                (lane.clone(), Sink::new(lane))
+            }
+            Err(_) => (self.strangers_lane.clone(), Rc::clone(&self.strangers_sink)),
         };
-        let account = Rc::new(Account::new(owner.clone(), tenant, lane, &self.closer));
+        let own_lane = self.closer.lane();
+        let account = Rc::new(Account::new(owner.clone(), tenant, lane, own_lane, sink));
         by_owner.insert(owner, Rc::clone(&account));
         account
     }
 }
 
 impl Account {
-    fn new(owner: Owner, tenant: Result<&Tenant, Refusal>, lane: Lane, closer: &Closer) -> Self {
+    fn new(
+        owner: Owner,
+        tenant: Result<&Tenant, Refusal>,
+        lane: Lane,
+        own_lane: Lane,
+        sink: Rc<Sink>,
+    ) -> Self {
         let (connections, requests) = match &tenant {
             Ok(tenant) => (size(tenant.limits.connections), size(tenant.limits.requests)),
             Err(_) => (STRANGER_CONNECTIONS, 0),
@@ -154,7 +172,9 @@ impl Account {
             connections: Cell::new(0),
             most_connections: connections,
             lane,
-            own_lane: closer.lane(),
+            own_lane,
+            sink,
+            porters: Semaphore::new(MOST_OF_OWNER),
             requests: Arc::new(Semaphore::new(most_requests)),
             most_requests,
             denials: RefCell::new(RateLimit::new(20)),

@@ -76,8 +76,9 @@ impl Connection {
         if let Err(reason) = ended {
             debug!(uid = peer.uid, pid = peer.pid, %reason, "disconnected");
         }
-        let Self { daemon, seat, socket, .. } = self;
-        daemon.porters.close(peer.uid, socket.into_inner(), &seat.account.lane);
+        let Self { seat, socket, .. } = self;
+        let sink = Rc::clone(&seat.account.sink);
+        sink.close(socket.into_inner(), Some(seat));
     }
 
     /// One call at a time, as Varlink has it. What can take long is boxed, so that the task of an
@@ -176,7 +177,7 @@ impl Connection {
             return Err(Lost::FdsNotTaken);
         }
         let porters = &self.daemon.porters;
-        let taken = porters.take(self.caller.peer.uid, self.socket.get_ref()).await?;
+        let taken = porters.take(account, self.caller.peer.uid, self.socket.get_ref()).await?;
         self.more = true;
         Ok(self.incoming.push(&taken.bytes, Sent::new(taken.files, &account.lane))?)
     }

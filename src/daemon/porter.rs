@@ -5,17 +5,19 @@
 //! So a *porter* receives, looks at and closes them: this program again, in a process of its own,
 //! with no privileges and none of the daemon's files, started for each message that brings any. Only
 //! files that can be memory come from there. Sockets that may still hold something unread are closed
-//! by one too. A porter that takes too long is killed; one that even that does not end counts against
-//! the uid it was started for.
+//! by one too ([`sink`]). A porter that takes too long is killed; one that even that does not end
+//! counts against whom it was started for.
 
 mod errand;
+mod sink;
 
 pub use errand::be_one_if_asked;
+pub(super) use sink::Sink;
 
-use super::closer::Lane;
+use super::account::Account;
 use crate::fdpass;
 use crate::protocol::Error;
-use errand::{Errand, NAME, Report};
+use errand::{Errand, MOST_STUCK, NAME, Report};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, setsockopt, shutdown, socketpair,
@@ -28,17 +30,14 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
-use tokio::task::{spawn_blocking, spawn_local};
+use tokio::task::spawn_blocking;
 
-/// Porters at work at a time, for one uid and for all.
-const MOST_OF_ONE: usize = 4;
+/// Porters at a time that take messages: for one uid, for one owner, and for all.
+const MOST_OF_UID: usize = 4;
+pub(super) const MOST_OF_OWNER: usize = 8;
 const MOST: usize = 32;
-
-/// Porters of one uid that did not end even when they were killed.
-const MOST_STUCK: usize = 4;
 
 /// How long a porter may take to hand over what it received, and then to close the rest.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -66,23 +65,20 @@ pub(super) enum NotTaken {
 /// All porters. Lives on the event loop.
 #[derive(Debug)]
 pub(super) struct Porters {
-    places: Arc<Semaphore>,
+    places: Semaphore,
     by_uid: RefCell<HashMap<u32, Rc<OfUid>>>,
 }
 
 /// What is at work for one uid.
 #[derive(Debug)]
 struct OfUid {
-    places: Arc<Semaphore>,
+    places: Semaphore,
     stuck: RefCell<Vec<Child>>,
-    /// Sockets to be closed, all those that gather while a porter closes the last ones.
-    sockets: RefCell<Vec<OwnedFd>>,
-    closing: RefCell<bool>,
 }
 
 impl Default for Porters {
     fn default() -> Self {
-        Self { places: Arc::new(Semaphore::new(MOST)), by_uid: RefCell::default() }
+        Self { places: Semaphore::new(MOST), by_uid: RefCell::default() }
     }
 }
 
@@ -91,72 +87,26 @@ impl Porters {
     ///
     /// # Errors
     /// [`NotTaken`]: the connection is of no more use.
-    pub(super) async fn take(&self, uid: u32, socket: &OwnedFd) -> Result<Taken, NotTaken> {
+    pub(super) async fn take(
+        &self,
+        account: &Account,
+        uid: u32,
+        socket: &OwnedFd,
+    ) -> Result<Taken, NotTaken> {
         let of_uid = self.of(uid);
         let stuck = of_uid.still_stuck();
         if stuck >= MOST_STUCK {
             return Err(NotTaken::Stuck(stuck));
         }
         let socket = socket.try_clone().map_err(NotTaken::Failed)?;
-        let (result, left) = self
-            .send(&of_uid, move || {
-                let mut taken = Err(NotTaken::Failed(Errno::EPROTO.into()));
-                let left = run(Errand::Take, vec![socket], |report, files| {
-                    taken = report.into_taken(files);
-                });
-                match left {
-                    Ok(left) => (taken, left),
-                    Err((error, _)) => (Err(NotTaken::Failed(error)), None),
-                }
-            })
-            .await?;
+        let ending = |_| NotTaken::Failed(Errno::ECANCELED.into());
+        let _of_uid = of_uid.places.acquire().await.map_err(ending)?;
+        let _of_owner = account.porters.acquire().await.map_err(ending)?;
+        let _of_all = self.places.acquire().await.map_err(ending)?;
+        let done = spawn_blocking(move || take(socket)).await;
+        let (result, left) = done.map_err(|error| NotTaken::Failed(error.into()))?;
         of_uid.stuck.borrow_mut().extend(left);
         result
-    }
-
-    /// Closes a peer's socket: here if there is nothing in it, else by a porter. `lane` is where it
-    /// goes if none can be had.
-    pub(super) fn close(self: &Rc<Self>, uid: u32, socket: OwnedFd, lane: &Lane) {
-        // From here on nothing more gets into its queue.
-        let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
-        if fdpass::peek(socket.as_fd(), &mut [0]).is_ok_and(|next| next.len == 0) {
-            return;
-        }
-        let of_uid = self.of(uid);
-        of_uid.sockets.borrow_mut().push(socket);
-        if !of_uid.closing.replace(true) {
-            let (porters, lane) = (Rc::clone(self), lane.clone());
-            spawn_local(async move { porters.close_gathered(&of_uid, &lane).await });
-        }
-    }
-
-    async fn close_gathered(&self, of_uid: &OfUid, lane: &Lane) {
-        loop {
-            let sockets = of_uid.sockets.take();
-            if sockets.is_empty() {
-                of_uid.closing.replace(false);
-                return;
-            }
-            let job = move || run(Errand::Close, sockets, |_, _| {});
-            match self.send(of_uid, job).await {
-                Ok(Ok(left)) => of_uid.stuck.borrow_mut().extend(left),
-                Ok(Err((_, sockets))) => lane.close(sockets),
-                // The runtime is ending, and with it this process.
-                Err(_) => {}
-            }
-        }
-    }
-
-    /// Has a thread do it, once there is a place.
-    async fn send<T: Send + 'static>(
-        &self,
-        of_uid: &OfUid,
-        job: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, NotTaken> {
-        let ending = |_| NotTaken::Failed(Errno::ECANCELED.into());
-        let _own = Arc::clone(&of_uid.places).acquire_owned().await.map_err(ending)?;
-        let _common = Arc::clone(&self.places).acquire_owned().await.map_err(ending)?;
-        spawn_blocking(job).await.map_err(|error| NotTaken::Failed(error.into()))
     }
 
     fn of(&self, uid: u32) -> Rc<OfUid> {
@@ -165,12 +115,7 @@ impl Porters {
             return Rc::clone(of_uid);
         }
         by_uid.retain(|_, of_uid| Rc::strong_count(of_uid) > 1 || of_uid.still_stuck() > 0);
-        let of_uid = OfUid {
-            places: Arc::new(Semaphore::new(MOST_OF_ONE)),
-            stuck: RefCell::default(),
-            sockets: RefCell::default(),
-            closing: RefCell::default(),
-        };
+        let of_uid = OfUid { places: Semaphore::new(MOST_OF_UID), stuck: RefCell::default() };
         Rc::clone(by_uid.entry(uid).or_insert(Rc::new(of_uid)))
     }
 }
@@ -183,71 +128,71 @@ impl OfUid {
     }
 }
 
-/// Starts a porter, gives it the files and waits until it has done what it should. Returns it where
-/// it does not end, and the files where there was no porter to give them to.
-fn run(
-    errand: Errand,
-    files: Vec<OwnedFd>,
-    on_report: impl FnOnce(Report, Vec<OwnedFd>),
-) -> Result<Option<Child>, (std::io::Error, Vec<OwnedFd>)> {
-    let (mut child, ours) = match start(errand) {
-        Ok(started) => started,
-        Err(error) => return Err((error, files)),
+/// Has a porter take a message; also gives the porter where it does not end.
+fn take(socket: OwnedFd) -> (Result<Taken, NotTaken>, Option<Child>) {
+    let failed = || Err(NotTaken::Failed(Errno::EPROTO.into()));
+    let mut porter = match Porter::start(Errand::Take) {
+        Ok(porter) => porter,
+        Err(error) => return (Err(NotTaken::Failed(error)), None),
     };
-    let flags = MsgFlags::empty();
-    for some in files.chunks(fdpass::MAX_FDS) {
-        let some: Vec<_> = some.iter().map(AsFd::as_fd).collect();
-        // It fails where the porter died: what it was given is closed with it.
-        let _ = fdpass::send(ours.as_fd(), b"f", &some, flags);
-    }
-    // It has copies: ours are never the last ones, so closing them can't block.
-    drop(files);
+    let (ours, flags) = (porter.socket.as_fd(), MsgFlags::empty());
+    // It fails where the porter died, and then there is no report either.
+    let _ = fdpass::send(ours, b"f", &[socket.as_fd()], flags);
     let _ = shutdown(ours.as_raw_fd(), Shutdown::Write);
-    if let Errand::Take = errand {
-        let mut buffer = vec![0; errand::MOST_BYTES];
-        if let Ok(got) = fdpass::receive(ours.as_fd(), &mut buffer, fdpass::MAX_FDS, flags)
-            && let Some(report) = Report::decode(&buffer[..got.len])
-        {
-            on_report(report, got.fds);
-        }
+    let mut buffer = vec![0; errand::MOST_BYTES];
+    let taken = match fdpass::receive(ours, &mut buffer, fdpass::MAX_FDS, flags) {
+        Ok(got) => Report::decode(&buffer[..got.len])
+            .map_or_else(failed, |report| report.into_taken(got.fds)),
+        Err(_) => failed(),
+    };
+    let ended = porter.ends_within(CLOSING_PATIENCE);
+    (taken, (!ended).then_some(porter.child))
+}
+
+/// One that was started, and the way to it.
+#[derive(Debug)]
+struct Porter {
+    child: Child,
+    socket: OwnedFd,
+}
+
+impl Porter {
+    fn start(errand: Errand) -> std::io::Result<Self> {
+        let (socket, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let patience = TimeVal::new(PATIENCE.as_secs().cast_signed(), 0);
+        setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
+        setsockopt(&socket, sockopt::SendTimeout, &patience)?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0(NAME).arg(errand.name()).env_clear().stdin(theirs);
+        command.stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
+        Ok(Self { child: command.spawn()?, socket })
     }
-    Ok((!ends(&mut child, Instant::now() + CLOSING_PATIENCE)).then_some(child))
-}
 
-fn start(errand: Errand) -> std::io::Result<(Child, OwnedFd)> {
-    let (ours, theirs) =
-        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-    let patience = TimeVal::new(PATIENCE.as_secs().cast_signed(), 0);
-    setsockopt(&ours, sockopt::ReceiveTimeout, &patience)?;
-    setsockopt(&ours, sockopt::SendTimeout, &patience)?;
-    let mut command = Command::new("/proc/self/exe");
-    command.arg0(NAME).arg(errand.name()).env_clear().stdin(theirs);
-    command.stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
-    Ok((command.spawn()?, ours))
-}
-
-/// Waits for the end of a porter, and kills it when the time is up.
-fn ends(child: &mut Child, until: Instant) -> bool {
-    // It says nothing when it ends: it is asked, at first often.
-    const KILLED: Duration = Duration::from_millis(500);
-    let mut killed_until = None;
-    let mut pause = Duration::from_micros(100);
-    loop {
-        match child.try_wait() {
-            Ok(Some(_)) | Err(_) => return true,
-            Ok(None) => {}
-        }
-        let now = Instant::now();
-        match killed_until {
-            None if now >= until => {
-                let _ = child.kill();
-                killed_until = Some(now + KILLED);
-                pause = Duration::from_micros(100);
+    /// Waits for its end, and kills it when the time is up. False if even that does not end it.
+    fn ends_within(&mut self, patience: Duration) -> bool {
+        // It says nothing when it ends: it is asked, at first often.
+        const KILLED: Duration = Duration::from_millis(500);
+        let until = Instant::now() + patience;
+        let mut killed_until = None;
+        let mut pause = Duration::from_micros(100);
+        loop {
+            match self.child.try_wait() {
+                Ok(Some(_)) | Err(_) => return true,
+                Ok(None) => {}
             }
-            Some(end) if now >= end => return false,
-            _ => {
-                std::thread::sleep(pause);
-                pause = (pause * 2).min(Duration::from_millis(10));
+            let now = Instant::now();
+            match killed_until {
+                None if now >= until => {
+                    let _ = self.child.kill();
+                    killed_until = Some(now + KILLED);
+                    pause = Duration::from_micros(100);
+                }
+                Some(end) if now >= end => return false,
+                _ => {
+                    std::thread::sleep(pause);
+                    pause = (pause * 2).min(Duration::from_millis(10));
+                }
             }
         }
     }

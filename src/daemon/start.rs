@@ -20,7 +20,9 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::Interest;
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::{LocalSet, spawn_local};
 use tracing::{info, warn};
@@ -150,11 +152,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let activated = passed.is_some();
     let listening = Listening::new(passed, &options.socket)?;
     tell_the_start(options, activated);
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .max_blocking_threads(workers::MOST_THREADS)
-        .build()
-        .map_err(StartError::set_up("the event loop"))?;
+    let runtime = event_loop().map_err(StartError::set_up("the event loop"))?;
     let daemon = Daemon::new(broker, observer, most_connections(files), options)
         .map_err(StartError::set_up("the closer thread"))?;
     let tasks = LocalSet::new();
@@ -165,6 +163,21 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     std::mem::forget(tasks);
     runtime.shutdown_background();
     served
+}
+
+/// The event loop, with a worker thread that is always there. While there is none and the kernel
+/// can't start one (TasksMax, a user's fork bomb), handing over work would panic.
+fn event_loop() -> std::io::Result<Runtime> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(workers::MOST_THREADS)
+        .thread_keep_alive(Duration::MAX)
+        .build()?;
+    // Says whether there can be one; the runtime would not.
+    let thread = std::thread::Builder::new().spawn(|| {})?;
+    let _ = thread.join();
+    runtime.spawn_blocking(|| {});
+    Ok(runtime)
 }
 
 /// Says what is served, and where.

@@ -4,7 +4,9 @@ use crate::DEVICE;
 use crate::common::raw::{bytes, call};
 use crate::common::{Daemon, Held, Setup, beside, eventually, policy};
 use nix::errno::Errno;
+use nix::sys::signal::Signal;
 use serde_json::json;
+use std::os::fd::AsFd;
 
 #[test]
 fn ten_thousand_connections_from_one_uid() {
@@ -30,6 +32,35 @@ fn ten_thousand_connections_from_one_uid() {
         for client in &mut open {
             client.call("org.varlink.service.GetInfo", json!({})).ok();
         }
+    });
+}
+
+#[test]
+fn connections_over_the_limit_that_leave_lingering_files() {
+    const ROUNDS: usize = 8;
+    const EACH: usize = 200;
+    let daemon = Daemon::with(Setup::policy(policy("connections = 2")));
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        client.call("org.varlink.service.GetInfo", json!({})).ok();
+        let before = daemon.open_fds();
+        let (mut readers, mut most) = (Vec::new(), 0);
+        for _ in 0..ROUNDS {
+            // So that all of them come at a time, with what is in them.
+            daemon.pause();
+            for _ in 0..EACH {
+                let (lingering, reader) = crate::files::lingering();
+                let refused = daemon.connect();
+                refused.send_with(b"x", &[lingering.as_fd()]).unwrap();
+                readers.push(reader);
+            }
+            daemon.signal(Signal::SIGCONT);
+            // Those before it have been let in, and out again.
+            daemon.connect().reply().error("OverLimit");
+            most = most.max(daemon.open_fds());
+        }
+        // They don't gather, although none of them can be closed within the hour.
+        assert!(most < before + 2 * EACH, "{most} open files, {before} before");
     });
 }
 

@@ -245,10 +245,14 @@ fn files_that_are_unread_when_the_daemon_ends() {
 }
 
 /// A TCP socket whose close takes an hour: SO_LINGER, unsent bytes, and a peer that does not read.
-fn lingering() -> (OwnedFd, std::net::TcpStream) {
+pub(crate) fn lingering() -> (OwnedFd, std::net::TcpStream) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let sender = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (reader, _) = listener.accept().unwrap();
+    // The least there is, so that it is full soon.
+    let (send, receive) = (nix::sys::socket::sockopt::SndBuf, nix::sys::socket::sockopt::RcvBuf);
+    nix::sys::socket::setsockopt(&sender, send, &1).unwrap();
+    nix::sys::socket::setsockopt(&reader, receive, &1).unwrap();
     sender.set_nonblocking(true).unwrap();
     while std::io::Write::write(&mut &sender, &[0; 1 << 16]).is_ok() {}
     let linger = nix::libc::linger { l_onoff: 1, l_linger: 3600 };

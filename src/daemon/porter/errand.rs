@@ -4,27 +4,42 @@ use super::{NotTaken, Taken};
 use crate::broker::check_memory;
 use crate::fdpass;
 use crate::protocol::{Error, MAX_MESSAGE};
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{MsgFlags, getsockopt, sockopt};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ExitCode;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// What it is called in the list of processes; a program that is started under this name is one.
 pub(super) const NAME: &str = "vfio-broker-porter";
 
-/// A report and what it reports on, at most.
+/// Porters for one uid or owner that did not end even when they were killed.
+pub(super) const MOST_STUCK: usize = 4;
+
+/// A report and what it reports on, at most: 16 reasons and a message.
 pub(super) const MOST_BYTES: usize = MAX_MESSAGE + (16 << 10);
 
-/// Nobody: where the rights of the daemon end.
-const NOBODY: u32 = 65534;
+/// Of a reason, which quotes a path; each character can take six bytes in JSON.
+const MOST_REASON: usize = 120;
+
+/// Whom it runs as: the user that has no rights, in a range that nobody gives out (systemd's
+/// UIDS-GIDS.md) where that can be had, because who runs as the same user could stop it.
+const NOBODIES: [u32; 2] = [0xfffe_4653, 65534];
+
+/// Sockets that one porter closes at a time.
+const MOST_CLOSING: usize = 64;
+
+/// The threads close a file each and use next to no stack.
+const STACK: usize = 64 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Errand {
     /// Receive one message of the socket that is given, and report.
     Take,
-    /// Close all that is given.
+    /// Close all sockets that are given, until no more are.
     Close,
 }
 
@@ -76,7 +91,7 @@ impl Report {
             None => good.next().map(Ok).ok_or(()),
         });
         let files = each.collect::<Result<_, ()>>();
-        let files = files.map_err(|()| NotTaken::Failed(nix::errno::Errno::EPROTO.into()))?;
+        let files = files.map_err(|()| NotTaken::Failed(Errno::EPROTO.into()))?;
         Ok(Taken { bytes: self.bytes, files })
     }
 }
@@ -96,31 +111,74 @@ pub fn be_one_if_asked() -> Option<ExitCode> {
 }
 
 fn do_it(errand: Errand) -> nix::Result<()> {
-    if Uid::effective().is_root() {
-        setgroups(&[])?;
-        let (uid, gid) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
-        setresgid(gid, gid, gid)?;
-        setresuid(uid, uid, uid)?;
+    drop_rights()?;
+    let stdin = std::io::stdin();
+    match errand {
+        Errand::Take => {
+            let given = fdpass::receive_all(stdin.as_fd(), &mut [0; 1], MsgFlags::empty())?.fds;
+            if let Some(socket) = given.first() {
+                take(socket)?;
+            }
+            close(given);
+        }
+        Errand::Close => close_as_they_come(stdin.as_fd()),
     }
-    let given = given();
-    if let (Errand::Take, Some(socket)) = (errand, given.first()) {
-        take(socket)?;
-    }
-    close(given);
     Ok(())
 }
 
-/// What the daemon gives, on standard input.
-fn given() -> Vec<OwnedFd> {
-    let mut files = Vec::new();
-    let stdin = std::io::stdin();
-    while let Ok(got) = fdpass::receive_all(stdin.as_fd(), &mut [0; 1], MsgFlags::empty()) {
+fn drop_rights() -> nix::Result<()> {
+    nix::sys::prctl::set_no_new_privs()?;
+    if !Uid::effective().is_root() {
+        return Ok(());
+    }
+    setgroups(&[])?;
+    // A user namespace may not have the first.
+    let mut result = Err(Errno::EINVAL);
+    for id in NOBODIES {
+        let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
+        result = setresgid(gid, gid, gid).and_then(|()| setresuid(uid, uid, uid));
+        if result.is_ok() {
+            break;
+        }
+    }
+    result
+}
+
+/// Closes what the daemon gives until it gives no more, some at a time. It says when its own copies
+/// are closed: before that, the last close could be its own.
+fn close_as_they_come(given: BorrowedFd<'_>) {
+    let closing = Arc::new((Mutex::new(0_usize), Condvar::new()));
+    let wait_for = |less_than: usize| {
+        let (count, changed) = &*closing;
+        let count = count.lock().unwrap_or_else(PoisonError::into_inner);
+        let waited = changed.wait_while(count, |count| *count >= less_than);
+        waited.unwrap_or_else(PoisonError::into_inner)
+    };
+    let mut held = Vec::new();
+    while let Ok(got) = fdpass::receive_all(given, &mut [0; 1], MsgFlags::empty()) {
         if got.len == 0 {
             break;
         }
-        files.extend(got.fds);
+        if !got.fds.is_empty() {
+            held.extend(got.fds);
+            continue;
+        }
+        for socket in held.drain(..) {
+            *wait_for(MOST_CLOSING) += 1;
+            let closing = Arc::clone(&closing);
+            let close = move || {
+                drop(socket);
+                let (count, changed) = &*closing;
+                *count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+                changed.notify_all();
+            };
+            // Without a thread it is closed here, as what was to be done is dropped.
+            if std::thread::Builder::new().stack_size(STACK).spawn(close).is_err() {
+                *wait_for(usize::MAX) -= 1;
+            }
+        }
     }
-    files
+    drop(wait_for(1));
 }
 
 fn take(socket: &OwnedFd) -> nix::Result<()> {
@@ -131,11 +189,11 @@ fn take(socket: &OwnedFd) -> nix::Result<()> {
     let (mut refused, mut good, mut bad) = (Vec::new(), Vec::new(), Vec::new());
     for file in got.fds {
         match check_memory(&file) {
-            Ok(()) if !too_many => {
+            _ if too_many => bad.push(file),
+            Ok(()) => {
                 refused.push(None);
                 good.push(file);
             }
-            Ok(()) => bad.push(file),
             Err(error) => {
                 refused.push(Some(reason(error)));
                 bad.push(file);
@@ -150,10 +208,15 @@ fn take(socket: &OwnedFd) -> nix::Result<()> {
 }
 
 fn reason(error: Error) -> String {
-    match error {
+    let mut reason = match error {
         Error::BadRequest { reason, .. } => reason,
         error => error.to_string(),
+    };
+    // Its end says what is wrong.
+    if let Some((from, _)) = reason.char_indices().rev().nth(MOST_REASON) {
+        reason.replace_range(..from, "...");
     }
+    reason
 }
 
 /// Closes all, and nothing has to wait for what hangs: a lease pipe may be among them, or in the
