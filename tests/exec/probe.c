@@ -1,15 +1,17 @@
 /* A program that opens VFIO's nodes by itself, as its arguments say, one step each; it says what
  * came of every one. Numbers in steps are those of its own opens, from 0 on.
  *
- *   open:PATH            openat:DIRECTORY:NAME     openat2:PATH      close:N
- *   container:G:C        iommu:C:TYPE              status:G          device:G:BDF
- *   same:A:B             thread:STEP               fork:STEP         exec (the rest in a new program)
- *   say:TEXT             wait (for a line)         dumpable:0|1      rdonly:PATH
+ *   open:PATH        rdonly:PATH     openat:DIRECTORY:NAME   cwd:DIRECTORY:NAME   openat2:PATH
+ *   close:N          same:A:B        container:G:C           iommu:C:TYPE         unset:G
+ *   status:G         device:G:BDF    thread:STEP             fork:STEP            leave:STEP
+ *   say:TEXT         wait            dumpable:0|1            exit:STATUS          kill:SIGNAL
+ *   exec: the steps that follow are a new program's
  */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -26,7 +26,8 @@ pub(super) struct Grants {
 pub(super) struct Attached {
     pub(super) container: Container,
     pub(super) groups: Vec<Group>,
-    pub(super) iommu: IommuType,
+    /// As the broker has set it; `None` once the program sets its own.
+    pub(super) iommu: Option<IommuType>,
 }
 
 /// What becomes of an open.
@@ -57,7 +58,7 @@ impl Grants {
         if lease.handout() == Handout::Container {
             let kind = if lease.iommu() == "type1" { IommuType::Type1 } else { IommuType::Type1v2 };
             let (container, groups) = (lease.container()?, lease.groups()?);
-            attached = Some(Attached { container, groups, iommu: kind });
+            attached = Some(Attached { container, groups, iommu: Some(kind) });
         }
         for kind in [FdKind::Container, FdKind::Group, FdKind::Iommufd, FdKind::Cdev] {
             while let Some(file) = lease.files_mut().take(kind, None) {

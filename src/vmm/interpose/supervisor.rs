@@ -132,8 +132,8 @@ impl Supervisor {
     }
 
     /// Whether the kernel says that what is asked for has been done.
-    fn is_attached(&mut self, has: impl FnOnce(&Attached) -> Result<bool, Errno>) -> Verdict {
-        let Some(attached) = &self.grants.attached else { return Verdict::GoOn };
+    fn is_attached(&mut self, has: impl FnOnce(&mut Attached) -> Result<bool, Errno>) -> Verdict {
+        let Some(attached) = &mut self.grants.attached else { return Verdict::GoOn };
         match has(attached) {
             Ok(true) => Verdict::Done,
             Ok(false) => Verdict::GoOn,
@@ -176,16 +176,22 @@ impl Attached {
     }
 
     /// Whether the number is our container, and it has this IOMMU type at this moment: it loses it
-    /// with its last group.
+    /// with its last group. Then it is the program that sets one, and the broker's means no more.
     fn has_iommu(
-        &self,
+        &mut self,
         question: &Notification,
         container: RawFd,
         kind: u64,
     ) -> Result<bool, Errno> {
-        Ok(kind == u64::from(self.iommu.number())
-            && sys::is_same(question.thread, container, self.container.as_fd())?
-            && self.container.info().is_ok())
+        let Some(iommu) = self.iommu else { return Ok(false) };
+        if !sys::is_same(question.thread, container, self.container.as_fd())? {
+            return Ok(false);
+        }
+        if self.container.info().is_err() {
+            self.iommu = None;
+            return Ok(false);
+        }
+        Ok(kind == u64::from(iommu.number()))
     }
 }
 

@@ -1,0 +1,32 @@
+//! QEMU that nobody changed, as an ordinary user without any capability, on real devices: it needs
+//! the lab's guest (`tests/lab/run`) and does nothing elsewhere. The guest's devices are emulated by
+//! a QEMU outside, the one that is given them runs inside.
+
+// A test harness of its own: to clippy it is a program like any other.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
+
+mod story;
+mod world;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    if std::env::var_os("LAB_KERNEL").is_none() {
+        println!("test result: ok. 0 passed; QEMU on real devices needs the lab: see tests/lab");
+        return ExitCode::SUCCESS;
+    }
+    let world = world::World::start();
+    let mut passed = 0;
+    for (name, needs_iommufd, step) in story::STEPS {
+        if needs_iommufd && !world.has_iommufd {
+            println!("--- {name}: not on this kernel, which has no iommufd");
+            continue;
+        }
+        println!("--- {name}");
+        step(&world);
+        world.is_as_before();
+        passed += 1;
+    }
+    println!("test result: ok. {passed} passed; 0 failed; QEMU on {}", world.kernel);
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,297 @@
+//! A real kernel, the daemon as root, and programs as an ordinary user.
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::Value;
+use std::fs;
+use std::io::{BufRead, BufReader, Lines, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use vfio_broker::client::Client;
+use vfio_broker::protocol::GroupState;
+
+pub const NIC: &str = "0000:00:02.0";
+pub const EDU: &str = "0000:00:03.0";
+pub const MIB: u64 = 1 << 20;
+
+const POLICY: &str = r#"
+version = 1
+
+[[tenant]]
+name = "user"
+user = 2001
+rights = ["acquire", "observe"]
+devices = ["8086:10d3", "1234:11e8"]
+handouts = ["container", "group", "devices", "iommufd"]
+memlock = "1GiB"
+
+[[tenant]]
+name = "root"
+user = 0
+rights = ["observe"]
+"#;
+
+pub struct World {
+    pub kernel: String,
+    pub has_iommufd: bool,
+    dir: tempfile::TempDir,
+    daemon: Child,
+    daemons_files: usize,
+}
+
+impl World {
+    pub fn start() -> Self {
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        // What most distributions have: only an ancestor may look into a process.
+        let yama = fs::write("/proc/sys/kernel/yama/ptrace_scope", "1").is_ok();
+        println!(
+            "Linux {}, Yama's ptrace_scope {}",
+            release.trim(),
+            if yama { "1" } else { "none" }
+        );
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(dir.path().join("policy.toml"), POLICY).unwrap();
+        for program in [Path::new(env!("CARGO_BIN_EXE_vfio-broker")), &probe()] {
+            let_all_run(program);
+        }
+        // Of the nodes this user may open none.
+        for node in ["/dev/vfio/vfio", "/dev/iommu"].map(Path::new) {
+            if node.exists() {
+                fs::set_permissions(node, fs::Permissions::from_mode(0o600)).unwrap();
+            }
+        }
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vfio-brokerd"));
+        command.arg("--policy").arg(dir.path().join("policy.toml"));
+        command.arg("--socket").arg(dir.path().join("broker.sock"));
+        let daemon = command.stdin(Stdio::null()).spawn().unwrap();
+        let has_iommufd = Path::new("/dev/iommu").exists();
+        let kernel = format!("Linux {}", release.trim());
+        let mut world = Self { kernel, has_iommufd, dir, daemon, daemons_files: 0 };
+        until("the daemon answers", || UnixStream::connect(world.socket()).is_ok());
+        // What the daemon opens once and keeps is open after the first lease.
+        assert!(world.exec(&["--inherit"], 8 * MIB).arg("true").status().unwrap().success());
+        until("the first lease has ended", || world.leases().is_empty());
+        world.daemons_files = usize::MAX;
+        world.is_as_before();
+        // Connections go a moment after they are closed here.
+        for _ in 0..100 {
+            world.daemons_files = world.daemons_files.min(world.files());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        world
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("broker.sock")
+    }
+
+    pub fn leases(&self) -> Vec<vfio_broker::protocol::Lease> {
+        Client::connect_to(self.socket()).unwrap().leases().unwrap()
+    }
+
+    fn files(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.daemon.id())).unwrap().count()
+    }
+
+    /// Nothing is leased, all devices are free, and the daemon has no more files than at first.
+    pub fn is_as_before(&self) {
+        until("no lease is left", || self.leases().is_empty());
+        until("every device is free", || {
+            let groups = Client::connect_to(self.socket()).unwrap().topology().unwrap();
+            // After iommufd a device is its last tenant's again, and not free for others.
+            groups.iter().all(|group| group.state == GroupState::Free || group.unproved.is_some())
+        });
+        until("the daemon's files are back", || self.files() <= self.daemons_files);
+    }
+
+    /// A command as the user, without capabilities, who may lock so much memory.
+    pub fn user(&self, program: impl AsRef<std::ffi::OsStr>, memlock: u64) -> Command {
+        // Only root can raise it, so it is raised here and inherited.
+        let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
+        setrlimit(Resource::RLIMIT_MEMLOCK, hard, hard).unwrap();
+        let limit = format!("--memlock={memlock}:{memlock}");
+        let mut command = Command::new("prlimit");
+        command.arg(limit).arg("setpriv").args(["--reuid", "2001", "--regid", "2001"]);
+        command
+            .args(["--clear-groups", "--inh-caps=-all", "--bounding-set=-all"])
+            .arg(program.as_ref());
+        command.stdin(Stdio::null()).current_dir("/").process_group(0);
+        command
+    }
+
+    /// `vfio-broker exec` as the user, for the network card; the program is to follow.
+    pub fn exec(&self, options: &[&str], memlock: u64) -> Command {
+        self.exec_for(NIC, options, memlock)
+    }
+
+    pub fn exec_for(&self, device: &str, options: &[&str], memlock: u64) -> Command {
+        let mut command = self.user(env!("CARGO_BIN_EXE_vfio-broker"), memlock);
+        command.arg("--socket").arg(self.socket());
+        command.args(["exec", "--vm", "web1", "--device", device]).args(options).arg("--");
+        command
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+    }
+}
+
+/// Lets everybody walk to a program: what is changed in the guest is forgotten with it.
+fn let_all_run(program: &Path) {
+    for directory in program.ancestors().skip(1) {
+        let mode = fs::metadata(directory).unwrap().permissions().mode();
+        if mode & 0o001 == 0 {
+            fs::set_permissions(directory, fs::Permissions::from_mode(mode | 0o011)).unwrap();
+        }
+    }
+}
+
+/// `tests/exec/probe.c`, static.
+pub fn probe() -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/exec/probe.c");
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("probe-static");
+    let made = |path: &Path| fs::metadata(path).and_then(|found| found.modified());
+    // Compiling takes long in the guest: it is there if the tests were run outside before.
+    if made(&path).is_ok_and(|made_at| made_at > made(&source).unwrap()) {
+        return path;
+    }
+    let mut cc = Command::new("cc");
+    cc.args(["-O1", "-pthread", "-static", "-o"]).arg(&path).arg(source);
+    assert!(cc.status().unwrap().success());
+    path
+}
+
+/// What the probe says of its steps, after each one's name.
+pub fn steps(mut command: Command, steps: &[&str]) -> Vec<String> {
+    let output = command.arg(probe()).args(steps).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    print!("{said}{error}");
+    assert!(output.status.success());
+    said.lines().map(|line| line.rsplit_once(": ").unwrap().1.to_owned()).collect()
+}
+
+/// A running QEMU, with its monitor on standard input and output.
+pub struct Qemu {
+    pub launcher: Child,
+    input: ChildStdin,
+    output: Lines<BufReader<ChildStdout>>,
+}
+
+impl Qemu {
+    /// `command` is to be followed by the program's name.
+    pub fn start(mut command: Command, memory: &str, more: &[&str]) -> Self {
+        command.arg("qemu-system-x86_64").args(["-machine", "q35,accel=tcg", "-m", memory, "-S"]);
+        command.args(["-display", "none", "-nodefaults", "-sandbox", "on", "-qmp", "stdio"]);
+        let mut launcher =
+            command.args(more).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let input = launcher.stdin.take().unwrap();
+        let output = BufReader::new(launcher.stdout.take().unwrap()).lines();
+        Self { launcher, input, output }
+    }
+
+    /// Its greeting; `None` where it ends before.
+    pub fn greets(&mut self) -> bool {
+        let greeting = self.output.next();
+        if greeting.is_none() {
+            return false;
+        }
+        self.ask("qmp_capabilities");
+        true
+    }
+
+    /// A command's answer.
+    pub fn ask(&mut self, command: &str) -> Value {
+        self.ask_with(command, Value::Null)
+    }
+
+    pub fn ask_with(&mut self, command: &str, arguments: Value) -> Value {
+        let mut message = serde_json::json!({ "execute": command });
+        if !arguments.is_null() {
+            message["arguments"] = arguments;
+        }
+        writeln!(self.input, "{message}").unwrap();
+        loop {
+            let line = self.output.next().expect("QEMU has ended").unwrap();
+            let answer: Value = serde_json::from_str(&line).unwrap();
+            assert!(answer.get("error").is_none(), "{command}: {answer}");
+            if let Some(answer) = answer.get("return") {
+                return answer.clone();
+            }
+        }
+    }
+
+    /// Vendor and device of what `query-pci` shows under these ids.
+    pub fn device(&mut self, id: &str) -> (u64, u64) {
+        let buses = self.ask("query-pci");
+        let devices: Vec<_> = buses
+            .as_array()
+            .unwrap()
+            .iter()
+            .flat_map(|b| b["devices"].as_array().unwrap())
+            .collect();
+        let found = devices.iter().find(|device| device["qdev_id"] == id);
+        let found = found.unwrap_or_else(|| panic!("no {id} in {buses}"));
+        (found["id"]["vendor"].as_u64().unwrap(), found["id"]["device"].as_u64().unwrap())
+    }
+
+    /// QEMU's own process, also where it has a supervisor.
+    pub fn pid(&self) -> u32 {
+        let mut pid = self.launcher.id();
+        while let Ok(children) = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")) {
+            match children.split_whitespace().next() {
+                Some(child) => pid = child.parse().unwrap(),
+                None => break,
+            }
+        }
+        pid
+    }
+
+    /// Its effective capabilities and its VFIO files.
+    pub fn shows(&self) -> (String, Vec<String>) {
+        let pid = self.pid();
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line =
+            |name| status.lines().find_map(|line: &str| line.strip_prefix(name)).unwrap().trim();
+        let who =
+            format!("uid {} CapEff {}", line("Uid:").split('\t').next().unwrap(), line("CapEff:"));
+        let mut files: Vec<_> = fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
+            .map(|link| link.to_string_lossy().into_owned())
+            .filter(|link| link.contains("vfio") || link.contains("iommu"))
+            .collect();
+        files.sort();
+        println!("    qemu (pid {pid}): {who}, {files:?}");
+        (who, files)
+    }
+
+    pub fn quit(mut self) -> ExitStatus {
+        self.ask("quit");
+        self.launcher.wait().unwrap()
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.launcher.kill();
+        let _ = self.launcher.wait();
+    }
+}
+
+/// Waits for something that happens by itself, and says what if it does not.
+#[track_caller]
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !done() {
+        assert!(Instant::now() < deadline, "in a minute it was not so: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
