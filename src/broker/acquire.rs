@@ -1,6 +1,6 @@
 //! Acquire: the whole of it, or nothing.
 
-use super::authority::quota;
+use super::authority::{JUST_ENDED, quota};
 use super::books::{Entry, Files};
 use super::cdev::Cdev;
 use super::fds::{Named, list};
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::host;
 use crate::kernel::{Device, Group, IommuType, Iommufd, Node};
-use crate::ledger::{self, Effect, Lease, Refusal, Request, Space};
+use crate::ledger::{self, Effect, GroupState, Lease, Refusal, Request, Space};
 use crate::policy::{Tenant, Verb};
 use crate::protocol::{Acquire, Acquired, Bdf, Error, EventKind, FdKind, Handout};
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -45,7 +45,7 @@ impl Broker {
     }
 
     fn begin(&self, caller: &Caller, tenant: &Tenant, request: &Acquire) -> Result<Grant, Error> {
-        let plan = self.plan(tenant, request, None)?;
+        let plan = self.plan_patiently(tenant, request, None)?;
         let (id, at) = (new_lease_id()?, now());
         let entry = Entry::new(id, &tenant.name, self.space(&plan))?;
         let (effects, chosen) = self.enter(caller, &entry, &plan, |chosen| {
@@ -82,12 +82,47 @@ impl Broker {
         let files = entry.files();
         let lease = self.books().ledger.live(entry.id).cloned();
         let lease = lease.ok_or_else(|| no_such_lease(entry.id))?;
-        let plan = self.plan(tenant, request, Some(&lease))?;
+        let plan = self.plan_patiently(tenant, request, Some(&lease))?;
         let (effects, chosen) = self.enter(caller, entry, &plan, |chosen| {
             let (groups, quota) = (chosen.groups.clone(), quota(&tenant.limits));
             Request::Extend(ledger::Extend { lease: entry.id, groups, quota })
         })?;
         self.carry_out(entry, files, &effects, chosen, EventKind::Extended)
+    }
+
+    /// A plan, also where a device is without a driver just now because it is being taken back.
+    fn plan_patiently(
+        &self,
+        tenant: &Tenant,
+        request: &Acquire,
+        lease: Option<&Lease>,
+    ) -> Result<Plan, Error> {
+        let deadline = Instant::now() + self.patience.iter().sum();
+        let mut seen_free = false;
+        loop {
+            let error = match self.plan(tenant, request, lease) {
+                Err(error @ Error::NotViable { .. }) => error,
+                done => return done,
+            };
+            let Error::NotViable { group, blockers } = &error else { return Err(error) };
+            let books = self.books();
+            let (over, since, reason) = match books.ledger.group(*group).map(|group| &group.state) {
+                Some(GroupState::Quarantined { since, reason }) => (true, *since, reason.clone()),
+                Some(GroupState::Reclaiming { since }) => (false, *since, JUST_ENDED.into()),
+                // It may have come back between the two looks.
+                None if !seen_free => {
+                    seen_free = true;
+                    continue;
+                }
+                _ => return Err(error),
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if over || left.is_zero() {
+                let device = blockers.first().map_or(format!("group {group}"), |b| b.bdf.clone());
+                return Err(Error::Quarantined { device, since, reason });
+            }
+            drop(self.changed.wait_timeout(books, left));
+        }
     }
 
     fn space(&self, plan: &Plan) -> Option<Arc<space::Space>> {

@@ -7,6 +7,9 @@ use crate::policy::{Limits, Tenant, Verb};
 use crate::protocol::{Error, Holder};
 use std::sync::Arc;
 
+/// Why something is not to be had that is just being taken back.
+pub(super) const JUST_ENDED: &str = "its last lease has just ended and the kernel is being asked";
+
 impl Broker {
     /// The tenant the caller is.
     pub(super) fn tenant(&self, caller: &Caller) -> Result<&Tenant, Error> {
@@ -61,8 +64,7 @@ impl Broker {
                 Error::Quarantined { device: device.to_string(), since, reason }
             }
             Refusal::NotYet { what, since } => {
-                let reason = "its last lease has just ended and the kernel is being asked".into();
-                Error::Quarantined { device: what, since, reason }
+                Error::Quarantined { device: what, since, reason: JUST_ENDED.into() }
             }
             Refusal::Conflict { what, why } => Error::Conflict { what, why },
             Refusal::OverLimit { limit, most, asked } => {

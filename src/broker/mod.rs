@@ -19,18 +19,20 @@ mod lifeline;
 mod lists;
 mod memory;
 mod plan;
+mod rebind;
 mod reclaim;
 mod space;
 
 pub use api::{Caller, Ended, Grant, LifelineId, Nobody, Observer, SentFd};
 pub use memory::check_memory;
+pub use rebind::Rebinder;
 
 use crate::kernel::Kernel;
 use crate::ledger::{Lease, LeaseId};
 use crate::policy::Policy;
 use crate::protocol::{Event, EventKind};
 use books::Books;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// How long a reclaim waits for what is still open, in steps: a process that is killed closes its
@@ -47,6 +49,7 @@ pub struct Broker {
     policy: Arc<Policy>,
     observer: Arc<dyn Observer>,
     patience: Vec<Duration>,
+    rebinder: OnceLock<Arc<dyn Rebinder>>,
     books: Mutex<Books>,
     /// Something has been reclaimed, or can't be yet.
     changed: Condvar,
@@ -70,8 +73,8 @@ impl Broker {
         observer: Arc<dyn Observer>,
         patience: Vec<Duration>,
     ) -> Arc<Self> {
-        let (books, changed) = (Mutex::default(), Condvar::new());
-        Arc::new(Self { kernel, policy, observer, patience, books, changed })
+        let (rebinder, books, changed) = (OnceLock::new(), Mutex::default(), Condvar::new());
+        Arc::new(Self { kernel, policy, observer, patience, rebinder, books, changed })
     }
 
     /// The policy it goes by.

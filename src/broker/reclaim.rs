@@ -4,12 +4,10 @@
 use super::books::{Books, Entry, Files};
 use super::lifeline::has_hung_up;
 use super::{Broker, Caller, Ended, LifelineId, devices, event, no_such_lease, now, space};
-use crate::host;
 use crate::kernel::{self, Group, Node, Unmap, UnmapFlags};
 use crate::ledger::{Effect, Lease, LeaseId, Request};
-use crate::protocol::{Bdf, Error, EventKind, Release, Released};
+use crate::protocol::{Error, EventKind, Release, Released};
 use nix::errno::Errno;
-use std::collections::BTreeMap;
 use std::slice::Iter;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
@@ -125,11 +123,7 @@ impl Broker {
                 },
                 Effect::ProveUnbound(id) => {
                     match prove(&self.kernel, node(id, &before), &mut patience) {
-                        Ok(()) => self.report(Request::Unbound {
-                            group: id,
-                            at: now(),
-                            left: self.left(id, &before, &files),
-                        }),
+                        Ok(()) => self.settle(id, &before, &files, &mut patience),
                         Err(error) => self.stuck(id, &error),
                     }
                 }
@@ -147,23 +141,18 @@ impl Broker {
     }
 
     /// A report on what is in the ledger; it can't refuse.
-    fn report(&self, request: Request) {
+    pub(super) fn report(&self, request: Request) {
         let _ = self.books().ledger.apply(request);
         self.changed.notify_all();
     }
 
-    /// The devices of a group that were handed out by their nodes, and whose nodes may be open.
-    fn left(&self, group: u32, before: &Lease, files: &Files) -> BTreeMap<Bdf, u64> {
-        let here = before.devices.iter().filter(|handed| handed.group == group);
-        let given = here.filter_map(|handed| files.registrations.get_key_value(&handed.bdf));
-        given
-            .filter(|(bdf, since)| host::has_let_go(&*self.kernel, **bdf, **since) != Ok(true))
-            .map(|(bdf, since)| (*bdf, *since))
-            .collect()
-    }
-
-    fn stuck(&self, group: u32, error: &kernel::Error) {
+    pub(super) fn stuck(&self, group: u32, error: &kernel::Error) {
         let reason = match (error.call, error.errno) {
+            ("driver unbind", Errno::EBUSY) => format!(
+                "some process still has {} open by its own node, and its driver waits for the last \
+                 close",
+                error.object
+            ),
             ("open", Errno::EBUSY) => format!("some process still has {} open", error.object),
             (_, Errno::EBUSY) => {
                 format!("some process still has a device of {} open", error.object)

@@ -21,6 +21,7 @@ mod options;
 mod outgoing;
 mod peer;
 mod porter;
+mod rebinder;
 mod reclaim;
 mod start;
 mod trust;
@@ -30,6 +31,7 @@ mod workers;
 pub use log::LogFormat;
 pub use options::Options;
 pub use porter::be_one_if_asked as be_porter_if_asked;
+pub use rebinder::be_one_if_asked as be_rebinder_if_asked;
 pub use start::{StartError, run};
 
 use crate::broker::Broker;

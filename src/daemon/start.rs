@@ -4,6 +4,7 @@ use super::listen::{self, Listening};
 
 use super::observer::DaemonObserver;
 use super::options::Options;
+use super::rebinder::{DaemonRebinder, Processes};
 use super::{Daemon, accept, log, reclaim, trust, workers};
 use crate::broker::Broker;
 use crate::host::Host;
@@ -144,11 +145,13 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let passed = listen::passed()?;
     let files = raise_file_limit().map_err(StartError::set_up("the limit of open files"))?;
     // Ends when this does.
-    let (kernel, _sim) = kernel(options)?;
+    let (kernel, sim) = kernel(options)?;
     let policy = Arc::new(policy(options, &*kernel)?);
     let observer = DaemonObserver::new().map_err(StartError::set_up("epoll for lease pipes"))?;
     let observer = Arc::new(observer);
     let broker = Broker::new(kernel, policy, observer.clone());
+    let processes = sim.as_ref().map_or(Processes::Linux, |sim| Processes::Simulated(sim.wire()));
+    broker.set_rebinder(Arc::new(DaemonRebinder::new(processes)));
     let activated = passed.is_some();
     let listening = Listening::new(passed, &options.socket)?;
     tell_the_start(options, activated);

@@ -176,6 +176,15 @@ pub fn has_let_go(kernel: &dyn Kernel, bdf: Bdf, since: u64) -> Result<bool> {
     }
 }
 
+/// Whether a device has VFs now. Read from what no lock of the device is needed for: its driver may
+/// be waiting with that.
+///
+/// # Errors
+/// What reading sysfs says.
+pub fn has_vfs(kernel: &dyn Kernel, bdf: Bdf) -> Result<bool> {
+    Ok(name_of_link(kernel, &format!("bus/pci/devices/{bdf}/virtfn0"))?.is_some())
+}
+
 fn name_of_link(kernel: &dyn Kernel, path: &str) -> Result<Option<String>> {
     let target = gone_is_none(link(kernel, path))?;
     Ok(target.map(|target| target.rsplit('/').next().unwrap_or_default().to_owned()))

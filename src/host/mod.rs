@@ -4,7 +4,7 @@
 mod device;
 mod group;
 
-pub use device::{Device, cdev, has_let_go, registration};
+pub use device::{Device, cdev, has_let_go, has_vfs, registration};
 pub use group::Group;
 
 use crate::kernel::{Error, Kernel, Result};

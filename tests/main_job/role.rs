@@ -9,10 +9,10 @@ use std::error::Error;
 use std::fs;
 use std::io::stdin;
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode, Stdio};
 use vfio_broker::client::{self, Acquire, Client, DmaRange, Lease};
 use vfio_broker::kernel::{Device, DmaMap, IoasMap, MapFlags, Mapped, Unmap};
-use vfio_broker::protocol::{Backend, Handout};
+use vfio_broker::protocol::{Backend, FdKind, Handout};
 
 pub const FLAG: &str = "--role";
 
@@ -28,6 +28,8 @@ pub enum Role {
     /// `iommufd BDF MORE…`: gets an iommufd and a cdev, does what a VMM does with them, and adds one
     /// device after the other.
     Iommufd,
+    /// `stale BDF`: gets a device by iommufd and starts a process that keeps it open.
+    Stale,
     /// `huge CONTAINER BDF`: joins an enforced container with memory of huge pages.
     Huge,
 }
@@ -39,6 +41,7 @@ impl Role {
             Role::Ask => "ask",
             Role::Member => "member",
             Role::Iommufd => "iommufd",
+            Role::Stale => "stale",
             Role::Huge => "huge",
         }
     }
@@ -55,6 +58,7 @@ pub fn play(words: Vec<String>) -> ExitCode {
             member(container, bdf, iova.parse().unwrap(), foreign.parse().unwrap())
         }
         ["iommufd", bdf, ref more @ ..] => iommufd(bdf, more),
+        ["stale", bdf] => stale(bdf),
         ["huge", container, bdf] => huge(container, bdf),
         _ => panic!("no such role: {words:?}"),
     };
@@ -150,6 +154,15 @@ fn iommufd(bdf: &str, more: &[&str]) -> Done {
     wait();
     drop((device, iommufd, memory_fd));
     println!("released, proved: {}", broker.release(lease)?);
+    Ok(())
+}
+
+fn stale(bdf: &str) -> Done {
+    let lease = Client::connect()?.acquire(Acquire::new("gina1").device(bdf))?;
+    let cdev = lease.copy(FdKind::Cdev, Some(bdf))?;
+    let keeper = Command::new("sleep").arg("600").stdin(cdev).stdout(Stdio::null()).spawn()?;
+    println!("kept by {}", keeper.id());
+    wait();
     Ok(())
 }
 

@@ -2,7 +2,10 @@
 
 use crate::role::Role;
 use crate::world::*;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::fs;
+use vfio_broker::protocol::GroupState;
 
 const MIB: u64 = 1 << 20;
 /// What a login gives: systemd's and the kernel's default RLIMIT_MEMLOCK.
@@ -10,7 +13,7 @@ const DEFAULT_MEMLOCK: u64 = 8 * MIB;
 
 type Step = fn(&World);
 
-pub const STEPS: [(&str, Step); 8] = [
+pub const STEPS: [(&str, Step); 9] = [
     ("an ordinary user does what a VMM does", a_vmm_without_rights),
     ("the default memlock is too small, and the error says so", too_little_memlock),
     ("others are refused, and are told what they may know", others_are_refused),
@@ -18,6 +21,7 @@ pub const STEPS: [(&str, Step); 8] = [
     ("two share a mutual container", |world| two_share(world, "mutual")),
     ("memory of huge pages is mapped whole", huge_pages),
     ("an iommufd and cdevs, again for one tenant and for no other", by_iommufd),
+    ("a device is proved free by its driver, once nobody has it open", rebound),
     ("everything is as it was", nothing_is_left),
 ];
 
@@ -207,6 +211,39 @@ fn does_what_a_vmm_does(erin: &mut Actor) {
     erin.expect(&["added 0000:00:07.1"]);
 }
 
+fn rebound(world: &World) {
+    if !world.has_iommufd() {
+        println!("    of a kernel with iommufd alone");
+        return;
+    }
+    let words = [NIC, PAIR[0], PAIR[1]];
+    let mut gina = world.client(GINA, DEFAULT_MEMLOCK, Role::Iommufd, &words);
+    gina.says();
+    does_what_a_vmm_does(&mut gina);
+    gina.go_on();
+    gina.expect(&["released, proved: true"]);
+    gina.ends();
+    let takes = |uid, device| {
+        let mut other = world.client(uid, DEFAULT_MEMLOCK, Role::Ask, &[device]);
+        other.expect(&["got lease"]);
+        other.ends();
+        until("its group is free", || group_is_free(world, device));
+    };
+    takes(CAROL, NIC);
+    takes(FRANK, PAIR[1]);
+    // Somebody who keeps a device that is not bound: its driver waits, the daemon does not.
+    let mut gina = world.client(GINA, DEFAULT_MEMLOCK, Role::Stale, &[NIC]);
+    let keeper = gina.expect(&["kept by"]).rsplit(' ').next().unwrap().parse().unwrap();
+    gina.kill();
+    until("no lease is left", || world.observer().leases().unwrap().is_empty());
+    until("the device is quarantined", || state(world, NIC) == GroupState::Quarantined);
+    is_refused(world, CAROL, NIC, "waits for the last close");
+    takes(FRANK, PAIR[1]);
+    kill(Pid::from_raw(keeper), Signal::SIGKILL).unwrap();
+    until("its group is free", || group_is_free(world, NIC));
+    takes(CAROL, NIC);
+}
+
 fn is_refused(world: &World, uid: u32, bdf: &str, why: &str) {
     let mut other = world.client(uid, DEFAULT_MEMLOCK, Role::Ask, &[bdf]);
     other.expect(&["refused", why]);
@@ -234,9 +271,13 @@ fn free_again(world: &World) {
 }
 
 fn group_is_free(world: &World, bdf: &str) -> bool {
+    state(world, bdf) == GroupState::Free
+}
+
+fn state(world: &World, bdf: &str) -> GroupState {
     let groups = world.observer().topology().unwrap();
     let group = groups.iter().find(|group| group.devices.iter().any(|device| device.bdf == bdf));
-    group.unwrap().state == vfio_broker::protocol::GroupState::Free
+    group.unwrap().state
 }
 
 fn show_leases(world: &World) {

@@ -29,6 +29,7 @@ pub const LEFT: u32 = 2005;
 pub const RIGHT: u32 = 2006;
 pub const ERIN: u32 = 2007;
 pub const FRANK: u32 = 2008;
+pub const GINA: u32 = 2009;
 
 const POLICY: &str = r#"
 version = 1
@@ -72,6 +73,13 @@ handouts = ["iommufd", "container"]
 name = "frank"
 user = 2008
 devices = ["1234:11e8"]
+
+[[tenant]]
+name = "gina"
+user = 2009
+devices = ["8086:10d3", "1234:11e8"]
+backends = ["iommufd"]
+rebind = true
 
 [[tenant]]
 name = "root"

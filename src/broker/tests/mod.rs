@@ -7,6 +7,7 @@ mod iommufd;
 mod plan;
 mod race;
 mod random;
+mod rebind;
 mod reclaim;
 mod shared;
 mod undo;
@@ -151,7 +152,11 @@ impl World {
 
     /// A world whose broker waits for as long as it takes.
     fn patient() -> Self {
-        let World { sim, broker, witness } = Self::new();
+        Self::new().made_patient()
+    }
+
+    fn made_patient(self) -> Self {
+        let World { sim, broker, witness } = self;
         let observer = Arc::clone(&witness) as Arc<dyn Observer>;
         let patience = vec![Duration::from_millis(5); 10_000];
         let policy = Arc::clone(broker.policy());

@@ -1,0 +1,179 @@
+//! Devices that are proved free by their drivers, where the policy lets the broker do that.
+
+use super::*;
+use crate::protocol::{Bdf, GroupState};
+use crate::sim::Wire;
+use nix::errno::Errno;
+use std::sync::Barrier;
+
+const NIC: &str = "0000:02:00.0";
+
+/// Binds anew what nobody has open, at once; what somebody has open waits for the next attempt.
+#[derive(Debug)]
+struct AtOnce {
+    sim: Arc<Wire>,
+    begun: Mutex<Vec<Bdf>>,
+}
+
+impl Rebinder for AtOnce {
+    fn begin(&self, device: Bdf, driver: Option<&str>) {
+        self.begun.lock().unwrap().push(device);
+        let name = device.to_string();
+        match self.sim.set_driver(&name, None) {
+            Ok(()) => self.sim.set_driver(&name, driver).unwrap(),
+            Err(errno) => assert_eq!(errno, Errno::EBUSY),
+        }
+    }
+}
+
+fn world(allowed: &str) -> (World, Arc<AtOnce>) {
+    let allowed = format!("name = \"a\"\nuser = 1000\n{allowed}");
+    let world = World::of(MACHINE, &POLICY.replace("name = \"a\"\nuser = 1000", &allowed));
+    let rebinder = Arc::new(AtOnce { sim: world.sim.wire(), begun: Mutex::default() });
+    world.broker.set_rebinder(Arc::clone(&rebinder) as Arc<dyn Rebinder>);
+    (world, rebinder)
+}
+
+fn state(world: &World, uid: u32, group: u32) -> GroupState {
+    let groups = world.broker.topology(&caller(uid)).unwrap().groups;
+    groups.iter().find(|there| there.id == group).unwrap().state
+}
+
+#[test]
+fn a_device_that_was_bound_anew_is_anybodys() {
+    for allowed in ["rebind = true", "managed = true"] {
+        let (world, _) = world(allowed);
+        let devices = ["0000:01:00.0", NIC];
+        let mut grant = world.acquire(1000, &want_as(Handout::Iommufd, &devices)).unwrap();
+        grant.fds.clear();
+        assert_eq!(world.release(1000, &grant.reply), Ok(true));
+        drop(world.acquire(1001, &want_as(Handout::Devices, &devices)).unwrap());
+        world.serve_hang_ups();
+        world.assert_idle();
+    }
+}
+
+#[test]
+fn what_somebody_has_open_is_quarantined_until_it_is_closed() {
+    let (world, rebinder) = world("rebind = true");
+    let mut grant = world.acquire(1000, &want_as(Handout::Iommufd, &[NIC])).unwrap();
+    let stale = grant.fds.remove(1);
+    drop(grant);
+    world.serve_hang_ups();
+    assert!(world.broker.has_pending_reclaims());
+    for uid in [1000, 1001] {
+        assert_eq!(state(&world, uid, 2), GroupState::Quarantined);
+        let error = world.acquire(uid, &want(&[NIC])).unwrap_err();
+        let Error::Quarantined { reason, .. } = error else { panic!("{error}") };
+        assert!(reason.contains("waits for the last close"), "{reason}");
+    }
+    world.broker.retry_reclaims();
+    assert!(world.broker.has_pending_reclaims());
+    drop(stale);
+    world.broker.retry_reclaims();
+    assert!(!world.broker.has_pending_reclaims());
+    drop(world.acquire(1001, &want(&[NIC])).unwrap());
+    world.serve_hang_ups();
+    world.assert_idle();
+    assert_eq!(rebinder.begun.lock().unwrap().len(), 3);
+}
+
+/// Takes devices off their drivers, and leaves the rest to others.
+struct Unbinds {
+    sim: Arc<Wire>,
+    done: Arc<Barrier>,
+}
+
+impl Rebinder for Unbinds {
+    fn begin(&self, device: Bdf, driver: Option<&str>) {
+        if driver.is_some() {
+            self.sim.set_driver(&device.to_string(), None).unwrap();
+            self.done.wait();
+        }
+    }
+}
+
+#[test]
+fn a_device_without_a_driver_is_waited_for_while_it_is_taken_back() {
+    let policy = POLICY.replace("user = 1000", "user = 1000\nrebind = true");
+    let world = World::of(MACHINE, &policy).made_patient();
+    let done = Arc::new(Barrier::new(2));
+    let rebinder = Unbinds { sim: world.sim.wire(), done: Arc::clone(&done) };
+    world.broker.set_rebinder(Arc::new(rebinder));
+    let mut grant = world.acquire(1000, &want_as(Handout::Iommufd, &[NIC])).unwrap();
+    grant.fds.clear();
+    std::thread::scope(|scope| {
+        let release = scope.spawn(|| world.release(1000, &grant.reply));
+        done.wait();
+        // From here on it has no driver.
+        let again = scope.spawn(|| world.acquire(1000, &want(&[NIC])));
+        world.sim.set_driver(NIC, Some("vfio-pci")).unwrap();
+        assert_eq!(release.join().unwrap(), Ok(true));
+        drop(again.join().unwrap().unwrap());
+    });
+    world.serve_hang_ups();
+    world.assert_idle();
+}
+
+#[test]
+fn a_device_whose_driver_waits_is_not_said_to_lack_one() {
+    let policy = POLICY.replace("user = 1000", "user = 1000\nrebind = true");
+    let world = World::of(MACHINE, &policy);
+    let rebinder = Unbinds { sim: world.sim.wire(), done: Arc::new(Barrier::new(1)) };
+    world.broker.set_rebinder(Arc::new(rebinder));
+    drop(world.acquire(1000, &want_as(Handout::Iommufd, &[NIC])).unwrap());
+    world.serve_hang_ups();
+    for uid in [1000, 1001] {
+        let error = world.acquire(uid, &want(&[NIC])).unwrap_err();
+        let Error::Quarantined { reason, .. } = error else { panic!("{error}") };
+        assert!(reason.contains("waits for the last close"), "{reason}");
+    }
+    world.sim.set_driver(NIC, Some("vfio-pci")).unwrap();
+    world.broker.retry_reclaims();
+    drop(world.acquire(1001, &want(&[NIC])).unwrap());
+    world.serve_hang_ups();
+    world.assert_idle();
+}
+
+#[test]
+fn a_pf_with_vfs_stays_on_its_driver() {
+    let (world, rebinder) = world("rebind = true");
+    let pf = want_as(Handout::Iommufd, &["0000:05:00.0"]);
+    let mut grant = world.acquire(1000, &pf).unwrap();
+    grant.fds.clear();
+    assert_eq!(world.release(1000, &grant.reply), Ok(false));
+    assert!(rebinder.begun.lock().unwrap().is_empty());
+    assert_eq!(
+        [1000, 1001].map(|uid| state(&world, uid, 5)),
+        [GroupState::Free, GroupState::Quarantined]
+    );
+    drop(world.acquire(1000, &pf).unwrap());
+}
+
+#[test]
+fn a_tenant_that_does_not_allow_it_keeps_its_drivers() {
+    let (world, rebinder) = world("rebind = false");
+    drop(world.acquire(1000, &want_as(Handout::Iommufd, &[NIC])).unwrap());
+    world.serve_hang_ups();
+    assert!(rebinder.begun.lock().unwrap().is_empty());
+    assert_eq!(state(&world, 1001, 2), GroupState::Quarantined);
+}
+
+#[test]
+fn what_earlier_leases_left_is_proved_too() {
+    let (world, _) = world("rebind = true");
+    // As after a lease of another time, when that was not allowed.
+    let grant = world.acquire(1000, &want_as(Handout::Iommufd, &["0000:01:00.0"])).unwrap();
+    let id = grant.reply.lease.parse().unwrap();
+    let left = [("0000:01:00.0".parse().unwrap(), 0)].into();
+    let mut books = world.broker.books();
+    books.ledger.apply(crate::ledger::Request::End { lease: id, at: 1 }).unwrap();
+    books.ledger.apply(crate::ledger::Request::Unbound { group: 1, at: 1, left }).unwrap();
+    drop(books);
+    drop(grant);
+    assert_eq!(state(&world, 1001, 1), GroupState::Quarantined);
+    let mut grant = world.acquire(1000, &want_as(Handout::Iommufd, &["0000:01:00.1"])).unwrap();
+    grant.fds.clear();
+    assert_eq!(world.release(1000, &grant.reply), Ok(true));
+    assert_eq!(state(&world, 1001, 1), GroupState::Free);
+}
