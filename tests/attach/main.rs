@@ -58,7 +58,7 @@ struct World {
 
 impl World {
     fn start() -> Self {
-        let topology = format!("owner_rights = true\n{}{TWO_IN_A_GROUP}", common::TOPOLOGY);
+        let topology = format!("{}{TWO_IN_A_GROUP}", common::TOPOLOGY);
         let broker = Daemon::with(Setup { topology, ..Setup::policy(POLICY) });
         Self { broker, qemu: Qemu::start() }
     }
