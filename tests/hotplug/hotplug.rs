@@ -1,0 +1,123 @@
+//! `vfio-broker attach` and `detach` with a running QEMU.
+
+use crate::relay::Relay;
+use crate::world::*;
+use std::process::Stdio;
+
+pub fn no_other_way(world: &World) {
+    for node in ["/dev/vfio/vfio", "/dev/iommu", "/dev/vfio/1", "/dev/vfio/devices/vfio0"] {
+        let output = world.user("/bin/sh").args(["-c", &format!(": <> {node}")]).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.contains("Permission denied"), "{node}: {said}");
+    }
+    let qemu = Qemu::start(world);
+    for field in ["CapInh", "CapPrm", "CapEff", "CapAmb"] {
+        assert_eq!(qemu.status(field), "0000000000000000", "{field}");
+    }
+    assert_eq!(qemu.status("Uid"), "2001\t2001\t2001\t2001");
+    println!("    uid 2001, capability sets empty, {:?} open", qemu.vfio_files());
+}
+
+pub fn three_times(world: &World) {
+    let qemu = Qemu::start(world);
+    let mut files = None;
+    for _ in 0..3 {
+        say(attach(world, &qemu, NIC, "port1"));
+        let open = qemu.vfio_files();
+        println!("    QEMU has {}", open.join(" "));
+        assert_eq!(open.len(), 2, "an iommufd and a device");
+        say(detach(world, &qemu, NIC));
+        assert_eq!(qemu.vfio_files(), ["/dev/iommu"], "the iommufd is kept for the next one");
+        world.is_clean();
+        let before = *files.get_or_insert_with(|| world.settled_files());
+        until("the daemon's files are as before", || world.daemon_files() == before);
+    }
+}
+
+pub fn two_devices(world: &World) {
+    let qemu = Qemu::start(world);
+    say(attach(world, &qemu, NIC, "port1"));
+    say(attach(world, &qemu, EDU, "port2"));
+    assert_eq!((qemu.vfio_files().len(), world.leases()), (3, 2));
+    say(detach(world, &qemu, NIC));
+    assert_eq!((qemu.vfio_files().len(), world.leases()), (2, 1));
+    say(detach(world, &qemu, EDU));
+}
+
+pub fn attach_is_killed(world: &World) {
+    let relayed = world.own().join("relay");
+    let relay = Relay::listen(&relayed, ALICE);
+    for at in 0.. {
+        // A new one: with the iommufd of the last attach there would be less to do.
+        let qemu = Qemu::start(world);
+        let mut client = start_attach(world, relayed.to_str().unwrap());
+        let Some((command, stopped)) = relay.until(at, &qemu.monitor) else {
+            assert!(client.wait().unwrap().success());
+            println!("    {at} commands in all");
+            detach(world, &qemu, NIC);
+            break;
+        };
+        client.kill().unwrap();
+        client.wait().unwrap();
+        drop(stopped);
+        // Either it is in already, or the next one clears what is left.
+        if qemu_has_device(&qemu) {
+            assert_eq!(world.leases(), 1);
+        } else {
+            attach(world, &qemu, NIC, "port1");
+        }
+        detach(world, &qemu, NIC);
+        world.is_clean();
+        println!("    {command}: killed after it, cleared");
+    }
+}
+
+pub fn qemu_is_killed(world: &World) {
+    let relayed = world.own().join("relay");
+    let relay = Relay::listen(&relayed, ALICE);
+    let files = world.settled_files();
+    for at in 0.. {
+        let mut qemu = Qemu::start(world);
+        let mut client = start_attach(world, relayed.to_str().unwrap());
+        let Some((command, stopped)) = relay.until(at, &qemu.monitor) else {
+            assert!(client.wait().unwrap().success());
+            assert_eq!(world.leases(), 1);
+            break;
+        };
+        qemu.kill();
+        drop(stopped);
+        assert!(!client.wait().unwrap().success());
+        world.is_clean();
+        println!("    {command}: QEMU killed after it, no lease is left");
+    }
+    world.is_clean();
+    until("the daemon's files are as before", || world.daemon_files() == files);
+    println!("    the daemon has {files} open files, as before");
+}
+
+fn start_attach(world: &World, monitor: &str) -> std::process::Child {
+    let words = ["attach", "--vm", "web1", "--qmp", monitor, "--device", NIC, "--bus", "port1"];
+    let mut command = world.vfio_broker(&words);
+    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+fn qemu_has_device(qemu: &Qemu) -> bool {
+    qemu.vfio_files().iter().any(|name| name.contains("devices/"))
+        && crate::examples::query(&qemu.monitor, "/machine/peripheral").contains("child<vfio-pci>")
+}
+
+fn attach(world: &World, qemu: &Qemu, device: &str, port: &str) -> String {
+    let monitor = qemu.monitor.to_str().unwrap();
+    let words = ["attach", "--vm", "web1", "--qmp", monitor, "--device", device, "--bus", port];
+    well(world.vfio_broker(&words).output().unwrap())
+}
+
+fn detach(world: &World, qemu: &Qemu, device: &str) -> String {
+    let monitor = qemu.monitor.to_str().unwrap();
+    let words = ["detach", "--vm", "web1", "--qmp", monitor, "--device", device];
+    well(world.vfio_broker(&words).output().unwrap())
+}
+
+fn say(what: String) {
+    print!("    {what}");
+}

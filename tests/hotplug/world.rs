@@ -1,0 +1,212 @@
+//! The broker as root, and QEMU and `vfio-broker` as a user.
+
+use nix::sys::resource::{Resource, setrlimit};
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use vfio_broker::client::Client;
+use vfio_broker::protocol::{Group, GroupState};
+
+/// The user.
+pub const ALICE: u32 = 2001;
+/// An e1000e and an edu, each alone in its group.
+pub const NIC: &str = "0000:00:02.0";
+pub const EDU: &str = "0000:00:03.0";
+/// What the user's QEMU may pin: its 64 MiB and some more.
+const MEMLOCK: u64 = 256 << 20;
+
+const POLICY: &str = r#"
+version = 1
+
+[[tenant]]
+name = "alice"
+user = 2001
+devices = ["8086:10d3", "1234:11e8"]
+handouts = ["container", "group", "iommufd"]
+
+[[tenant]]
+name = "root"
+user = 0
+rights = ["observe"]
+"#;
+
+pub struct World {
+    directory: tempfile::TempDir,
+    daemon: Child,
+}
+
+impl World {
+    pub fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let own = directory.path().join("alice");
+        fs::create_dir(&own).unwrap();
+        chown(&own, Some(ALICE), Some(ALICE)).unwrap();
+        // What udev does on a host where nobody but root is to open these.
+        for node in ["/dev/vfio/vfio", "/dev/iommu"] {
+            fs::set_permissions(node, fs::Permissions::from_mode(0o600)).unwrap();
+        }
+        setrlimit(Resource::RLIMIT_MEMLOCK, MEMLOCK, MEMLOCK).unwrap();
+        let policy = directory.path().join("policy.toml");
+        fs::write(&policy, POLICY).unwrap();
+        let daemon = Command::new(env!("CARGO_BIN_EXE_vfio-brokerd"))
+            .arg("--policy")
+            .arg(&policy)
+            .arg("--socket")
+            .arg(directory.path().join("broker.sock"))
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let world = Self { directory, daemon };
+        until("the daemon answers", || UnixStream::connect(world.socket()).is_ok());
+        world
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.directory.path().join("broker.sock")
+    }
+
+    /// A directory of the user's.
+    pub fn own(&self) -> PathBuf {
+        self.directory.path().join("alice")
+    }
+
+    /// A program of the user's, without capabilities.
+    pub fn user(&self, program: impl AsRef<Path>) -> Command {
+        let mut command = Command::new(program.as_ref());
+        command.uid(ALICE).gid(ALICE).env("VFIO_BROKER_SOCKET", self.socket());
+        command.env("VFIO_BROKER", env!("CARGO_BIN_EXE_vfio-broker")).env("QEMU", qemu());
+        command.stdin(Stdio::null());
+        command
+    }
+
+    pub fn vfio_broker(&self, words: &[&str]) -> Command {
+        let mut command = self.user(env!("CARGO_BIN_EXE_vfio-broker"));
+        command.args(words);
+        command
+    }
+
+    pub fn broker(&self) -> Client {
+        Client::connect_to(self.socket()).unwrap()
+    }
+
+    pub fn leases(&self) -> usize {
+        self.broker().leases().unwrap().len()
+    }
+
+    /// The daemon's open files once connections that have just been closed are gone.
+    pub fn settled_files(&self) -> usize {
+        let counts = (0..20).map(|_| {
+            std::thread::sleep(Duration::from_millis(20));
+            self.daemon_files()
+        });
+        counts.min().unwrap()
+    }
+
+    pub fn daemon_files(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.daemon.id())).unwrap().count()
+    }
+
+    /// No lease is left, and its tenant can have every device again.
+    pub fn is_clean(&self) {
+        until("no lease is left", || self.leases() == 0);
+        until("the devices are free", || {
+            let groups = self.broker().topology().unwrap();
+            let busy = [GroupState::Held, GroupState::Reclaiming];
+            let left = |group: &Group| busy.contains(&group.state) && group.unproved.is_none();
+            !groups.iter().any(left)
+        });
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+    }
+}
+
+/// Which QEMU; another one than the machine's can be named.
+pub fn qemu() -> String {
+    std::env::var("VFIO_QEMU").unwrap_or("/usr/bin/qemu-system-x86_64".into())
+}
+
+/// A running QEMU of the user's, with no guest in it; killed when dropped.
+pub struct Qemu {
+    child: Child,
+    pub monitor: PathBuf,
+}
+
+impl Qemu {
+    pub fn start(world: &World) -> Self {
+        let monitor = world.own().join("qmp");
+        let _ = fs::remove_file(&monitor);
+        let mut command = world.user(qemu());
+        command.args(["-machine", "q35", "-accel", "tcg", "-nodefaults", "-display", "none"]);
+        command.args(["-m", "64", "-S"]);
+        // With PCI Express's own hotplug a device can go without a guest's help, while no guest has
+        // switched its port on.
+        command.args(["-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"]);
+        command.args(["-device", "pcie-root-port,id=port1,chassis=1"]);
+        command.args(["-device", "pcie-root-port,id=port2,chassis=2"]);
+        command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
+        Self::of(command.spawn().unwrap(), monitor)
+    }
+
+    /// One that was started, with this monitor.
+    pub fn of(child: Child, monitor: PathBuf) -> Self {
+        until("QEMU listens on its monitor", || monitor.exists());
+        Self { child, monitor }
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Its open files that have to do with VFIO.
+    pub fn vfio_files(&self) -> Vec<String> {
+        let fds = fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+        let links = fds.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok());
+        let names = links.map(|link| link.to_string_lossy().into_owned());
+        let mut names: Vec<String> =
+            names.filter(|name| name.contains("vfio/") || name.contains("/dev/iommu")).collect();
+        names.sort();
+        names
+    }
+
+    pub fn status(&self, field: &str) -> String {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+        line.unwrap().trim().to_owned()
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// What a program said, which must have ended well.
+#[track_caller]
+pub fn well(output: Output) -> String {
+    let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+    assert!(output.status.success(), "{}: {said}", output.status);
+    said
+}
+
+/// Waits for something that happens by itself, and says what if it does not.
+#[track_caller]
+pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !done() {
+        assert!(Instant::now() < deadline, "in two minutes it was not so: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
