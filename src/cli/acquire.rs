@@ -89,12 +89,16 @@ pub(super) fn run(context: &Context, args: Args) -> Result<(), Failure> {
         return Err(Failure::new(what).advise("its log says why, or vfio-brokerd was stopped"));
     }
     let shown = printable(&id);
+    let by_iommufd = lease.backend() == Backend::Iommufd;
     let proved = broker.release(lease)?;
     if context.json {
         print_json_line(&serde_json::json!({ "lease": id, "released": true, "proved": proved }))?;
     } else {
         let state = if proved {
             "the kernel has shown that its devices are free"
+        } else if by_iommufd {
+            "its devices are for this tenant alone until they have been off their drivers (see \
+             vfio-broker topology)"
         } else {
             "its devices are free once the kernel has shown that they are"
         };

@@ -2,8 +2,8 @@
 //!
 //! One thread serves all connections. Whatever can block in the kernel is done elsewhere: broker
 //! calls on worker threads with a deadline ([`workers`]), closing the broker's own files on closer
-//! threads ([`closer`]), receiving and closing what peers sent in processes of their own
-//! ([`porter`]).
+//! threads ([`closer`]), receiving and closing what peers sent, and taking devices off their drivers, in
+//! processes of their own ([`porter`], [`rebinder`]).
 
 mod accept;
 mod account;

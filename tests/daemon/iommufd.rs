@@ -4,7 +4,9 @@ use crate::DEVICE;
 use crate::common::raw::{Raw, Reply};
 use crate::common::{Daemon, Setup, beside, eventually};
 use serde_json::{Value, json};
+use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use vfio_broker::kernel::{Device, IoasMap, Iommufd, MapFlags, Mapped};
 use vfio_broker::sim::Wire;
@@ -98,4 +100,24 @@ fn a_host_without_iommufd_says_so() {
     assert!(name.ends_with(".Unsupported"), "{name}");
     assert_eq!(parameters["what"], "backend iommufd");
     assert!(parameters["why"].as_str().unwrap().contains("/dev/iommu"), "{parameters}");
+}
+
+#[test]
+fn the_command_line_asks_for_it_by_name() {
+    let daemon = Daemon::start();
+    let program = env!("CARGO_BIN_EXE_vfio-broker");
+    let words = ["--json", "acquire", "--vm", "web1", "--device", DEVICE, "--backend", "iommufd"];
+    let mut command = Command::new(program);
+    command.arg("--socket").arg(&daemon.socket).args(words);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut next = || -> Value { serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap() };
+    let held = next();
+    assert_eq!((&held["backend"], &held["handout"]), (&json!("iommufd"), &json!("iommufd")));
+    let kinds: Vec<_> = held["fds"].as_array().unwrap().iter().map(|fd| &fd["kind"]).collect();
+    assert_eq!(kinds, ["iommufd", "cdev", "lease"]);
+    drop(child.stdin.take());
+    // Proved it is not: somebody might have the node open.
+    assert_eq!(next()["proved"], false);
+    assert!(child.wait().unwrap().success());
 }

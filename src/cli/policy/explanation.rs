@@ -156,6 +156,14 @@ impl Explanation {
         if tenant.managed {
             self.notes.push("its driver is changed when it is acquired, and put back after".into());
         }
+        if tenant.handouts().contains(&Handout::Iommufd) {
+            let who = match tenant.rebind || tenant.managed {
+                true => "the broker takes it off its driver and binds it again",
+                false => "an administrator has taken it off its driver (or rebind = true)",
+            };
+            self.notes
+                .push(format!("after a lease by iommufd no other tenant can have it until {who}"));
+        }
         if device.sriov {
             self.notes.push("it can have VFs: it and they go to one tenant at a time".into());
         }
