@@ -75,10 +75,12 @@ impl Tree {
     }
 
     fn device(&self, branch: &str, device: &Device, widest: usize) -> String {
-        let Device { bdf, vendor, device: id, class, driver, lease, .. } = device;
+        let Device { bdf, vendor, device: id, class, driver, lease, cdev, .. } = device;
+        let cdev = cdev.as_deref().and_then(|path| path.rsplit('/').next());
+        let cdev = cdev.map_or(String::new(), |name| format!(", cdev {name}"));
         let driver = driver.as_deref().unwrap_or("-");
         let name = self.names.device(vendor, id);
-        let class = self.style.dim(&self.names.class(class));
+        let class = self.style.dim(&(self.names.class(class) + &cdev));
         let holder = lease.as_ref().map_or(String::new(), |lease| {
             let known = self.leases.iter().find(|known| known.lease == *lease);
             let vm = known.map_or(String::new(), |l| format!("{} of {}, ", l.vm, l.tenant));
@@ -159,7 +161,13 @@ mod tests {
                 unproved: None,
                 devices: vec![device("0000:00:1f.2", "ahci", None)],
             },
-            free(9, device("0000:66:00.0", "vfio-pci", None)),
+            free(
+                9,
+                Device {
+                    cdev: Some("/dev/vfio/devices/vfio3".into()),
+                    ..device("0000:66:00.0", "vfio-pci", None)
+                },
+            ),
             free(10, device("0000:67:00.0", "-", None)),
             free(11, port),
         ];
@@ -175,7 +183,7 @@ mod tests {
              `- 0000:00:1f.2  ahci      [8086:10d3], class 020000\n   \
              ! 0000:00:1f.2 is on ahci\n\
              group 9  free\n\
-             `- 0000:66:00.0  vfio-pci  [8086:10d3], class 020000\n\
+             `- 0000:66:00.0  vfio-pci  [8086:10d3], class 020000, cdev vfio3\n\
              group 10  no VFIO driver\n\
              `- 0000:67:00.0  -         [8086:10d3], class 020000\n\
              group 11  a bridge: it cannot be handed out\n\
@@ -183,5 +191,15 @@ mod tests {
         );
         assert!(hint.contains("policy explain --uid"), "{hint}");
         assert!(!tree.draw(&groups[2..3]).contains("->"), "nothing is left to bind");
+        let left = Unproved {
+            tenant: "alice".into(),
+            lease: "l1".into(),
+            vm: "web1".into(),
+            since: 0,
+            devices: vec!["0000:66:00.0".into()],
+        };
+        let whose = Group { unproved: Some(left), ..groups[2].clone() };
+        let drawn = tree.draw(&[whose]);
+        assert!(drawn.contains("! only for alice, which had 0000:66:00.0 by iommufd"), "{drawn}");
     }
 }
