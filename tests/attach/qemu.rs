@@ -78,10 +78,10 @@ impl Model {
         let text = |name: &str| arguments[name].as_str().unwrap_or_default().to_owned();
         match command {
             "qmp_capabilities" => Ok(json!({})),
-            "qom-list-types" => {
-                let all = ["secret", "iommufd"].into_iter().filter(|name| *name != self.lacks);
-                Ok(all.map(|name| json!({ "name": name })).collect())
+            "qom-list-properties" if self.lacks == text("typename") => {
+                Err(("DeviceNotFound", format!("Class '{}' not found", self.lacks)))
             }
+            "qom-list-properties" => Ok(json!([{ "name": "fd", "type": "string" }])),
             "device-list-properties" if self.lacks == "vfio-pci" => {
                 Err(("DeviceNotFound", "Device 'vfio-pci' not found".into()))
             }

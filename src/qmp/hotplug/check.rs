@@ -19,10 +19,10 @@ pub(super) fn check(qemu: &mut Monitor) -> Result<Types> {
     if version < OLDEST {
         return Err(unsupported("its vfio-pci opens devices by itself only"));
     }
-    let wanted = json!({ "implements": "user-creatable", "abstract": false });
-    let objects = qemu.execute("qom-list-types", wanted)?;
-    if !names(&objects).any(|name| name == "iommufd") {
-        return Err(unsupported("it was built without iommufd"));
+    // A list of all types would have QEMU load all its modules.
+    match qemu.execute("qom-list-properties", json!({ "typename": "iommufd" })) {
+        Err(qmp::Error::Command { .. }) => return Err(unsupported("it was built without iommufd")),
+        other => drop(other?),
     }
     let properties = match qemu.execute("device-list-properties", json!({ "typename": "vfio-pci" }))
     {
@@ -96,10 +96,6 @@ fn typed(value: &str, kind: &str) -> Option<Value> {
         // Sizes and the like may be numbers or text.
         _ => Some(number().filter(|_| kind != "str").unwrap_or_else(|| value.into())),
     }
-}
-
-fn names(list: &Value) -> impl Iterator<Item = String> {
-    list.as_array().into_iter().flatten().filter_map(|each| text(each, "name"))
 }
 
 fn text(value: &Value, name: &str) -> Option<String> {
