@@ -11,7 +11,7 @@ use super::{
 };
 use crate::host;
 use crate::kernel::{Device, Group, IommuType, Iommufd, Node};
-use crate::ledger::{self, Effect, GroupState, Lease, Refusal, Request, Space};
+use crate::ledger::{self, Effect, GroupState, Lease, LeaseId, Refusal, Request, Space};
 use crate::policy::{Tenant, Verb};
 use crate::protocol::{Acquire, Acquired, Bdf, Error, EventKind, FdKind, Handout};
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -32,19 +32,38 @@ impl Broker {
     /// # Errors
     /// Nothing was changed: what had been done is undone.
     pub fn acquire(&self, caller: &Caller, request: &Acquire) -> Result<Grant, Error> {
+        self.acquire_while(caller, request, &|| true)
+    }
+
+    /// The same for a caller who may lose patience: what nobody waits for any more is undone.
+    ///
+    /// # Errors
+    /// As [`acquire`](Self::acquire).
+    pub fn acquire_while(
+        &self,
+        caller: &Caller,
+        request: &Acquire,
+        awaited: &dyn Fn() -> bool,
+    ) -> Result<Grant, Error> {
         let tenant = self.tenant(caller)?;
         self.policy.may(tenant, Verb::Acquire).ok()?;
         match (&request.lease, &request.key) {
             (Some(lease), Some(key)) => {
                 let entry = self.authorize(caller, lease, key)?;
-                self.extend(caller, tenant, request, &entry)
+                self.extend(caller, tenant, request, &entry, awaited)
             }
-            (None, None) => self.begin(caller, tenant, request),
+            (None, None) => self.begin(caller, tenant, request, awaited),
             _ => Err(Error::bad("lease", "lease and key come together")),
         }
     }
 
-    fn begin(&self, caller: &Caller, tenant: &Tenant, request: &Acquire) -> Result<Grant, Error> {
+    fn begin(
+        &self,
+        caller: &Caller,
+        tenant: &Tenant,
+        request: &Acquire,
+        awaited: &dyn Fn() -> bool,
+    ) -> Result<Grant, Error> {
         let plan = self.plan_patiently(tenant, request, None)?;
         let (id, at) = (new_lease_id()?, now());
         let entry = Entry::new(id, &tenant.name, self.space(&plan))?;
@@ -63,7 +82,7 @@ impl Broker {
             })
         })?;
         let entry = Arc::new(entry);
-        self.carry_out(&entry, entry.files(), &effects, chosen, EventKind::Acquired)
+        self.carry_out(&entry, entry.files(), &effects, chosen, (EventKind::Acquired, awaited))
     }
 
     fn extend(
@@ -72,6 +91,7 @@ impl Broker {
         tenant: &Tenant,
         request: &Acquire,
         entry: &Arc<Entry>,
+        awaited: &dyn Fn() -> bool,
     ) -> Result<Grant, Error> {
         if tenant.name != entry.tenant {
             return Err(Error::Denied {
@@ -87,7 +107,7 @@ impl Broker {
             let (groups, quota) = (chosen.groups.clone(), quota(&tenant.limits));
             Request::Extend(ledger::Extend { lease: entry.id, groups, quota })
         })?;
-        self.carry_out(entry, files, &effects, chosen, EventKind::Extended)
+        self.carry_out(entry, files, &effects, chosen, (EventKind::Extended, awaited))
     }
 
     /// A plan, also where a device is without a driver just now because it is being taken back.
@@ -177,11 +197,12 @@ impl Broker {
         mut files: MutexGuard<'_, Files>,
         effects: &[Effect],
         chosen: Chosen,
-        kind: EventKind,
+        (kind, awaited): (EventKind, &dyn Fn() -> bool),
     ) -> Result<Grant, Error> {
         let mut opened = Opened::default();
         let done = self
             .open(entry, &files, effects, &chosen, &mut opened)
+            .and_then(|()| if awaited() { Ok(()) } else { Err(too_late(entry.id)) })
             .and_then(|()| self.hand_over(entry, &mut files, &chosen, &mut opened, kind));
         if done.is_err() {
             undo(entry, opened);
@@ -318,6 +339,11 @@ impl Broker {
         };
         Ok(Grant { reply, fds })
     }
+}
+
+/// Told to nobody: whoever asked has left.
+fn too_late(id: LeaseId) -> Error {
+    Error::Conflict { what: id.to_string(), why: "nobody waits for its devices any more".into() }
 }
 
 /// Closes what was opened, the last first. Nobody else has a copy yet, so closing a group takes it

@@ -18,9 +18,17 @@ const OUR_COPIES: Duration = Duration::from_secs(1);
 impl Connection {
     pub(super) async fn acquire(&self, request: Acquire) -> Result<Answer, Error> {
         let names = request.devices.iter().map(ToString::to_string).collect::<Vec<_>>();
-        let work = move |broker: &Broker, caller: &Caller| broker.acquire(caller, &request);
-        // A grant that nobody waits for is dropped, its lifeline with it: the lease ends.
-        let grant = self.on_worker("Acquire", names.join(" "), work, |_, _, _| {}).await;
+        let caller = Arc::clone(&self.caller);
+        let job = Job {
+            call: "Acquire",
+            object: names.join(" "),
+            work: move |broker: &Broker, awaited: &dyn Fn() -> bool| {
+                broker.acquire_while(&caller, &request, awaited)
+            },
+            // What is left after the last look: a grant that is dropped, its lifeline with it.
+            late: |_: &Broker, _| {},
+        };
+        let grant = self.run(job).await;
         if let Err(Error::Quarantined { .. } | Error::Conflict { .. }) = grant {
             self.daemon.wanted.notify_one();
         }
@@ -111,9 +119,18 @@ impl Connection {
         let job = Job {
             call,
             object,
-            work: move |broker: &Broker| work(broker, &caller),
+            work: move |broker: &Broker, _: &dyn Fn() -> bool| work(broker, &caller),
             late: move |broker: &Broker, done| late(broker, &for_late, done),
         };
+        self.run(job).await
+    }
+
+    async fn run<T, Work, Late>(&self, job: Job<Work, Late>) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        Work: FnOnce(&Broker, &dyn Fn() -> bool) -> Result<T, Error> + Send + 'static,
+        Late: FnOnce(&Broker, T) + Send + 'static,
+    {
         job.run(&self.daemon.broker, &self.seat.account, self.daemon.deadlines.call).await
     }
 }

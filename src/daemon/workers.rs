@@ -23,7 +23,7 @@ pub(super) struct Job<Work, Late> {
     pub(super) call: &'static str,
     /// On what.
     pub(super) object: String,
-    /// Makes the call.
+    /// Makes the call; can ask whether somebody still waits for it.
     pub(super) work: Work,
     /// Undoes what was done when nobody waits for it any more.
     pub(super) late: Late,
@@ -42,7 +42,7 @@ impl<Work, Late> Job<Work, Late> {
         deadline: Duration,
     ) -> Result<T, Error>
     where
-        Work: FnOnce(&Broker) -> Result<T, Error> + Send + 'static,
+        Work: FnOnce(&Broker, &dyn Fn() -> bool) -> Result<T, Error> + Send + 'static,
         Late: FnOnce(&Broker, T) + Send + 'static,
     {
         let Self { call, object, work, late } = self;
@@ -60,7 +60,8 @@ impl<Work, Late> Job<Work, Late> {
         let broker = Arc::clone(broker);
         let task = spawn_blocking(move || {
             let _place = place;
-            let undelivered = sender.send(work(&broker)).err();
+            let result = work(&broker, &|| !sender.is_closed());
+            let undelivered = sender.send(result).err();
             if let Some(Ok(done)) = undelivered {
                 late(&broker, done);
             }

@@ -5,7 +5,7 @@ use crate::common::raw::{Raw, Reply, bytes, call};
 use crate::common::{Daemon, Held, Setup, beside, cycle, eventually};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use serde_json::{Value, json};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use vfio_broker::sim::Fault;
 
 #[test]
@@ -255,6 +255,40 @@ fn pipelined_fds_are_each_with_their_call() {
     client.reply().bad("memory");
     client.reply().ok();
     assert_eq!(client.reply().ok().0["leases"][0]["mapped_bytes"], 6 * 4096);
+}
+
+#[test]
+fn a_device_that_is_added_too_late_is_given_back() {
+    let daemon = Daemon::with(Setup::default().argument("--call-deadline", "300"));
+    let sim = daemon.sim();
+    let mut client = daemon.connect();
+    let lease = Held::acquire(&mut client, DEVICE, "container");
+    sim.fault(&Fault::never("VFIO_GROUP_SET_CONTAINER")).unwrap();
+    let more = lease.with(json!({ "vm": "test", "devices": ["0000:66:00.0"] }));
+    let error = client.call("Acquire", more.clone()).error("Kernel");
+    assert_eq!(error["name"], "ETIMEDOUT");
+    sim.clear_faults().unwrap();
+    // Somebody else gets it, and the lease never had it.
+    let other = json!({ "vm": "b", "devices": ["0000:66:00.0"] });
+    let other = eventually_gets(&mut client, &other);
+    let (leases, _) = client.call("Leases", json!({})).ok();
+    let own = leases["leases"].as_array().unwrap().iter().find(|it| it["vm"] != "b").unwrap();
+    assert_eq!(own["devices"], json!([DEVICE]));
+    drop(other);
+    eventually_gets(&mut client, &more);
+}
+
+/// Acquires as soon as that works.
+fn eventually_gets(client: &mut Raw, request: &Value) -> Vec<OwnedFd> {
+    let mut files = Vec::new();
+    eventually("it can be had", || match client.call("Acquire", request.clone()) {
+        Reply::Ok(_, fds) => {
+            files = fds;
+            true
+        }
+        Reply::Error(..) => false,
+    });
+    files
 }
 
 #[test]
