@@ -89,6 +89,16 @@ fn hint(error: &kernel::Error) -> String {
         ("VFIO_GROUP_GET_DEVICE_FD", Errno::EPERM) => {
             "a device without an IOMMU wants CAP_SYS_RAWIO: the broker must have it".into()
         }
+        ("prlimit", Errno::EPERM) => {
+            "the broker may not raise limits: it wants CAP_SYS_RESOURCE (LimitMEMLOCK= and \
+             CapabilityBoundingSet= of its service)"
+                .into()
+        }
+        ("prlimit", Errno::ESRCH) => {
+            "the process that connected has ended, or is in a pid namespace that the broker can't \
+             see: raise the limit where it is started"
+                .into()
+        }
         ("VFIO_IOMMU_MAP_DMA", Errno::ENOMEM) => {
             "the memory can't be pinned: the broker's RLIMIT_MEMLOCK (LimitMEMLOCK=infinity in \
              its service), its memory cgroup, or the host's memory is used up"

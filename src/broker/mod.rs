@@ -17,6 +17,7 @@ mod hint;
 mod key;
 mod lifeline;
 mod lists;
+mod memlock;
 mod memory;
 mod plan;
 mod rebind;

@@ -1,5 +1,6 @@
 //! `vfio-broker exec`: gets devices and becomes a program that has their open files.
 
+use super::exec_memlock::{self, Memlock};
 use super::style::{complain, printable};
 use super::{Context, Failure};
 use crate::client::{Acquire, Client, Lease};
@@ -43,6 +44,10 @@ pub(super) struct Args {
     /// Join this shared container of the policy
     #[arg(long, value_name = "NAME")]
     container: Option<String>,
+    /// Have the limit of memory that the program may lock raised, within the policy's: to so much
+    /// (4G, 512MiB), or to what the guest's memory needs by the program's arguments
+    #[arg(long, value_name = "auto|SIZE")]
+    memlock: Option<Memlock>,
     /// Give the program the lease's open files when it opens VFIO's nodes by itself [default: where
     /// the arguments name no open file]
     #[arg(long, conflicts_with = "inherit")]
@@ -69,7 +74,8 @@ pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure
     arguments.check(&args.devices)?;
     let interposed = args.interposed(&arguments)?;
     let request = args.request(&arguments)?;
-    vmm::find(&program)?;
+    let path = vmm::find(&program)?;
+    let memlock = args.memlock.map(|memlock| memlock.wanted(&path, &args.program)).transpose()?;
 
     // A container or an iommufd, and the lease fd.
     let most = args.devices.len() + 2;
@@ -78,6 +84,11 @@ pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure
     let lease = broker.acquire(request);
     let lease = lease.map_err(|error| Failure::from(error).about(&args.devices))?;
 
+    match memlock {
+        Some(wanted) => wanted.raise(&mut broker, &lease)?,
+        None if lease.handout() == Handout::Devices => {}
+        None => exec_memlock::warn(&path, &args.program),
+    }
     let given = if interposed { Given::lifeline(&lease) } else { Given::all(&lease) };
     let groups = groups(&mut broker, &lease, &arguments)?;
     drop(broker);

@@ -7,6 +7,7 @@ mod daemon;
 mod demo;
 mod detach;
 mod exec;
+mod exec_memlock;
 mod failure;
 mod leases;
 mod man;

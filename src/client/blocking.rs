@@ -142,6 +142,17 @@ impl Client {
         Ok(self.call(&lease.unmap_call(iova, size), &[])?.0.unmapped)
     }
 
+    /// Has this process's memlock limit raised to so many bytes, for what it or a program that it
+    /// starts maps for devices; returns what the limit is then. It is never lowered. The process is
+    /// the one that connected, which this must be.
+    ///
+    /// # Errors
+    /// [`Error::Broker`]: the policy does not allow as much, or nothing.
+    pub fn set_memlock(&mut self, lease: &Lease, bytes: u64) -> Result<u64> {
+        let (lease, key) = (lease.id().to_owned(), lease.key().to_owned());
+        Ok(self.call(&protocol::SetMemlock { lease, key, bytes }, &[])?.0.bytes)
+    }
+
     /// The IOMMU groups of the host with their devices, as far as the policy lets one see them.
     ///
     /// # Errors

@@ -110,6 +110,15 @@ impl Client {
         self.call(&lease.map_call(&range), &[memory.as_fd()]).await.map(drop)
     }
 
+    /// See [`super::Client::set_memlock`].
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn set_memlock(&mut self, lease: &Lease, bytes: u64) -> Result<u64> {
+        let (lease, key) = (lease.id().to_owned(), lease.key().to_owned());
+        Ok(self.call(&protocol::SetMemlock { lease, key, bytes }, &[]).await?.0.bytes)
+    }
+
     /// See [`super::Client::unmap_dma`].
     ///
     /// # Errors

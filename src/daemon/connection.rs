@@ -7,7 +7,8 @@ use super::outgoing::{Answer, SendError};
 use super::porter::NotTaken;
 use crate::broker::Caller;
 use crate::fdpass::{self, ReceiveError};
-use crate::protocol::{Error, Oversize, Request};
+use crate::policy::Peer;
+use crate::protocol::{Error, Memlock, Oversize, Request, SetMemlock};
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use std::os::fd::{AsFd, OwnedFd};
@@ -16,7 +17,7 @@ use std::sync::Arc;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
-use tracing::debug;
+use tracing::{debug, info};
 
 /// A connected client. While it is idle this is all there is of it: no buffers.
 pub(super) struct Connection {
@@ -97,6 +98,7 @@ impl Connection {
                 Ok(Request::Release(request)) => Box::pin(self.release(request)).await,
                 Ok(Request::MapDma(request)) => Box::pin(self.map_dma(request, fds)).await,
                 Ok(Request::UnmapDma(request)) => Box::pin(self.unmap_dma(request)).await,
+                Ok(Request::SetMemlock(request)) => self.set_memlock(&request),
                 Ok(Request::Topology(_)) => Box::pin(self.topology()).await,
                 Ok(Request::Leases(_)) => self.leases(),
                 Ok(Request::Watch(watch)) => return Box::pin(self.watch(watch)).await,
@@ -180,6 +182,15 @@ impl Connection {
         let taken = porters.take(account, self.caller.peer.uid, self.socket.get_ref()).await?;
         self.more = true;
         Ok(self.incoming.push(&taken.bytes, Sent::new(taken.files, &account.lane))?)
+    }
+
+    /// The process at the other end may have its limit raised.
+    fn set_memlock(&self, request: &SetMemlock) -> Result<Answer, Error> {
+        self.daemon.broker.may_lock(&self.caller, request)?;
+        let bytes = super::peer::raise_memlock(self.socket.as_fd(), request.bytes)?;
+        let Peer { uid, pid, .. } = self.caller.peer;
+        info!(uid, pid, bytes, lease = request.lease, "memlock limit raised");
+        Ok(Answer::reply(Memlock { bytes }))
     }
 
     pub(super) async fn send(&self, answer: Answer) -> Result<(), Lost> {

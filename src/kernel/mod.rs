@@ -18,6 +18,7 @@ mod group;
 pub mod inherited;
 mod iommufd;
 mod linux;
+pub mod memlock;
 mod memory;
 mod node;
 mod open_file;

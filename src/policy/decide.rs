@@ -64,6 +64,25 @@ impl Policy {
         self.tenants.iter().find(matches).ok_or_else(|| self.no_tenant(peer))
     }
 
+    /// Whether a process of the tenant may have its memlock limit raised to so many bytes.
+    ///
+    /// # Errors
+    /// [`Error::Denied`] it never is, [`Error::OverLimit`] not as far.
+    pub fn may_lock(&self, tenant: &Tenant, bytes: u64) -> Result<(), Error> {
+        if tenant.memlock == 0 {
+            let Tenant { name, line, .. } = tenant;
+            return Err(Error::Denied {
+                rule: format!("tenant {name:?} without memlock, {}:{line}", self.file),
+                reason: format!("the memlock limit of processes of {name:?} is not raised"),
+            });
+        }
+        if bytes > tenant.memlock {
+            let (limit, most) = ("memlock".to_owned(), tenant.memlock);
+            return Err(Error::OverLimit { limit, most, asked: bytes });
+        }
+        Ok(())
+    }
+
     fn no_tenant(&self, peer: &Peer) -> Refusal {
         let rule = format!("default deny, {}", self.file);
         let Peer { uid, gid, .. } = peer;

@@ -230,6 +230,20 @@ pub struct Unmapped {
     pub unmapped: u64,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetMemlock {
+    pub lease: String,
+    pub key: String,
+    pub bytes: u64,
+}
+method!(SetMemlock -> Memlock, "SetMemlock");
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memlock {
+    pub bytes: u64,
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Topology {}
@@ -351,6 +365,7 @@ pub enum Request {
     Release(Release),
     MapDma(MapDma),
     UnmapDma(UnmapDma),
+    SetMemlock(SetMemlock),
     Topology(Topology),
     Leases(Leases),
     Watch(Watch),
@@ -396,6 +411,7 @@ impl Request {
             Release::NAME => Self::Release(read(text)?),
             MapDma::NAME => Self::MapDma(read(text)?),
             UnmapDma::NAME => Self::UnmapDma(read(text)?),
+            SetMemlock::NAME => Self::SetMemlock(read(text)?),
             Topology::NAME => Self::Topology(read(text)?),
             Leases::NAME => Self::Leases(read(text)?),
             Watch::NAME => Self::Watch(read(text)?),

@@ -5,7 +5,7 @@
 
 use super::{
     Acquire, Call, Error, Frames, GetFds, GetInterfaceDescription, Leases, MAX_MESSAGE, MapDma,
-    Method, Release, Request, Topology, UnmapDma, Watch,
+    Method, Release, Request, SetMemlock, Topology, UnmapDma, Watch,
 };
 use serde::Serialize;
 
@@ -85,6 +85,7 @@ fn encode(request: &Request) -> Vec<u8> {
         Request::Release(release) => call(Release::NAME, release),
         Request::MapDma(map_dma) => call(MapDma::NAME, map_dma),
         Request::UnmapDma(unmap_dma) => call(UnmapDma::NAME, unmap_dma),
+        Request::SetMemlock(set_memlock) => call(SetMemlock::NAME, set_memlock),
         Request::Topology(topology) => call(Topology::NAME, topology),
         Request::Leases(leases) => call(Leases::NAME, leases),
         Request::Watch(watch) => call(Watch::NAME, watch),
@@ -168,6 +169,7 @@ mod tests {
             Release::NAME,
             MapDma::NAME,
             UnmapDma::NAME,
+            SetMemlock::NAME,
             Topology::NAME,
             Leases::NAME,
             Watch::NAME,

@@ -7,6 +7,7 @@
 mod broker;
 mod inherit;
 mod interpose;
+mod memlock;
 
 use broker::Broker;
 use serde_json::Value;

@@ -5,7 +5,7 @@ use crate::world::*;
 type Step = fn(&World);
 
 /// Its name, whether it needs iommufd, and what it does.
-pub const STEPS: [(&str, bool, Step); 9] = [
+pub const STEPS: [(&str, bool, Step); 10] = [
     ("the user may open no node", false, no_rights),
     ("legacy, a container that the broker attached", false, |world| legacy(world, "container")),
     ("legacy, an unattached group", false, |world| legacy(world, "group")),
@@ -14,6 +14,7 @@ pub const STEPS: [(&str, bool, Step); 9] = [
     ("iommufd, cold: open files by number", true, by_number),
     ("iommufd, opened by QEMU itself", true, by_iommufd_itself),
     ("a static program opens an iommufd and a device, and again", true, a_device_of_its_own),
+    ("512 MiB do not fit in the default memlock limit", false, memlock),
     ("QEMU that is killed leaves nothing", false, killed),
 ];
 
@@ -147,6 +148,24 @@ fn a_device_of_its_own(world: &World) {
     ];
     let said = steps(world.exec_for(EDU, &["--backend", "iommufd"], ENOUGH), &list);
     assert!(said.iter().all(|said| !said.starts_with('E')), "{said:?}");
+}
+
+fn memlock(world: &World) {
+    let device = format!("vfio-pci,id=hd0,host={NIC}");
+    let start =
+        |options: &[&str]| Qemu::start(world.exec(options, 8 * MIB), "512", &["-device", &device]);
+    let mut without = start(&[]);
+    assert!(!without.greets(), "it started with 8 MiB");
+    assert_ne!(without.launcher.wait().unwrap().code(), Some(0));
+    let mut with = start(&["--memlock", "auto"]);
+    let started = with.greets();
+    if world.names_peers {
+        assert!(started, "it did not start");
+        assert_eq!(with.device("hd0"), E1000E);
+        assert_eq!(with.quit().code(), Some(0));
+    } else {
+        assert!(!started, "Unsupported before Linux 6.5");
+    }
 }
 
 fn killed(world: &World) {

@@ -37,6 +37,8 @@ rights = ["observe"]
 pub struct World {
     pub kernel: String,
     pub has_iommufd: bool,
+    /// Whether it says which process has connected (SO_PEERPIDFD).
+    pub names_peers: bool,
     dir: tempfile::TempDir,
     daemon: Child,
     daemons_files: usize,
@@ -70,7 +72,8 @@ impl World {
         let daemon = command.stdin(Stdio::null()).spawn().unwrap();
         let has_iommufd = Path::new("/dev/iommu").exists();
         let kernel = format!("Linux {}", release.trim());
-        let mut world = Self { kernel, has_iommufd, dir, daemon, daemons_files: 0 };
+        let names_peers = !release.starts_with("6.1.");
+        let mut world = Self { kernel, has_iommufd, names_peers, dir, daemon, daemons_files: 0 };
         until("the daemon answers", || UnixStream::connect(world.socket()).is_ok());
         // What the daemon opens once and keeps is open after the first lease.
         assert!(world.exec(&["--inherit"], 8 * MIB).arg("true").status().unwrap().success());
@@ -197,33 +200,24 @@ impl Qemu {
         Self { launcher, input, output }
     }
 
-    /// Its greeting; `None` where it ends before.
+    /// Whether it comes as far as answering its monitor; it greets before it has its devices.
     pub fn greets(&mut self) -> bool {
-        let greeting = self.output.next();
-        if greeting.is_none() {
-            return false;
-        }
-        self.ask("qmp_capabilities");
-        true
+        self.output.next().is_some() && self.try_ask("qmp_capabilities").is_some()
     }
 
     /// A command's answer.
     pub fn ask(&mut self, command: &str) -> Value {
-        self.ask_with(command, Value::Null)
+        self.try_ask(command).expect("QEMU has ended")
     }
 
-    pub fn ask_with(&mut self, command: &str, arguments: Value) -> Value {
-        let mut message = serde_json::json!({ "execute": command });
-        if !arguments.is_null() {
-            message["arguments"] = arguments;
-        }
-        writeln!(self.input, "{message}").unwrap();
+    fn try_ask(&mut self, command: &str) -> Option<Value> {
+        let message = serde_json::json!({ "execute": command });
+        writeln!(self.input, "{message}").ok()?;
         loop {
-            let line = self.output.next().expect("QEMU has ended").unwrap();
-            let answer: Value = serde_json::from_str(&line).unwrap();
+            let answer: Value = serde_json::from_str(&self.output.next()?.unwrap()).unwrap();
             assert!(answer.get("error").is_none(), "{command}: {answer}");
             if let Some(answer) = answer.get("return") {
-                return answer.clone();
+                return Some(answer.clone());
             }
         }
     }
