@@ -12,6 +12,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// How long is waited before what is in use is asked for again, in milliseconds.
+const BEFORE_BUSY: [u64; 7] = [0, 1, 2, 4, 8, 16, 32];
+
 /// How long is waited for our copies of a tenant's files to be closed; one may hang.
 const OUR_COPIES: Duration = Duration::from_secs(1);
 
@@ -50,10 +53,15 @@ impl Connection {
     pub(super) async fn get_fds(&self, request: GetFds) -> Result<Answer, Error> {
         let lane = &self.seat.account.own_lane;
         let mut result = self.open_anew(&request).await;
-        if matches!(&result, Err(Error::Kernel { errno, .. }) if *errno == Errno::EBUSY as i32) {
+        for wait in BEFORE_BUSY {
+            match &result {
+                Err(Error::Kernel { errno, .. }) if *errno == Errno::EBUSY as i32 => {}
+                _ => break,
+            }
             // What is in use may be our own copy of what was sent before, which is closed some time
-            // soon: only after that it is known to be somebody else's.
+            // soon, or one that a process has which is being started, here or at the holder's.
             lane.drained(OUR_COPIES).await;
+            tokio::time::sleep(Duration::from_millis(wait)).await;
             result = self.open_anew(&request).await;
         }
         let (reply, fds) = result?;
