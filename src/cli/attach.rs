@@ -5,6 +5,7 @@ use super::style::{print, print_json_line, printable};
 use super::{Context, Failure};
 use crate::qmp::hotplug::{Attach, Attached, attach};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Get a device and plug it into a running QEMU
 ///
@@ -34,6 +35,9 @@ pub(super) struct Args {
     /// Share this iommufd object of QEMU's command line [default: one for all attached devices]
     #[arg(long, value_name = "ID")]
     iommufd: Option<String>,
+    /// How long QEMU may take for each step, in seconds: plugging in pins the guest's memory
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    timeout: u64,
     /// A property of QEMU's vfio-pci, as in -device; may come several times
     #[arg(long = "property", value_name = "NAME=VALUE", value_parser = property)]
     properties: Vec<(String, String)>,
@@ -58,6 +62,7 @@ pub(super) fn run(context: &Context, args: Args) -> Result<(), Failure> {
     request = args.iommufd.into_iter().fold(request, Attach::iommufd);
     let mut broker = context.connect()?;
     let mut monitor = qemu::connect(&args.qmp)?;
+    monitor.set_timeout(Duration::from_secs(args.timeout));
     let attached = attach(&mut monitor, &mut broker, &request);
     let attached = attached.map_err(|error| qemu::failure(error).about(&named))?;
     let Attached { device, id, lease } = attached;
