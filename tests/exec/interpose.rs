@@ -225,7 +225,11 @@ fn status_and_signal_are_the_programs_own() {
 
 /// A probe that has said that it is there.
 fn waiting(broker: &Broker, list: &[&str]) -> (Child, BufReader<std::process::ChildStdout>) {
-    let mut command = steps(broker, &[], &[&["say:here"], list].concat());
+    let wanted = steps(broker, &[], &[&["say:here"], list].concat());
+    // What is ignored stays so in a program that is started, and whoever runs the tests may ignore
+    // some: nohup does.
+    let mut command = Command::new("env");
+    command.arg("--default-signal=HUP,INT,QUIT").arg(wanted.get_program()).args(wanted.get_args());
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let mut output = BufReader::new(child.stdout.take().unwrap());
     let mut line = String::new();
