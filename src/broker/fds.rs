@@ -3,6 +3,7 @@
 use super::acquire::gives_container;
 use super::books::{Books, Entry, Files, Lifeline};
 use super::{Broker, Caller, LifelineId, SentFd, lifeline, no_such_lease};
+use crate::host;
 use crate::kernel::{Container, Group, Node};
 use crate::ledger::{Lease, Refusal};
 use crate::protocol::{Bdf, Error, Fd, FdKind, Fds, GetFds, Handout};
@@ -70,6 +71,7 @@ impl Broker {
                     groups.into_iter().filter(|id| request.wants(FdKind::Group, &id.to_string()))
                 {
                     let group = Group::open(Arc::clone(&self.kernel), Node::Group(id))?;
+                    self.check_members(&lease, id)?;
                     fds.push(Named::group(id, group.into()));
                 }
                 // Whoever opens nodes by itself wants one; to all others it means nothing.
@@ -95,6 +97,7 @@ impl Broker {
                 let used = lease.devices.iter().filter(|handed| !handed.withheld);
                 for handed in used.filter(|d| request.wants(FdKind::Cdev, &d.bdf.to_string())) {
                     let cdev = self.open_cdev(handed.bdf)?;
+                    self.check_members(&lease, handed.group)?;
                     files.registrations.insert(handed.bdf, cdev.registration);
                     fds.push(Named::cdev(handed.bdf, cdev));
                 }
@@ -127,6 +130,18 @@ impl Broker {
             return None;
         }
         Some(self.with_lifeline(&entry, request, kept(&lease, &entry, &files, request)))
+    }
+
+    /// Whether what was opened anew is what the lease has: numbers and addresses pass to others as a
+    /// host's devices come and go, but not while one has the new file open.
+    fn check_members(&self, lease: &Lease, group: u32) -> Result<(), Error> {
+        for handed in lease.devices.iter().filter(|handed| handed.group == group) {
+            if host::find(&*self.kernel, handed.bdf)? != host::Place::Group(group) {
+                let why = format!("it is no longer in group {group}, which the lease has");
+                return Err(Error::Conflict { what: handed.bdf.to_string(), why });
+            }
+        }
+        Ok(())
     }
 
     fn live(&self, entry: &Entry) -> Result<Lease, Error> {

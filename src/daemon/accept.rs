@@ -39,6 +39,9 @@ pub(super) async fn serve(daemon: Rc<Daemon>, listener: UnixListener) {
             Ok(readable) => readable,
             Err(failure) => return error!(%failure, "can't wait for connections any more"),
         };
+        while daemon.accounts.waiting().are_too_many() {
+            tokio::time::sleep(PAUSE).await;
+        }
         match listener.accept() {
             Ok((stream, _)) => {
                 admit(&daemon, stream);

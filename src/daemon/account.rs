@@ -3,7 +3,7 @@
 
 use super::closer::{Closer, Lane};
 use super::limit::RateLimit;
-use super::porter::{MOST_OF_OWNER, Sink};
+use super::porter::{MOST_OF_OWNER, Sink, Stuck, Waiting};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
 use crate::protocol::{Error, Handout};
 use std::cell::{Cell, RefCell};
@@ -37,6 +37,7 @@ pub(super) struct Accounts {
     /// and have any number of porters.
     strangers_lane: Lane,
     strangers_sink: Rc<Sink>,
+    waiting: Waiting,
     strangers: Cell<usize>,
     by_owner: RefCell<HashMap<Owner, Rc<Account>>>,
     connections: Cell<usize>,
@@ -57,6 +58,8 @@ pub(super) struct Account {
     pub(super) sink: Rc<Sink>,
     /// Messages of its that porters take, at a time.
     pub(super) porters: Semaphore,
+    /// Those that could not be ended.
+    pub(super) stuck: Stuck,
     /// Requests in flight that are not answered on the event loop.
     pub(super) requests: Arc<Semaphore>,
     pub(super) most_requests: usize,
@@ -78,15 +81,22 @@ pub(super) struct Seat {
 impl Accounts {
     pub(super) fn new(most_connections: usize, closer: Closer) -> Self {
         let strangers_lane = closer.lane();
+        let waiting = Waiting::default();
         Self {
             closer,
-            strangers_sink: Sink::new(strangers_lane.clone()),
+            strangers_sink: Sink::new(waiting.clone()),
+            waiting,
             strangers_lane,
             strangers: Cell::new(0),
             by_owner: RefCell::default(),
             connections: Cell::new(0),
             most_connections,
         }
+    }
+
+    /// The sockets that wait for a process that closes them.
+    pub(super) fn waiting(&self) -> &Waiting {
+        &self.waiting
     }
 
     /// Where the connections of those end who belong to no tenant.
@@ -141,10 +151,7 @@ impl Accounts {
         }
         by_owner.retain(|_, account| !account.is_forgettable());
         let (lane, sink) = match &tenant {
-            Ok(_) => {
-                let lane = self.closer.lane();
-                (lane.clone(), Sink::new(lane))
-            }
+            Ok(_) => (self.closer.lane(), Sink::new(self.waiting.clone())),
             Err(_) => (self.strangers_lane.clone(), Rc::clone(&self.strangers_sink)),
         };
         let own_lane = self.closer.lane();
@@ -175,6 +182,7 @@ impl Account {
             own_lane,
             sink,
             porters: Semaphore::new(MOST_OF_OWNER),
+            stuck: Stuck::default(),
             requests: Arc::new(Semaphore::new(most_requests)),
             most_requests,
             denials: RefCell::new(RateLimit::new(20)),

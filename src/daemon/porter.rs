@@ -12,7 +12,7 @@ mod errand;
 mod sink;
 
 pub use errand::be_one_if_asked;
-pub(super) use sink::Sink;
+pub(super) use sink::{Sink, Waiting};
 
 use super::account::Account;
 use crate::fdpass;
@@ -39,6 +39,9 @@ const MOST_OF_UID: usize = 4;
 pub(super) const MOST_OF_OWNER: usize = 8;
 const MOST: usize = 32;
 
+/// Of one owner's porters, whatever their uids.
+const MOST_STUCK_OF_OWNER: usize = 16;
+
 /// How long a porter may take to hand over what it received, and then to close the rest.
 const PATIENCE: Duration = Duration::from_secs(10);
 const CLOSING_PATIENCE: Duration = Duration::from_millis(200);
@@ -54,7 +57,7 @@ pub(super) struct Taken {
 /// Why nothing was taken.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum NotTaken {
-    #[error("{0} processes that hold this uid's files can't be ended")]
+    #[error("{0} processes that hold this client's files can't be ended")]
     Stuck(usize),
     #[error("more than {} fds in one message", fdpass::MAX_FDS)]
     TooMany,
@@ -66,14 +69,7 @@ pub(super) enum NotTaken {
 #[derive(Debug)]
 pub(super) struct Porters {
     places: Semaphore,
-    by_uid: RefCell<HashMap<u32, Rc<OfUid>>>,
-}
-
-/// What is at work for one uid.
-#[derive(Debug)]
-struct OfUid {
-    places: Semaphore,
-    stuck: RefCell<Vec<Child>>,
+    by_uid: RefCell<HashMap<u32, Rc<Semaphore>>>,
 }
 
 impl Default for Porters {
@@ -93,38 +89,42 @@ impl Porters {
         uid: u32,
         socket: &OwnedFd,
     ) -> Result<Taken, NotTaken> {
-        let of_uid = self.of(uid);
-        let stuck = of_uid.still_stuck();
-        if stuck >= MOST_STUCK {
+        if let Some(stuck) = account.stuck.are_too_many(uid) {
             return Err(NotTaken::Stuck(stuck));
         }
+        let of_uid = self.of(uid);
         let socket = socket.try_clone().map_err(NotTaken::Failed)?;
         let ending = |_| NotTaken::Failed(Errno::ECANCELED.into());
-        let _of_uid = of_uid.places.acquire().await.map_err(ending)?;
+        let _of_uid = of_uid.acquire().await.map_err(ending)?;
         let _of_owner = account.porters.acquire().await.map_err(ending)?;
         let _of_all = self.places.acquire().await.map_err(ending)?;
         let done = spawn_blocking(move || take(socket)).await;
         let (result, left) = done.map_err(|error| NotTaken::Failed(error.into()))?;
-        of_uid.stuck.borrow_mut().extend(left);
+        account.stuck.0.borrow_mut().extend(left.map(|child| (uid, child)));
         result
     }
 
-    fn of(&self, uid: u32) -> Rc<OfUid> {
+    fn of(&self, uid: u32) -> Rc<Semaphore> {
         let mut by_uid = self.by_uid.borrow_mut();
-        if let Some(of_uid) = by_uid.get(&uid) {
-            return Rc::clone(of_uid);
+        if let Some(places) = by_uid.get(&uid) {
+            return Rc::clone(places);
         }
-        by_uid.retain(|_, of_uid| Rc::strong_count(of_uid) > 1 || of_uid.still_stuck() > 0);
-        let of_uid = OfUid { places: Semaphore::new(MOST_OF_UID), stuck: RefCell::default() };
-        Rc::clone(by_uid.entry(uid).or_insert(Rc::new(of_uid)))
+        by_uid.retain(|_, places| Rc::strong_count(places) > 1);
+        Rc::clone(by_uid.entry(uid).or_insert(Rc::new(Semaphore::new(MOST_OF_UID))))
     }
 }
 
-impl OfUid {
-    fn still_stuck(&self) -> usize {
-        let mut stuck = self.stuck.borrow_mut();
-        stuck.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-        stuck.len()
+/// An owner's porters that did not end even when they were killed, with whom they were started for.
+#[derive(Debug, Default)]
+pub(super) struct Stuck(RefCell<Vec<(u32, Child)>>);
+
+impl Stuck {
+    /// How many there are, where that is too many for one more of this uid.
+    fn are_too_many(&self, uid: u32) -> Option<usize> {
+        let mut stuck = self.0.borrow_mut();
+        stuck.retain_mut(|(_, child)| matches!(child.try_wait(), Ok(None)));
+        let own = stuck.iter().filter(|(of, _)| *of == uid).count();
+        (own >= MOST_STUCK || stuck.len() >= MOST_STUCK_OF_OWNER).then_some(stuck.len())
     }
 }
 

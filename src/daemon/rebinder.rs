@@ -119,11 +119,25 @@ fn write(device: Bdf, driver: Option<&str>) -> Result<(), String> {
     let write = |path: String| {
         std::fs::write(&path, device.to_string()).map_err(|error| format!("{path}: {error}"))
     };
+    // The daemon looked a while ago. What is a host driver's by now, or could become one's, nobody
+    // has named.
+    let at = format!("/sys/bus/pci/devices/{device}");
     match driver {
         Some(driver) => {
+            if !std::path::Path::new(&format!("{at}/vfio-dev")).exists() {
+                return Err(format!("{device} is not on a VFIO driver any more"));
+            }
             write(format!("/sys/bus/pci/drivers/{driver}/unbind"))?;
             write(format!("/sys/bus/pci/drivers/{driver}/bind"))
         }
-        None => write("/sys/bus/pci/drivers_probe".into()),
+        None => {
+            let wanted = std::fs::read_to_string(format!("{at}/driver_override"));
+            if !wanted.as_ref().is_ok_and(|driver| driver.contains("vfio")) {
+                return Err(format!(
+                    "{device} has no driver, and its driver_override names no VFIO one"
+                ));
+            }
+            write("/sys/bus/pci/drivers_probe".into())
+        }
     }
 }

@@ -56,7 +56,7 @@ impl<Work, Late> Job<Work, Late> {
                 asked: most + 1,
             });
         };
-        let (sender, receiver) = oneshot::channel();
+        let (sender, mut receiver) = oneshot::channel();
         let broker = Arc::clone(broker);
         let task = spawn_blocking(move || {
             let _place = place;
@@ -66,7 +66,13 @@ impl<Work, Late> Job<Work, Late> {
                 late(&broker, done);
             }
         });
-        match timeout_at(until, receiver).await {
+        let mut result = timeout_at(until, &mut receiver).await;
+        if result.is_err() {
+            // It may have come just now; from here on it can't.
+            receiver.close();
+            result = receiver.try_recv().map_or(result, |done| Ok(Ok(done)));
+        }
+        match result {
             Ok(Ok(result)) => result,
             Ok(Err(_)) => Err(failed(call, object, Errno::EIO, "a bug of the broker: see its log")),
             Err(_) => {

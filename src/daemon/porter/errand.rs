@@ -11,7 +11,7 @@ use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ExitCode;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 /// What it is called in the list of processes; a program that is started under this name is one.
 pub(super) const NAME: &str = "vfio-broker-porter";
@@ -144,41 +144,45 @@ fn drop_rights() -> nix::Result<()> {
     result
 }
 
-/// Closes what the daemon gives until it gives no more, some at a time. It says when its own copies
-/// are closed: before that, the last close could be its own.
+/// Closes what the daemon gives until it gives no more: as many at a time as there are threads, while
+/// the others wait here. It says when its own copies are closed: before that, the last close could be
+/// its own.
 fn close_as_they_come(given: BorrowedFd<'_>) {
-    let closing = Arc::new((Mutex::new(0_usize), Condvar::new()));
-    let wait_for = |less_than: usize| {
-        let (count, changed) = &*closing;
-        let count = count.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = changed.wait_while(count, |count| *count >= less_than);
-        waited.unwrap_or_else(PoisonError::into_inner)
+    let (sockets, to_close) = mpsc::channel::<OwnedFd>();
+    let to_close = Arc::new(Mutex::new(to_close));
+    let mut closers = Vec::new();
+    let start_one = || {
+        let to_close = Arc::clone(&to_close);
+        let close = move || {
+            loop {
+                let next = to_close.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                let Ok(socket) = next else { return };
+                drop(socket);
+            }
+        };
+        // With fewer, or with none at the end, it goes on as well.
+        std::thread::Builder::new().stack_size(STACK).spawn(close)
     };
     let mut held = Vec::new();
     while let Ok(got) = fdpass::receive_all(given, &mut [0; 1], MsgFlags::empty()) {
         if got.len == 0 {
             break;
         }
-        if !got.fds.is_empty() {
-            held.extend(got.fds);
-            continue;
-        }
-        for socket in held.drain(..) {
-            *wait_for(MOST_CLOSING) += 1;
-            let closing = Arc::clone(&closing);
-            let close = move || {
-                drop(socket);
-                let (count, changed) = &*closing;
-                *count.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
-                changed.notify_all();
-            };
-            // Without a thread it is closed here, as what was to be done is dropped.
-            if std::thread::Builder::new().stack_size(STACK).spawn(close).is_err() {
-                *wait_for(usize::MAX) -= 1;
+        if got.fds.is_empty() {
+            for socket in held.drain(..) {
+                if closers.len() < MOST_CLOSING {
+                    closers.extend(start_one());
+                }
+                // There is a receiver as long as `to_close` is here.
+                let _ = sockets.send(socket);
             }
         }
+        held.extend(got.fds);
     }
-    drop(wait_for(1));
+    drop(sockets);
+    for closer in closers {
+        let _ = closer.join();
+    }
 }
 
 fn take(socket: &OwnedFd) -> nix::Result<()> {

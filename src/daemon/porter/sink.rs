@@ -2,10 +2,11 @@
 //! so a socket that holds anything goes to a porter, which closes each in a thread of its own.
 //!
 //! One owner has one such porter, for as long as sockets come. It has them as soon as they are sent
-//! to it, so that nothing waits here; one that takes no more is ended and replaced.
+//! to it, so that nothing waits here; one that takes no more is ended and replaced. Of those that
+//! can't be ended an owner has a few, and the last one is kept, to hold what comes. None of this is
+//! ever closed here: rather than that, nobody is let in.
 
 use super::super::account::Seat;
-use super::super::closer::Lane;
 use super::errand::{Errand, MOST_STUCK};
 use super::{Porter, fdpass};
 use nix::errno::Errno;
@@ -22,42 +23,56 @@ use tokio::time::{sleep, timeout};
 /// How long a porter is kept for sockets that may come, and then has for what it still closes.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// How often is looked whether one that could not be ended has ended.
-const STUCK_PAUSE: Duration = Duration::from_secs(1);
+/// How long after that is tried again what could not be.
+const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
-/// More sockets than this don't wait for a porter.
+/// While more sockets than this wait for porters, nobody is let in.
 const MOST_WAITING: usize = 1024;
+
+/// The sockets of all owners that wait.
+#[derive(Clone, Debug, Default)]
+pub(in super::super) struct Waiting(Rc<Cell<usize>>);
+
+impl Waiting {
+    /// Whether no more should come.
+    pub(in super::super) fn are_too_many(&self) -> bool {
+        self.0.get() >= MOST_WAITING
+    }
+}
 
 /// The end of one owner's connections. Lives on the event loop.
 #[derive(Debug)]
 pub(in super::super) struct Sink {
-    /// Where sockets go for which no porter can be had.
-    lane: Lane,
+    of_all: Waiting,
     /// With the places that they keep until they are handed over.
     waiting: RefCell<Vec<(OwnedFd, Option<Seat>)>>,
     runs: Cell<bool>,
     more: Notify,
     stuck: RefCell<Vec<Child>>,
+    /// The last one, with what it may not be able to close.
+    kept: RefCell<Option<Porter>>,
 }
 
 impl Sink {
-    pub(in super::super) fn new(lane: Lane) -> Rc<Self> {
+    pub(in super::super) fn new(of_all: Waiting) -> Rc<Self> {
         Rc::new(Self {
-            lane,
+            of_all,
             waiting: RefCell::default(),
             runs: Cell::new(false),
             more: Notify::new(),
             stuck: RefCell::default(),
+            kept: RefCell::default(),
         })
     }
 
-    /// Closes a peer's socket: here if there is nothing in it, else by a porter.
+    /// Closes a peer's socket: here if no file is in it, else by a porter.
     pub(in super::super) fn close(self: &Rc<Self>, socket: OwnedFd, seat: Option<Seat>) {
         // From here on nothing more gets into its queue.
         let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
-        if fdpass::peek(socket.as_fd(), &mut [0]).is_ok_and(|next| next.len == 0) {
+        if is_emptied(&socket) {
             return;
         }
+        self.of_all.0.update(|count| count + 1);
         self.waiting.borrow_mut().push((socket, seat));
         self.more.notify_one();
         if !self.runs.replace(true) {
@@ -66,7 +81,7 @@ impl Sink {
     }
 
     async fn run(self: Rc<Self>) {
-        let mut porter = None;
+        let mut porter = self.kept.take();
         while self.is_wanted().await {
             let fresh = porter.is_none();
             let Some(at_work) = self.porter(porter.take()).await else { continue };
@@ -76,15 +91,19 @@ impl Sink {
                     // It is full of what does not end, or it was ended.
                     self.end(at_work, Duration::ZERO).await;
                     if fresh && errno != Errno::EAGAIN {
-                        self.give_up(0);
+                        sleep(RETRY_PAUSE).await;
                     }
                 }
             }
         }
         // What comes from now on starts another.
         self.runs.set(false);
-        if let Some(porter) = porter {
-            self.end(porter, PAUSE).await;
+        match porter {
+            Some(last) if self.still_stuck() + 1 >= MOST_STUCK => {
+                self.kept.replace(Some(last));
+            }
+            Some(porter) => self.end(porter, PAUSE).await,
+            None => {}
         }
     }
 
@@ -98,24 +117,24 @@ impl Sink {
         true
     }
 
-    /// The one that is there, or another; none for now where too many could not be ended.
+    /// The one that is there, or another; none for now where none can be had.
     async fn porter(&self, there: Option<Porter>) -> Option<Porter> {
         if there.is_some() {
             return there;
         }
-        self.stuck.borrow_mut().retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-        if self.stuck.borrow().len() >= MOST_STUCK {
-            self.give_up(MOST_WAITING);
-            sleep(STUCK_PAUSE).await;
-            return None;
+        if self.still_stuck() < MOST_STUCK
+            && let Ok(Ok(porter)) = spawn_blocking(|| Porter::start(Errand::Close)).await
+        {
+            return Some(porter);
         }
-        match spawn_blocking(|| Porter::start(Errand::Close)).await {
-            Ok(Ok(porter)) => Some(porter),
-            _ => {
-                self.give_up(0);
-                None
-            }
-        }
+        sleep(RETRY_PAUSE).await;
+        None
+    }
+
+    fn still_stuck(&self) -> usize {
+        let mut stuck = self.stuck.borrow_mut();
+        stuck.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        stuck.len()
     }
 
     /// Sends a porter all that waits; it never waits itself.
@@ -128,16 +147,10 @@ impl Sink {
             fdpass::send(porter.as_fd(), b"f", &sockets, MsgFlags::MSG_DONTWAIT)?;
             // It has copies and closes them at the next word, so ours are not the last ones.
             waiting.drain(..some);
+            self.of_all.0.update(|count| count - some);
             fdpass::send(porter.as_fd(), b"c", &[], MsgFlags::MSG_DONTWAIT)?;
         }
         Ok(())
-    }
-
-    /// Has a thread of ours close them, but for the last so many.
-    fn give_up(&self, but: usize) {
-        let mut waiting = self.waiting.borrow_mut();
-        let many = waiting.len().saturating_sub(but);
-        self.lane.close(waiting.drain(..many).map(|(socket, _)| socket));
     }
 
     async fn end(&self, mut porter: Porter, patience: Duration) {
@@ -148,6 +161,24 @@ impl Sink {
         });
         if let Ok(Some(stuck)) = ended.await {
             self.stuck.borrow_mut().push(stuck);
+        }
+    }
+}
+
+/// Reads what no files come with, so that most sockets need no porter. False where there is more. It
+/// is not much: what one peer could send before nobody read it.
+fn is_emptied(socket: &OwnedFd) -> bool {
+    let mut buffer = [0; 4096];
+    loop {
+        match fdpass::peek(socket.as_fd(), &mut buffer) {
+            Ok(next) if next.len == 0 => return true,
+            Ok(next) if !next.fds => {
+                let bytes = &mut buffer[..next.len];
+                if fdpass::receive(socket.as_fd(), bytes, 0, MsgFlags::MSG_DONTWAIT).is_err() {
+                    return false;
+                }
+            }
+            _ => return false,
         }
     }
 }
