@@ -35,7 +35,7 @@ fn main() {
 fn sizes() {
     let daemon = Daemon::start();
     let idle = daemon.resident();
-    let none = daemon.open_files();
+    let none = daemon.settled_files();
     let connections = open(&daemon, MOST);
     daemon.settle(|files| files >= none + MOST);
     let a_connection = (daemon.resident().saturating_sub(idle)) as f64 / MOST as f64;
@@ -60,7 +60,7 @@ fn delays() {
     let call = raw::get_fds(&lease, true);
     let mut client = RawClient::new(daemon.connect());
     let fds = client.call(&call).1.len();
-    let base = daemon.open_files();
+    let base = daemon.settled_files();
     // By number of connections: each round's median and p99.
     let mut medians = [const { Vec::new() }; IDLE.len()];
     let mut highs = [const { Vec::new() }; IDLE.len()];

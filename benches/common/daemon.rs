@@ -108,6 +108,15 @@ impl Daemon {
         fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
     }
 
+    /// Its open files once those of connections and calls that have just ended are closed.
+    pub fn settled_files(&self) -> usize {
+        let each = (0..20).map(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            self.open_files()
+        });
+        each.min().unwrap_or_default()
+    }
+
     /// Waits until it has that many open files, or fewer with `at_most`.
     pub fn settle(&self, done: impl Fn(usize) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(60);
