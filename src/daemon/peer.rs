@@ -5,7 +5,6 @@ use crate::kernel::{self, peer};
 use crate::policy::Peer;
 use crate::protocol::Error;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -27,13 +26,15 @@ pub(super) fn describe(socket: BorrowedFd<'_>, with_unit: bool) -> Result<Peer, 
 /// passed to another process, so the pidfd must show the first one alive before and after.
 fn unit(socket: BorrowedFd<'_>, pid: i32) -> Result<Option<String>, Errno> {
     let Some(pidfd) = peer::pidfd(socket)? else { return Ok(None) };
-    if pid <= 0 || !alive(pidfd.as_fd())? {
+    if pid <= 0 || !peer::is_alive(pidfd.as_fd())? {
         return Ok(None);
     }
     let Ok(cgroup) = std::fs::read_to_string(format!("/proc/{pid}/cgroup")) else {
         return Ok(None);
     };
-    Ok(system_unit(&cgroup).filter(|_| alive(pidfd.as_fd()) == Ok(true)).map(str::to_owned))
+    Ok(system_unit(&cgroup)
+        .filter(|_| peer::is_alive(pidfd.as_fd()) == Ok(true))
+        .map(str::to_owned))
 }
 
 /// Raises the memlock limit of the process that connected.
@@ -51,11 +52,6 @@ pub(super) fn raise_memlock(socket: BorrowedFd<'_>, bytes: u64) -> Result<u64, E
             .into(),
     })?;
     Ok(raise(pidfd.as_fd(), credentials.pid(), bytes)?)
-}
-
-/// A pidfd is readable once its process has ended.
-fn alive(pidfd: BorrowedFd<'_>) -> Result<bool, Errno> {
-    Ok(poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], PollTimeout::ZERO)? == 0)
 }
 
 /// The system unit in a `/proc/PID/cgroup` of cgroup v2: what is below the slices. Below

@@ -17,7 +17,7 @@ pub(super) use sink::{Sink, Waiting};
 use super::account::Account;
 use crate::fdpass;
 use crate::protocol::Error;
-use errand::{Errand, MOST_STUCK, NAME, Report};
+use errand::{Errand, NAME, Report};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, setsockopt, shutdown, socketpair,
@@ -39,7 +39,11 @@ const MOST_OF_UID: usize = 4;
 pub(super) const MOST_OF_OWNER: usize = 8;
 const MOST: usize = 32;
 
-/// Of one owner's porters, whatever their uids.
+/// Porters that did not end even when they were killed: those that take messages for one uid, those
+/// that close one owner's sockets.
+const MOST_STUCK: usize = 4;
+
+/// Of those that take messages for one owner, whatever their uids.
 const MOST_STUCK_OF_OWNER: usize = 16;
 
 /// How long a porter may take to hand over what it received, and then to close the rest.

@@ -2,10 +2,10 @@
 
 #![allow(unsafe_code)]
 
+use super::peer::is_alive;
 use super::{Error, Result};
 use nix::errno::Errno;
 use nix::libc;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::BorrowedFd;
 
 const CALL: &str = "prlimit";
@@ -36,11 +36,6 @@ pub fn raise_memlock(pidfd: BorrowedFd<'_>, pid: i32, bytes: u64) -> Result<u64>
         }
     }
     Ok(wanted.rlim_cur)
-}
-
-/// A pidfd is readable once its process has ended.
-fn is_alive(pidfd: BorrowedFd<'_>) -> std::result::Result<bool, Errno> {
-    Ok(poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], PollTimeout::ZERO)? == 0)
 }
 
 /// Sets the limit, if there is a new one; returns what it was.

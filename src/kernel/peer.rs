@@ -5,6 +5,7 @@
 
 use nix::errno::Errno;
 use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// Linux 6.5 and later.
@@ -69,6 +70,14 @@ pub fn pidfd(socket: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
         // it.
         Ok(_) => Ok(Some(unsafe { OwnedFd::from_raw_fd(RawFd::from_ne_bytes(bytes)) })),
     }
+}
+
+/// Whether a pidfd's process has not ended: the pidfd is readable once it has.
+///
+/// # Errors
+/// See poll(2).
+pub fn is_alive(pidfd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    Ok(poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], PollTimeout::ZERO)? == 0)
 }
 
 /// Has the kernel refuse fds that are sent to this socket, with EPERM at their sender.

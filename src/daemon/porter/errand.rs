@@ -16,9 +16,6 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 /// What it is called in the list of processes; a program that is started under this name is one.
 pub(super) const NAME: &str = "vfio-broker-porter";
 
-/// Porters for one uid or owner that did not end even when they were killed.
-pub(super) const MOST_STUCK: usize = 4;
-
 /// A report and what it reports on, at most: 16 reasons and a message.
 pub(super) const MOST_BYTES: usize = MAX_MESSAGE + (16 << 10);
 

@@ -7,8 +7,8 @@
 //! ever closed here: rather than that, nobody is let in.
 
 use super::super::account::Seat;
-use super::errand::{Errand, MOST_STUCK};
-use super::{Porter, fdpass};
+use super::errand::Errand;
+use super::{MOST_STUCK, Porter, fdpass};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
 use std::cell::{Cell, RefCell};
