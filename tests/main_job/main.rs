@@ -10,6 +10,8 @@
 mod edu;
 mod role;
 mod story;
+#[path = "../common/until.rs"]
+mod until;
 mod world;
 
 use std::process::ExitCode;

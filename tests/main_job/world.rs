@@ -1,6 +1,7 @@
 //! What the story happens in: a kernel, its devices, a policy, and the daemon.
 
 use crate::role::Role;
+pub use crate::until::until;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -10,7 +11,6 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 use vfio_broker::client::Client;
 use vfio_broker::sim::Wire;
 
@@ -261,16 +261,6 @@ impl Drop for Actor {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-    }
-}
-
-/// Waits for something that happens by itself, and says what if it does not.
-#[track_caller]
-pub fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !done() {
-        assert!(Instant::now() < deadline, "in a minute it was not so: {what}");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

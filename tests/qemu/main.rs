@@ -6,6 +6,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
 mod story;
+#[path = "../common/until.rs"]
+mod until;
 mod world;
 
 use std::process::ExitCode;

@@ -1,5 +1,6 @@
 //! A real kernel, the daemon as root, and programs as an ordinary user.
 
+pub use crate::until::until;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 use std::fs;
@@ -9,7 +10,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vfio_broker::client::Client;
 use vfio_broker::protocol::GroupState;
 
@@ -277,15 +278,5 @@ impl Drop for Qemu {
     fn drop(&mut self) {
         let _ = self.launcher.kill();
         let _ = self.launcher.wait();
-    }
-}
-
-/// Waits for something that happens by itself, and says what if it does not.
-#[track_caller]
-pub fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !done() {
-        assert!(Instant::now() < deadline, "in a minute it was not so: {what}");
-        std::thread::sleep(Duration::from_millis(5));
     }
 }
