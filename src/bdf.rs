@@ -24,6 +24,16 @@ impl Bdf {
         self.device << 3 | self.function
     }
 
+    /// Reads what a person types: the full form, or `65:00.0` as `lspci` shows it, which is in
+    /// domain 0.
+    ///
+    /// # Errors
+    ///
+    /// [`NotABdf`].
+    pub fn typed(text: &str) -> Result<Self, NotABdf> {
+        text.parse().or_else(|_| format!("0000:{text}").parse())
+    }
+
     /// The address `by` routing ids further on; `None` past the end of the segment.
     pub fn plus(self, by: u32) -> Option<Self> {
         let id = u32::from(self.bus) << 8 | u32::from(self.devfn());
@@ -104,6 +114,17 @@ mod tests {
             "é:65:00.0",
         ] {
             assert!(odd.parse::<Bdf>().is_err(), "{odd:?}");
+        }
+    }
+
+    #[test]
+    fn a_person_may_leave_out_the_domain() {
+        for typed in ["65:00.0", "0000:65:00.0"] {
+            assert_eq!(Bdf::typed(typed).unwrap().to_string(), "0000:65:00.0");
+        }
+        assert_eq!(Bdf::typed("10000:e1:00.0").unwrap().segment, 0x10000);
+        for odd in ["", "5:00.0", "65:0.0", "8086:10d3", "0000:0000:65:00.0"] {
+            assert!(Bdf::typed(odd).is_err(), "{odd:?}");
         }
     }
 

@@ -94,7 +94,7 @@ impl Failure {
 
     /// The same, about these devices: advice that needs one names the first.
     pub(super) fn about(mut self, devices: &[String]) -> Self {
-        let named = devices.iter().find(|device| device.parse::<Bdf>().is_ok());
+        let named = devices.iter().find(|device| Bdf::typed(device).is_ok());
         if let (Some(advice), Some(device)) = (&mut self.advice, named) {
             *advice = advice.replace(SOME_DEVICE, &format!("--device {device}"));
         }

@@ -1,7 +1,7 @@
 //! What is asked for, put together step by step.
 
 use super::{Error, Result};
-use crate::protocol::{self, Backend, DeviceSpec, Handout};
+use crate::protocol::{self, Backend, Bdf, DeviceSpec, Handout};
 
 /// A request for devices. Only the vm's name and one device are needed.
 ///
@@ -104,7 +104,7 @@ impl From<protocol::Acquire> for Acquire {
 }
 
 fn parse(text: &str) -> Option<DeviceSpec> {
-    let bdf = |text: &str| text.parse().or_else(|_| format!("0000:{text}").parse()).ok();
+    let bdf = |text: &str| Bdf::typed(text).ok();
     if let Some(pf) = text.strip_prefix("vf:") {
         return bdf(pf).map(|vf_of| DeviceSpec::VfOf { vf_of });
     }

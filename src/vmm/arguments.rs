@@ -178,11 +178,8 @@ pub(super) fn position(placeholder: &Placeholder, devices: &[String]) -> Result<
 
 /// Whether two texts name a device in the same way; `65:00.0` is in domain 0.
 fn same(one: &str, other: &str) -> bool {
-    let address = |text: &str| -> Option<Bdf> {
-        text.parse().or_else(|_| format!("0000:{text}").parse()).ok()
-    };
-    match (address(one), address(other)) {
-        (Some(one), Some(other)) => one == other,
+    match (Bdf::typed(one), Bdf::typed(other)) {
+        (Ok(one), Ok(other)) => one == other,
         _ => one.eq_ignore_ascii_case(other),
     }
 }

@@ -22,7 +22,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "UID", value_parser = uid)]
     uid: u32,
     /// The device's PCI address, as in 0000:65:00.0
-    #[arg(long, value_name = "BDF")]
+    #[arg(long, value_name = "BDF", value_parser = Bdf::typed)]
     device: Bdf,
     /// A group that it is in, its own first [default: the user's groups on this machine]
     #[arg(long, value_name = "GID")]
@@ -223,6 +223,20 @@ driver = "e1000e"
         let alone = ask(&alone);
         assert!(alone.allowed);
         assert!(text(&alone).contains("only handout devices is possible"), "{}", text(&alone));
+    }
+
+    #[test]
+    fn the_device_is_written_as_with_exec() {
+        use clap::Parser;
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            args: Args,
+        }
+        for device in ["65:00.0", "0000:65:00.0"] {
+            let line = Line::parse_from(["explain", "--uid", "1000", "--device", device]);
+            assert_eq!(line.args.device.to_string(), "0000:65:00.0");
+        }
     }
 
     #[test]

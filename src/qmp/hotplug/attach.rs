@@ -135,8 +135,7 @@ fn refuse(request: &Attach, state: &State) -> Result<()> {
 
 /// An address with its domain, as the broker writes it.
 pub(super) fn full_name(device: &str) -> String {
-    let bdf = device.parse().or_else(|_| format!("0000:{device}").parse::<Bdf>());
-    bdf.map_or_else(|_| device.to_owned(), |bdf| bdf.to_string())
+    Bdf::typed(device).map_or_else(|_| device.to_owned(), |bdf| bdf.to_string())
 }
 
 /// A lease for the device. Where a device of the same group is in this QEMU, its lease is the only
