@@ -1,7 +1,7 @@
 //! `vfio-broker exec --memlock`: so that the program may lock its guest's memory.
 
 use super::Failure;
-use super::style::{bytes, complain};
+use super::style::{complain, limit};
 use crate::client::{self, Client, Lease};
 use crate::protocol::Error;
 use crate::vmm::{Need, guest_memory, size_of};
@@ -42,7 +42,7 @@ impl Memlock {
     pub(super) fn wanted(self, program: &Path, arguments: &[OsString]) -> Result<Wanted, Failure> {
         match self {
             Self::Bytes(wanted) => {
-                Ok(Wanted { bytes: wanted, why: format!("{} (--memlock)", size(wanted)) })
+                Ok(Wanted { bytes: wanted, why: format!("{} (--memlock)", limit(wanted)) })
             }
             Self::Auto => {
                 let need = guest_memory(program, arguments).ok_or_else(|| {
@@ -67,25 +67,33 @@ impl Wanted {
         if soft >= self.bytes {
             return Ok(());
         }
-        complain(&format!("vfio-broker: memlock limit: {}\n", self.why));
         if hard >= self.bytes {
-            return Ok(setrlimit(Resource::RLIMIT_MEMLOCK, self.bytes, hard)
-                .map_err(std::io::Error::from)?);
+            setrlimit(Resource::RLIMIT_MEMLOCK, self.bytes, hard).map_err(std::io::Error::from)?;
+            self.tell();
+            return Ok(());
         }
         match broker.set_memlock(lease, self.bytes) {
-            Ok(_) => Ok(()),
+            Ok(_) => {
+                self.tell();
+                Ok(())
+            }
             Err(error) => {
                 let allowed = match &error {
                     client::Error::Broker(Error::OverLimit { most, .. }) => format!(
                         "allowed by the policy: {}, as memlock of tenant {}",
-                        size(*most),
+                        limit(*most),
                         lease.tenant()
                     ),
-                    _ => format!("allowed now: {} (RLIMIT_MEMLOCK, hard)", size(hard)),
+                    _ => format!("allowed now: {} (RLIMIT_MEMLOCK, hard)", limit(hard)),
                 };
                 Err(Failure::from(error).detail(format!("needed: {}", self.why)).detail(allowed))
             }
         }
+    }
+
+    /// Only once it is so: what is refused names the same numbers.
+    fn tell(&self) {
+        complain(&format!("vfio-broker: memlock limit: {}\n", self.why));
     }
 }
 
@@ -97,8 +105,8 @@ pub(super) fn warn(program: &Path, arguments: &[OsString]) {
         complain(&format!(
             "vfio-broker: the guest has {} ({said}), and the program may lock {} for its devices \
              (RLIMIT_MEMLOCK): it will fail to map them\n  -> --memlock auto\n",
-            size(guest),
-            size(soft)
+            limit(guest),
+            limit(soft)
         ));
     }
 }
@@ -110,8 +118,4 @@ fn may_lock_all() -> bool {
     let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let set = set.and_then(|set| u64::from_str_radix(set.trim(), 16).ok());
     set.is_some_and(|set| set >> CAP_IPC_LOCK & 1 == 1)
-}
-
-fn size(count: u64) -> String {
-    if count == RLIM_INFINITY { "unlimited".into() } else { bytes(count) }
 }

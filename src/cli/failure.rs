@@ -1,6 +1,6 @@
 //! What went wrong, for a person, for a program, and as an exit code.
 
-use super::style::{Style, complain, printable, printable_lines};
+use super::style::{self, Style, complain, printable, printable_lines};
 use crate::client;
 use crate::protocol::{Bdf, Blocker, Error, Holder};
 use serde_json::{Value, json};
@@ -177,7 +177,7 @@ fn tell(error: Error) -> (String, Vec<String>, Option<String>) {
         }
         Error::Quarantined { device, since, reason } => (
             format!("{device} is not known to be free yet"),
-            vec![format!("{reason}; so since {}", super::style::since(since))],
+            vec![format!("{reason}; so since {}", style::since(since))],
             Some("whoever still has it open must close it; then try again".into()),
         ),
         Error::Kernel { call, object, errno, name, hint } => {
@@ -193,6 +193,16 @@ fn tell(error: Error) -> (String, Vec<String>, Option<String>) {
             Vec::new(),
             Some("`vfio-broker leases` shows those that there are".into()),
         ),
+        Error::OverLimit { limit, most, asked }
+            if ["memlock", "mapped_bytes"].contains(&&*limit) =>
+        {
+            let (most, asked) = (style::limit(most), style::limit(asked));
+            (
+                format!("over the limit: {limit} is at most {most}, this would make {asked}"),
+                Vec::new(),
+                Some(format!("ask for less, or have {limit} of the tenant raised in the policy")),
+            )
+        }
         other => (other.to_string(), Vec::new(), None),
     }
 }
@@ -232,7 +242,7 @@ fn not_viable(blockers: &[Blocker]) -> Option<String> {
 
 fn held_by(holder: &Holder, since: Option<u64>) -> String {
     let Holder { lease, vm, tenant, uid, pid } = holder;
-    let since = since.map_or(String::new(), |at| format!(" since {}", super::style::since(at)));
+    let since = since.map_or(String::new(), |at| format!(" since {}", style::since(at)));
     format!("{vm} of {tenant} (uid {uid}, pid {pid}) has it{since}, as lease {lease}")
 }
 
@@ -281,6 +291,16 @@ mod tests {
             assert!(said.starts_with(&format!("{start} {end}")), "{said}");
         }
         assert_eq!(advice("deny[0], built-in policy:3", "no"), None);
+    }
+
+    #[test]
+    fn limits_of_memory_are_told_as_a_person_reads_them() {
+        let over =
+            |limit: &str, asked| Error::OverLimit { limit: limit.into(), most: 1 << 30, asked };
+        let memlock = text(over("memlock", u64::MAX));
+        assert!(memlock.contains("memlock is at most 1 GiB, this would make unlimited\n  -> ask"));
+        assert!(text(over("mapped_bytes", 3 << 29)).contains("make 1.5 GiB"));
+        assert!(text(over("leases", 5)).contains("make 5\n"));
     }
 
     #[test]

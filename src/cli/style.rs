@@ -151,6 +151,11 @@ pub(super) fn bytes(count: u64) -> String {
     }
 }
 
+/// A number of bytes that a limit is, which may be none.
+pub(super) fn limit(most: u64) -> String {
+    if most == nix::libc::RLIM_INFINITY { "unlimited".into() } else { bytes(most) }
+}
+
 /// How long ago a time in seconds since 1970 was: `12 s`, `5 min`, `3 h`, `2 d`.
 pub(super) fn ago(at: u64) -> String {
     match now().saturating_sub(at) {

@@ -226,6 +226,15 @@ driver = "e1000e"
     }
 
     #[test]
+    fn it_says_how_far_the_memlock_limit_is_raised() {
+        let said = |policy: &str| text(&ask_of(policy, MACHINE, peer(1000), "0000:65:00.0"));
+        let never = said(POLICY);
+        assert!(never.contains("  memlock: not raised\n"), "{never}");
+        let some = said(&POLICY.replace("deny =", "memlock = \"4GiB\"\ndeny ="));
+        assert!(some.contains("  memlock: raised up to 4 GiB\n"), "{some}");
+    }
+
+    #[test]
     fn the_device_is_written_as_with_exec() {
         use clap::Parser;
         #[derive(Parser)]

@@ -1,6 +1,7 @@
 //! What a policy says about one caller and one device, and what else stands in the way.
 
 use super::check::words;
+use crate::cli::style::limit;
 use crate::host::{Device, Group};
 use crate::policy::{Decision, Peer, Policy, Risk, Tenant, Trust, Verb};
 use crate::protocol::{Backend, Bdf, Handout};
@@ -36,6 +37,8 @@ pub(super) struct Explanation {
     pub(super) handouts: Vec<Handout>,
     pub(super) backends: Vec<Backend>,
     pub(super) containers: Vec<Container>,
+    /// Up to where the memlock limit is raised, in bytes; 0 is never.
+    pub(super) memlock: u64,
     /// What would stop it although the policy does not.
     pub(super) obstacles: Vec<String>,
     /// What is good to know.
@@ -76,6 +79,7 @@ impl Explanation {
             handouts: Vec::new(),
             backends: Vec::new(),
             containers: Vec::new(),
+            memlock: 0,
             obstacles: Vec::new(),
             notes: Vec::new(),
         };
@@ -99,6 +103,7 @@ impl Explanation {
         self.tenant = Some(tenant.name.clone());
         self.handouts = tenant.handouts().to_vec();
         self.backends = tenant.backends().to_vec();
+        self.memlock = tenant.memlock;
         let may_join = policy.containers().iter().filter(|c| c.members.contains(&tenant.name));
         let shown =
             |c: &crate::policy::SharedContainer| Container { name: c.name.clone(), trust: c.trust };
@@ -241,6 +246,10 @@ impl Explanation {
                 each.map(|c| format!("{} ({})", c.name, words(&[c.trust]))).collect();
             let each = if each.is_empty() { "none".into() } else { each.join(", ") };
             line(format!("  shared containers: {each}"));
+            line(match self.memlock {
+                0 => "  memlock: not raised".into(),
+                most => format!("  memlock: raised up to {}", limit(most)),
+            });
         }
         for obstacle in &self.obstacles {
             line(format!("  {} {obstacle}", style.red("!")));
