@@ -29,10 +29,51 @@ pub(super) fn start(format: LogFormat) {
     };
 }
 
-/// Text from a peer, for a log line: escaped, and not longer than a line should be.
+/// Text from a peer, for a log line: not longer than a line should be. What is no letter in it is
+/// escaped by both formats as they write it.
 pub(super) fn excerpt(text: &str) -> String {
     const MOST: usize = 100;
     let cut: String = text.chars().take(MOST).collect();
     let more = if cut.len() < text.len() { "..." } else { "" };
-    format!("{}{more}", cut.escape_debug())
+    format!("{cut}{more}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_a_peer_says_is_escaped_once_in_both_formats() {
+        for json in [false, true] {
+            let lines = Lines::default();
+            let writer = lines.clone();
+            let builder = fmt().with_ansi(false).with_writer(move || writer.clone());
+            let log = || {
+                let reason = excerpt("tenant \"a\"\nINFO all is well\x1b[2J");
+                tracing::info!(reason, "denied");
+            };
+            if json {
+                tracing::subscriber::with_default(builder.json().flatten_event(true).finish(), log);
+            } else {
+                tracing::subscriber::with_default(builder.finish(), log);
+            }
+            let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+            assert!(text.contains(r#"tenant \"a\"\nINFO all"#), "{text}");
+            assert!(text.lines().count() == 1 && !text.contains('\x1b'), "{text}");
+        }
+    }
 }
