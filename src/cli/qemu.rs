@@ -37,16 +37,47 @@ fn advice(error: &Error) -> Option<&'static str> {
             _ => None,
         };
     };
+    const TAKEN: &str = "that port is taken: name another one with --bus ID";
     let known = [
         (
             "does not support hotplugging",
             "name a pcie-root-port that QEMU was started with: --bus ID",
         ),
-        ("no slot/function available", "that port is taken: name another one with --bus ID"),
+        ("no slot/function available", TAKEN),
+        ("already occupied by", TAKEN),
+        (
+            "' not found",
+            "--bus is the id of a pcie-root-port of QEMU's command line, as in -device \
+             pcie-root-port,id=port1,chassis=1",
+        ),
         (
             "Cannot allocate memory",
-            "QEMU may pin too little memory for its guest: see RLIMIT_MEMLOCK",
+            "QEMU may lock too little memory for its guest: start it with a higher RLIMIT_MEMLOCK \
+             (ulimit -l)",
         ),
     ];
     known.iter().find(|(words, _)| desc.contains(words)).map(|(_, advice)| *advice)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn qemus_words_about_ports_and_memory_come_with_advice() {
+        let said = |desc: &str| {
+            let (command, class) = ("device_add".to_owned(), "GenericError".to_owned());
+            advice(&Error::Qemu(qmp::Error::Command { command, class, desc: desc.to_owned() }))
+        };
+        for (desc, word) in [
+            ("Bus 'pcie.0' does not support hotplugging", "--bus"),
+            ("Bus 'port7' not found", "-device pcie-root-port,id="),
+            ("PCI: slot 0 function 0 already occupied by vfio-pci, new func", "is taken"),
+            ("PCI: no slot/function available for vfio-pci, all in use", "is taken"),
+            ("... = -12 (Cannot allocate memory)", "ulimit -l"),
+        ] {
+            assert!(said(desc).is_some_and(|advice| advice.contains(word)), "{desc}");
+        }
+        assert_eq!(said("something else"), None);
+    }
 }
