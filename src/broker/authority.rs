@@ -16,8 +16,9 @@ impl Broker {
         Ok(self.policy.tenant(&caller.peer)?)
     }
 
-    /// The lease, if `key` is its key or the caller manages its tenant's. A wrong key and a lease
-    /// that is not there are told apart by nobody.
+    /// The lease, if `key` is its key; or if it is empty, and the caller manages its tenant's leases.
+    /// Who gives a key means that one, which may be from somebody who is not to have a manager's
+    /// rights by it. A wrong key and a lease that is not there are told apart by nobody.
     pub(super) fn authorize(
         &self,
         caller: &Caller,
@@ -30,10 +31,11 @@ impl Broker {
             let books = self.books();
             books.ledger.live(id).and(books.entries.get(&id)).map(Arc::clone).ok_or_else(refused)?
         };
-        if entry.key.is(key) || self.manages(caller, &entry.tenant) {
-            return Ok(entry);
-        }
-        Err(refused())
+        let allowed = match key {
+            "" => self.manages(caller, &entry.tenant),
+            key => entry.key.is(key),
+        };
+        if allowed { Ok(entry) } else { Err(refused()) }
     }
 
     fn manages(&self, caller: &Caller, tenant: &str) -> bool {

@@ -6,6 +6,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod failing;
+mod hostile;
 mod killed;
 mod qemu;
 mod usual;
@@ -58,8 +59,12 @@ struct World {
 
 impl World {
     fn start() -> Self {
+        Self::with_policy(POLICY)
+    }
+
+    fn with_policy(policy: &str) -> Self {
         let topology = format!("{}{TWO_IN_A_GROUP}", common::TOPOLOGY);
-        let broker = Daemon::with(Setup { topology, ..Setup::policy(POLICY) });
+        let broker = Daemon::with(Setup { topology, ..Setup::policy(policy) });
         Self { broker, qemu: Qemu::start() }
     }
 

@@ -213,6 +213,21 @@ fn a_manager_needs_no_key_for_its_own_tenant() {
 }
 
 #[test]
+fn a_manager_with_a_wrong_key_is_no_better_than_others() {
+    let world = World::new();
+    let own = world.acquire(1002, &want(&["0000:02:00.0"])).unwrap();
+    let mut forged = own.reply.clone();
+    forged.key = "0".repeat(32);
+    assert_eq!(world.release(1002, &forged), Err(gone(&forged)));
+    let mut joining = want(&["0000:08:00.0"]);
+    (joining.lease, joining.key) = (Some(forged.lease.clone()), Some(forged.key.clone()));
+    assert_eq!(world.acquire(1002, &joining).unwrap_err(), gone(&forged));
+    drop(own);
+    world.serve_hang_ups();
+    world.assert_idle();
+}
+
+#[test]
 fn busy_names_the_holder_to_those_who_may_know() {
     let world = World::new();
     let held = world.acquire(1000, &want(&["0000:02:00.0"])).unwrap();

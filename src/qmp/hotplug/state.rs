@@ -20,6 +20,14 @@ pub(super) struct Record {
     pub(super) key: String,
 }
 
+impl Record {
+    /// Whether it has a key at all. QEMU is not trusted: it may have forged the record, of a lease
+    /// that is another VM's, and without a key it would be a manager's rights that the broker goes by.
+    fn has_key(&self) -> bool {
+        !self.key.is_empty()
+    }
+}
+
 /// The object that holds the record of the device that QEMU calls `id`.
 pub(super) fn record_name(id: &str) -> String {
     format!("{OURS}.{id}")
@@ -70,7 +78,10 @@ impl State {
                 other => other?,
             };
             // Somebody else's is left alone.
-            if let Some(Ok(record)) = text.as_str().map(serde_json::from_str) {
+            let record = text.as_str().map(serde_json::from_str::<Record>);
+            if let Some(Ok(record)) = record
+                && record.has_key()
+            {
                 records.insert(id.to_owned(), record);
             }
         }
