@@ -20,6 +20,9 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// How many events wait to be asked for; of more, the oldest are forgotten.
 const MOST_EVENTS: usize = 1024;
 
+/// How many bytes they may have come in: what a line becomes takes many times its size.
+const MOST_EVENT_BYTES: usize = 1 << 20;
+
 /// A connection to a QEMU's monitor.
 ///
 /// Names of open files that QEMU was given by [`Monitor::getfd`] belong to the monitor: they outlive
@@ -28,7 +31,8 @@ const MOST_EVENTS: usize = 1024;
 pub struct Monitor {
     socket: OwnedFd,
     lines: Lines,
-    events: VecDeque<Event>,
+    /// Each with the length of its line.
+    events: VecDeque<(usize, Event)>,
     timeout: Duration,
     version: Version,
     calls: u64,
@@ -108,14 +112,14 @@ impl Monitor {
         let deadline = Deadline::after(Some(within));
         while self.events.is_empty() {
             match self.message(DURING, deadline) {
-                Ok(Some(Message::Event(event))) => self.keep(event),
+                Ok(Some((len, Message::Event(event)))) => self.keep(len, event),
                 // The answer to somebody who has gone.
-                Ok(Some(_)) => {}
-                Ok(None) => return Ok(None),
+                Ok(Some(_)) if !deadline.has_passed() => {}
+                Ok(_) => return Ok(None),
                 Err(error) => return Err(self.broke(error)),
             }
         }
-        Ok(self.events.pop_front())
+        Ok(self.events.pop_front().map(|(_, event)| event))
     }
 
     /// Forgets the events that wait to be asked for.
@@ -128,10 +132,10 @@ impl Monitor {
         let deadline = Deadline::after(Some(self.timeout));
         loop {
             match self.message(DURING, deadline)? {
-                Some(Message::Greeting(version)) => return Ok(version),
+                Some((_, Message::Greeting(version))) => return Ok(version),
                 // What QEMU still had to say to the last client.
-                Some(_) => {}
-                None => return Err(self.late(DURING)),
+                Some(_) if !deadline.has_passed() => {}
+                _ => return Err(self.late(DURING)),
             }
         }
     }
@@ -155,15 +159,21 @@ impl Monitor {
         let call = json!({ "execute": command, "arguments": arguments, "id": ours });
         self.send(command, &format!("{call}\n"), files, deadline)?;
         loop {
-            match self.message(command, deadline)? {
-                None => return Err(self.late(command)),
-                Some(Message::Event(event)) => self.keep(event),
-                Some(Message::Return { id, value }) if id == ours => return Ok(value),
+            let Some((len, message)) = self.message(command, deadline)? else {
+                return Err(self.late(command));
+            };
+            match message {
+                Message::Event(event) => self.keep(len, event),
+                Message::Return { id, value } if id == ours => return Ok(value),
                 // What QEMU could not even read has no id.
-                Some(Message::Error { id, class, desc }) if id == ours || id.is_null() => {
+                Message::Error { id, class, desc } if id == ours || id.is_null() => {
                     return Err(Error::Command { command: command.to_owned(), class, desc });
                 }
-                Some(_) => {}
+                _ => {}
+            }
+            // Who says other things all the time has not answered either.
+            if deadline.has_passed() {
+                return Err(self.late(command));
             }
         }
     }
@@ -193,15 +203,22 @@ impl Monitor {
         Ok(())
     }
 
-    /// The next message; `None` when the deadline comes first.
-    fn message(&mut self, during: &str, deadline: Deadline) -> Result<Option<Message>> {
+    /// The next message, with the length of its line; `None` when the deadline comes first.
+    fn message(&mut self, during: &str, deadline: Deadline) -> Result<Option<(usize, Message)>> {
         let malformed = |reason| Error::Malformed { during: during.to_owned(), reason };
         let mut buf = [0; 4096];
+        let mut looked = false;
         loop {
             let line = self.lines.next_line().map_err(|error| malformed(error.to_string()))?;
             if let Some(line) = line {
-                return message::parse(&line).map(Some).map_err(malformed);
+                let message = message::parse(&line).map_err(malformed)?;
+                return Ok(Some((line.len(), message)));
             }
+            // What comes all the time need not be a line.
+            if looked && deadline.has_passed() {
+                return Ok(None);
+            }
+            looked = true;
             match fdpass::receive(self.socket.as_fd(), &mut buf, 0, MsgFlags::MSG_DONTWAIT) {
                 Ok(received) if received.len == 0 => return Err(closed(during, None)),
                 Ok(received) => self.lines.push(buf.get(..received.len).unwrap_or_default()),
@@ -222,11 +239,13 @@ impl Monitor {
         ready(self.socket.as_fd(), flags, deadline).map_err(|errno| closed(during, Some(errno)))
     }
 
-    fn keep(&mut self, event: Event) {
-        if self.events.len() >= MOST_EVENTS {
-            self.events.pop_front();
+    fn keep(&mut self, len: usize, event: Event) {
+        self.events.push_back((len, event));
+        let mut bytes: usize = self.events.iter().map(|(len, _)| len).sum();
+        while self.events.len() > MOST_EVENTS || bytes > MOST_EVENT_BYTES {
+            let Some((len, _)) = self.events.pop_front() else { break };
+            bytes -= len;
         }
-        self.events.push_back(event);
     }
 
     fn late(&self, during: &str) -> Error {

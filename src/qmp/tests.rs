@@ -246,3 +246,57 @@ fn a_flood_of_events_is_not_kept() {
     assert_eq!(monitor.event(SHORT).unwrap().unwrap().data, json!(3000 - 1024));
     qemu.join();
 }
+
+#[test]
+fn large_events_are_not_kept() {
+    const LARGE: usize = 1 << 18;
+    let qemu = Scripted::new(|mut peer| {
+        peer.greet();
+        let command = peer.command().unwrap();
+        for number in 0..20 {
+            let data = json!([number, "x".repeat(LARGE)]);
+            peer.say(&json!({ "event": "E", "data": data }).to_string());
+        }
+        peer.answer(&command, json!({}));
+        peer.command();
+    });
+    let mut monitor = qemu.connect().unwrap();
+    monitor.execute("x", json!({})).unwrap();
+    let events = std::iter::from_fn(|| monitor.event(Duration::ZERO).unwrap());
+    let numbers: Vec<_> = events.map(|event| event.data[0].clone()).collect();
+    assert_eq!(numbers, [17, 18, 19], "three of them are less than a MiB");
+    drop(monitor);
+    qemu.join();
+}
+
+#[test]
+fn who_never_stops_talking_is_given_up() {
+    for flood in [r#"{"event": "E"}"#, r#"{"return": {}, "id": 1}"#, ""] {
+        let talk = move |mut peer: Peer| {
+            let flood = format!("{flood}\r\n").repeat(100);
+            while peer.0.get_mut().write_all(flood.as_bytes()).is_ok() {}
+        };
+        let greeted = move |mut peer: Peer| {
+            peer.greet();
+            talk(peer);
+        };
+        let qemu = Scripted::new(talk);
+        let error = Monitor::connect_within(&qemu.path, SHORT).unwrap_err();
+        assert!(matches!(error, Error::Timeout { .. }), "{error}");
+        qemu.join();
+        let qemu = Scripted::new(greeted);
+        let mut monitor = qemu.connect().unwrap();
+        monitor.set_timeout(SHORT);
+        let error = monitor.execute("x", json!({})).unwrap_err();
+        assert!(matches!(error, Error::Timeout { .. }), "{error}");
+        drop(monitor);
+        qemu.join();
+        let qemu = Scripted::new(greeted);
+        let mut monitor = qemu.connect().unwrap();
+        monitor.forget_events();
+        let event = monitor.event(SHORT).unwrap();
+        assert_eq!(event.is_some(), flood.contains("event"));
+        drop(monitor);
+        qemu.join();
+    }
+}
