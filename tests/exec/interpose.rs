@@ -278,6 +278,25 @@ fn the_supervisor_holds_nothing_that_others_wait_for() {
 }
 
 #[test]
+fn the_program_can_not_look_into_the_supervisor() {
+    let broker = Broker::start("workstation.toml");
+    // Before a program that opens no library has asked anything.
+    let mut wanted = exec(&broker, &["--interpose"]);
+    wanted.arg(probe(true)).arg("trace");
+    let mut command = Command::new(wanted.get_program());
+    if nix::unistd::geteuid().is_root() {
+        // Root could, but for this.
+        command = Command::new("setpriv");
+        command.arg("--bounding-set=-sys_ptrace").arg(wanted.get_program());
+    }
+    command.args(wanted.get_args()).stdin(Stdio::null());
+    for _ in 0..20 {
+        let (_, said, error) = run(&mut command);
+        assert_eq!(said, "trace: EPERM\n", "{error}");
+    }
+}
+
+#[test]
 fn what_a_program_leaves_running_is_served_on() {
     let broker = Broker::start("workstation.toml");
     let list = ["leave:open:/dev/vfio/15", "exit:5"];

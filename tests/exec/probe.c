@@ -5,6 +5,7 @@
  *   close:N          same:A:B        container:G:C           iommu:C:TYPE         unset:G
  *   status:G         device:G:BDF    thread:STEP             fork:STEP            leave:STEP
  *   say:TEXT         wait            dumpable:0|1            exit:STATUS          kill:SIGNAL
+ *   trace            looks into its parent
  *   exec: the steps that follow are a new program's
  */
 #define _GNU_SOURCE
@@ -17,6 +18,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
@@ -132,6 +134,8 @@ static void step(const char *text)
 		}
 	} else if (!strcmp(word, "dumpable")) {
 		prctl(PR_SET_DUMPABLE, atoi(a), 0, 0, 0);
+	} else if (!strcmp(word, "trace")) {
+		report(text, ptrace(PTRACE_SEIZE, getppid(), 0, 0), "attached");
 	} else if (!strcmp(word, "say")) {
 		printf("%s\n", rest);
 		fflush(stdout);

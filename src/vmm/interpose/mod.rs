@@ -67,6 +67,9 @@ impl Interposed {
         let blocked = watch::signals();
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&blocked), Some(&mut before))
             .map_err(Error::system("sigprocmask"))?;
+        // From before there is a program too: nobody is to look into this process, which has the lease's
+        // key and can do more than the program. The program itself begins anew when it is executed.
+        nix::sys::prctl::set_dumpable(false).map_err(Error::system("prctl PR_SET_DUMPABLE"))?;
         match sys::fork().map_err(Error::system("fork"))? {
             ForkResult::Child => {
                 drop(ours);

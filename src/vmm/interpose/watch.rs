@@ -188,14 +188,12 @@ fn is_for_all(signal: &siginfo) -> bool {
 }
 
 /// The supervisor needs a way to say something, and no more: no input, no output that somebody may
-/// wait for the end of, no directory that could not be unmounted. Nobody else can look into it,
-/// which would show them the lease's key.
+/// wait for the end of, no directory that could not be unmounted.
 fn drop_what_is_not_needed() -> Result<()> {
     let null = File::options().read(true).write(true).open("/dev/null");
     let null = null.map_err(|_| Error::System { call: "open /dev/null", errno: Errno::ENOENT })?;
     nix::unistd::dup2_stdin(&null).map_err(Error::system("dup2"))?;
     nix::unistd::dup2_stdout(&null).map_err(Error::system("dup2"))?;
     nix::unistd::chdir("/").map_err(Error::system("chdir"))?;
-    nix::sys::prctl::set_dumpable(false).map_err(Error::system("prctl PR_SET_DUMPABLE"))?;
     nix::sys::prctl::set_no_new_privs().map_err(Error::system("prctl PR_SET_NO_NEW_PRIVS"))
 }
