@@ -31,7 +31,11 @@ def call(connection, method, **parameters):
 def connect():
     """A connection to the broker."""
     broker = socket.socket(socket.AF_UNIX)
-    broker.connect(os.environ.get("VFIO_BROKER_SOCKET", "/run/vfio-broker/broker.sock"))
+    path = os.environ.get("VFIO_BROKER_SOCKET", "/run/vfio-broker/broker.sock")
+    try:
+        broker.connect(path)
+    except OSError as error:
+        sys.exit(f"{path}: {error.strerror}: is vfio-brokerd running?")
     return broker
 
 

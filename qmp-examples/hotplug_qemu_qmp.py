@@ -5,7 +5,10 @@ import asyncio
 import os
 import sys
 
-from qemu.qmp import QMPClient
+try:
+    from qemu.qmp import QMPClient
+except ImportError:
+    sys.exit("QEMU's Python library is not there: pip install qemu.qmp")
 
 from broker import Qemu, call, connect, say
 
