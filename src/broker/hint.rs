@@ -40,8 +40,7 @@ fn hint(error: &kernel::Error) -> String {
              broker's /dev"
         ),
         ("open", Errno::EBUSY) => format!(
-            "a process outside of the broker has the group open, or a device of it by iommufd: \
-             fuser -v {object}"
+            "a process has the group open already, or a device of it by iommufd: fuser -v {object}"
         ),
         ("open", Errno::ENODEV) => {
             "the group's devices have just left their VFIO drivers: see Topology".into()
@@ -54,7 +53,8 @@ fn hint(error: &kernel::Error) -> String {
         }
         ("IOMMU_OPTION", Errno::EPERM) => {
             "having each process charged for what it pins wants CAP_SYS_RESOURCE: the broker must \
-             have it (CapabilityBoundingSet= of its service)"
+             have it (CapabilityBoundingSet= of its service), and on a simulated machine \
+             `owner_rights = true` in its topology"
                 .into()
         }
         ("VFIO_SET_IOMMU", Errno::EPERM) => {

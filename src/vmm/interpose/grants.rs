@@ -86,6 +86,16 @@ impl Grants {
         nodes.join(", ")
     }
 
+    /// What has a node that can't be opened.
+    pub(super) fn missing(&self, node: &Node) -> &'static str {
+        let by_iommufd = matches!(node, Node::Iommu | Node::Cdev(_));
+        match (self.lease.handout() == Handout::Iommufd, by_iommufd) {
+            (true, false) => "groups and their container come with --handout container, or group",
+            (false, true) => "iommufd and the devices' nodes come with --handout iommufd",
+            _ => "it is of no device of the lease: see --device",
+        }
+    }
+
     /// The lease's name.
     pub(super) fn lease(&self) -> &str {
         self.lease.id()

@@ -110,7 +110,10 @@ impl Supervisor {
             Grant::NotGranted => {
                 let (who, lease) = (name(question.thread), self.grants.lease());
                 let nodes = self.grants.nodes();
-                self.say_once(&format!("{who} may not open {node}: lease {lease} has {nodes}"));
+                let missing = self.grants.missing(node);
+                self.say_once(&format!(
+                    "{who} may not open {node}: lease {lease} has {nodes}; {missing}"
+                ));
                 return self.answer(question, Verdict::Failed(Errno::EACCES));
             }
             Grant::Failed(error) => {
