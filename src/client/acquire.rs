@@ -91,7 +91,9 @@ impl Acquire {
             None => Ok(self.request),
             Some(device) => Err(Error::Request {
                 field: "devices",
-                reason: format!("{device:?} is none of 0000:65:00.0, VENDOR:DEVICE, and vf:BDF"),
+                reason: format!(
+                    "{device:?} is none of 65:00.0, 0000:65:00.0, VENDOR:DEVICE (8086:10d3), and vf:BDF"
+                ),
             }),
         }
     }

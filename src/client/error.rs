@@ -46,8 +46,7 @@ pub enum Error {
     /// The broker took too long. The connection has been closed, so nothing that it still answers
     /// is taken for the answer to another call.
     #[error(
-        "no answer to {method} within {} ms; a device may be slow to reset, see Client::set_timeout",
-        after.as_millis()
+        "no answer to {method} within {after:?}; a device may be slow to reset, see Client::set_timeout"
     )]
     Timeout {
         /// The method.

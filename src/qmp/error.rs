@@ -22,8 +22,8 @@ pub enum Error {
     },
     /// There is no monitor to talk to.
     #[error(
-        "can't connect to the monitor {}: {} ({errno:?}); is QEMU running, and with \
-         -qmp unix:PATH,server=on,wait=off?", path.display(), errno.desc()
+        "can't connect to the monitor {}: {} ({errno:?}); {}",
+        path.display(), errno.desc(), unreachable(*errno)
     )]
     Connect {
         /// The socket.
@@ -32,7 +32,7 @@ pub enum Error {
         errno: Errno,
     },
     /// No answer in time. The connection is of no more use, and what was asked may still be done.
-    #[error("no answer from QEMU to {during} within {} ms; {}", after.as_millis(), silence(.during))]
+    #[error("no answer from QEMU to {during} within {after:?}; {}", silence(.during))]
     Timeout {
         /// The command, or `the greeting`.
         during: String,
@@ -73,10 +73,21 @@ impl Error {
     }
 }
 
+fn unreachable(errno: Errno) -> &'static str {
+    match errno {
+        Errno::EACCES | Errno::EPERM => {
+            "this user may not write to the socket: see its mode and that of its directory"
+        }
+        _ => "is QEMU running, and with -qmp unix:PATH,server=on,wait=off?",
+    }
+}
+
 fn silence(during: &str) -> &'static str {
     match during {
         // QEMU accepts a second client only when the first has gone.
-        "the greeting" => "a monitor serves one client at a time: is another one connected?",
+        "the greeting" => {
+            "is another client connected, as a monitor serves one at a time, or is this no QMP monitor?"
+        }
         _ => "QEMU may be busy, or stopped",
     }
 }

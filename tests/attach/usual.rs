@@ -190,6 +190,8 @@ fn another_vms_device_is_not_detached() {
     world.attach(&nic()).unwrap();
     let error = world.detach(&Detach::new("web2", NIC)).unwrap_err();
     assert!(error.to_string().contains("was not attached to web2"), "{error}");
+    let whose = "what was: 0000:65:00.0 to web1";
+    assert!(error.to_string().ends_with(whose), "{error}");
     assert_eq!(world.leases(), 1);
 }
 

@@ -59,7 +59,9 @@ pub fn detach(
     let mut state = State::ask(qemu)?;
     let Some((id, device)) = find(request, &state) else {
         state.clear(qemu, broker)?;
-        let attached = state.attached().map(|(_, record)| record.device.clone()).collect();
+        let attached = state.attached();
+        let attached = attached.map(|(_, record)| format!("{} to {}", record.device, record.vm));
+        let attached = attached.collect();
         let (device, vm) = (full_name(&request.device), request.vm.clone());
         return Err(Error::NotAttached { device, vm, attached });
     };

@@ -46,14 +46,18 @@ pub enum Error {
     /// The device is not one that was attached.
     #[error(
         "{device} was not attached to {vm} through this monitor; {}",
-        if .attached.is_empty() { "nothing was".to_owned() } else { format!("{} was", .attached.join(" ")) }
+        if .attached.is_empty() {
+            "nothing was".to_owned()
+        } else {
+            format!("what was: {}", .attached.join(", "))
+        }
     )]
     NotAttached {
         /// The device.
         device: String,
         /// The VM.
         vm: String,
-        /// What was.
+        /// What was, each with its VM.
         attached: Vec<String>,
     },
     /// QEMU said that it has the device, and does not have it.
