@@ -2,7 +2,7 @@
 
 use super::qemu;
 use super::style::{print, print_json_line, printable};
-use super::{Context, Failure};
+use super::{Context, EXIT_CODES, Failure};
 use crate::qmp::hotplug::{Attach, Attached, attach};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,8 +10,10 @@ use std::time::Duration;
 /// Get a device and plug it into a running QEMU
 ///
 /// It is QEMU's from then on: given back when QEMU ends, or by `vfio-broker detach`. What fails half
-/// way is undone. QEMU 9.0 or newer is needed, with iommufd.
+/// way is undone. QEMU 9.0 or newer is needed, with iommufd, a monitor, a free port to plug into (on a
+/// q35 machine), and from its start a memlock limit above its guest's memory.
 #[derive(Debug, clap::Args)]
+#[command(after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
 pub(super) struct Args {
     /// What lists call the holder
     #[arg(long, value_name = "NAME")]
@@ -26,10 +28,11 @@ pub(super) struct Args {
     /// A function of the same group that nobody is to use meanwhile; may come several times
     #[arg(long, value_name = "DEVICE")]
     withhold: Vec<String>,
-    /// What QEMU is to call it [default: vfio-ADDRESS]
+    /// What QEMU is to call it [default: vfio-0000-65-00.0 for 0000:65:00.0]
     #[arg(long)]
     id: Option<String>,
-    /// Where to plug it in, as the id of a pcie-root-port
+    /// Where to plug it in: the id of a free pcie-root-port [default: what QEMU finds, which has to
+    /// take devices while it runs]
     #[arg(long)]
     bus: Option<String>,
     /// Share this iommufd object of QEMU's command line [default: one for all attached devices]
@@ -42,6 +45,14 @@ pub(super) struct Args {
     #[arg(long = "property", value_name = "NAME=VALUE", value_parser = property)]
     properties: Vec<(String, String)>,
 }
+
+const EXAMPLES: &str = "\
+Example:
+  qemu-system-x86_64 -machine q35 -m 4G \\
+      -qmp unix:/run/user/1000/web1.qmp,server=on,wait=off \\
+      -device pcie-root-port,id=port1,chassis=1
+  vfio-broker attach --vm web1 --qmp /run/user/1000/web1.qmp \\
+      --device 65:00.0 --bus port1";
 
 fn property(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("not NAME=VALUE")?;

@@ -2,7 +2,7 @@
 
 use super::qemu;
 use super::style::{complain, print, print_json_line, printable};
-use super::{Context, Failure};
+use super::{Context, EXIT_CODES, Failure};
 use crate::qmp::hotplug::{Detach, Detached, detach};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,8 +12,9 @@ use std::time::Duration;
 /// The guest is asked to let go of it, and may take its time, or never do so: then nothing has
 /// changed, and it can be tried again.
 #[derive(Debug, clap::Args)]
+#[command(after_help = format!("{EXAMPLE}\n\n{EXIT_CODES}"))]
 pub(super) struct Args {
-    /// What lists call the holder
+    /// The name that it was attached with
     #[arg(long, value_name = "NAME")]
     vm: String,
     /// QEMU's monitor: the one that the device was attached through
@@ -26,6 +27,10 @@ pub(super) struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     timeout: u64,
 }
+
+const EXAMPLE: &str = "\
+Example:
+  vfio-broker detach --vm web1 --qmp /run/user/1000/web1.qmp --device 65:00.0";
 
 /// How often is told how long it takes.
 const TELL: u64 = 5; // s

@@ -13,7 +13,7 @@ use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
-/// Get devices and become a program that has their open files
+/// Get devices and run a program that has their open files
 ///
 /// The program inherits the open files as numbers from 3 on. In its arguments {iommufd},
 /// {cdev:DEVICE}, {container}, {group:DEVICE}, {device:DEVICE} and {lease} become those numbers, and
@@ -22,7 +22,7 @@ use std::process::{Command, ExitCode};
 /// /dev/iommu or /dev/vfio/devices/vfioN by itself. The lease lives exactly as long as the program
 /// does.
 #[derive(Debug, clap::Args)]
-#[command(after_help = EXIT_CODES)]
+#[command(after_help = format!("{EXAMPLES}\n\n{EXIT_CODES}"))]
 pub(super) struct Args {
     /// What lists call the holder
     #[arg(long, value_name = "NAME")]
@@ -38,21 +38,24 @@ pub(super) struct Args {
     /// first]
     #[arg(long, value_name = "BACKEND")]
     backend: Option<Backend>,
-    /// In which form the open files are given [default: the same]
+    /// In which form the open files are given [default: what the arguments name, or the policy's
+    /// first]
     #[arg(long, value_name = "FORM")]
     handout: Option<Handout>,
     /// Join this shared container of the policy
     #[arg(long, value_name = "NAME")]
     container: Option<String>,
-    /// Have the limit of memory that the program may lock raised, within the policy's: to so much
-    /// (4G, 512MiB), or to what the guest's memory needs by the program's arguments
+    /// Have the limit of memory that the program may lock (RLIMIT_MEMLOCK) raised, up to what the
+    /// policy allows: to so much (4G, 512MiB), or to what the guest's memory needs by the program's
+    /// arguments
     #[arg(long, value_name = "auto|SIZE")]
     memlock: Option<Memlock>,
     /// Give the program the lease's open files when it opens VFIO's nodes by itself [default: where
     /// the arguments name no open file]
     #[arg(long, conflicts_with = "inherit")]
     interpose: bool,
-    /// Don't, also where the arguments name no open file: the program looks at LISTEN_FDS
+    /// Give the program the lease's open files as numbers, also where the arguments name none of
+    /// them: it looks at LISTEN_FDS
     #[arg(long)]
     inherit: bool,
     /// An open file of the caller's own that the program is to inherit too, such as a tap device's;
@@ -63,6 +66,15 @@ pub(super) struct Args {
     #[arg(value_name = "PROGRAM", required = true, last = true)]
     program: Vec<OsString>,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  vfio-broker exec --vm web1 --device 65:00.0 --memlock auto -- \\
+      qemu-system-x86_64 -machine q35 -m 4G \\
+      -object 'iommufd,id=iommufd0,fd={iommufd}' \\
+      -device 'vfio-pci,id=nic,iommufd=iommufd0,fd={cdev:65:00.0}'
+  vfio-broker exec --vm web1 --device 65:00.0 --memlock auto --handout container -- \\
+      qemu-system-x86_64 -m 4G -device vfio-pci,id=nic,host=0000:65:00.0";
 
 const EXIT_CODES: &str = "\
 Exit codes: the program's own; 127 there is no such program; 126 it can't be executed; and where it \

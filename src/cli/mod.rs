@@ -19,7 +19,7 @@ mod topology;
 mod watch;
 
 use crate::client::{self, Client};
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser, Subcommand};
 use failure::Failure;
 use std::path::PathBuf;
@@ -31,10 +31,10 @@ use style::Style;
 #[command(name = "vfio-broker", version, max_term_width = 100, after_help = EXIT_CODES)]
 struct Cli {
     /// The broker's socket [default: $VFIO_BROKER_SOCKET, or /run/vfio-broker/broker.sock]
-    #[arg(long, global = true, value_name = "PATH")]
+    #[arg(long, global = true, value_name = "PATH", display_order = 900)]
     socket: Option<PathBuf>,
     /// Print JSON: on standard output what is there, on standard error what went wrong
-    #[arg(long, global = true)]
+    #[arg(long, global = true, display_order = 901)]
     json: bool,
     #[command(subcommand)]
     command: Command,
@@ -88,9 +88,23 @@ impl Context {
     }
 }
 
+/// With a word about what is forgotten most.
+fn explained(mut error: clap::Error) -> clap::Error {
+    let unexpected = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(word)) if error.kind() == ErrorKind::UnknownArgument => word,
+        _ => return error,
+    };
+    let exec = std::env::args_os().any(|word| word == "exec");
+    if exec && !unexpected.starts_with('-') {
+        let tip = "the program and its arguments come after `--`: exec OPTIONS -- PROGRAM...";
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    error
+}
+
 /// Runs the program: reads the command line, does what it says.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| explained(error).exit());
     if cli.socket.is_some() && matches!(cli.command, Command::Demo(_)) {
         let why = "demo starts a broker of its own: it takes no --socket";
         Cli::command().error(ErrorKind::ArgumentConflict, why).exit();

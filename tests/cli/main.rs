@@ -425,6 +425,32 @@ fn completions_and_manual_pages_come_from_the_one_command_line() {
     assert_eq!(failed(None, &["man", "nothing"]).0, 1);
 }
 
+#[test]
+fn manual_pages_have_a_usage_line_examples_and_what_exit_codes_mean() {
+    let exec = printed(None, &["man", "exec"]);
+    for said in [
+        ".SH \"SYNOPSIS\"\n.nf\n\\&vfio\\-broker exec [OPTIONS] \\-\\-vm <NAME>",
+        "fd={cdev:65:00.0}'\n",
+        "\\&127 there is no such program\n",
+    ] {
+        assert!(exec.contains(said), "{said} is not in {exec}");
+    }
+    for name in ["attach", "detach"] {
+        let page = printed(None, &["man", name]);
+        assert!(page.contains(".SH \"EXAMPLES\"") && page.contains("busy, or not free"), "{page}");
+    }
+}
+
+#[test]
+fn a_program_without_the_two_hyphens_before_it_is_told_of_them() {
+    let exec = ["exec", "--vm", "a", "--device", "65:00.0"];
+    let (code, said) = failed(None, &[&exec[..], &["true"]].concat());
+    assert_eq!(code, 2);
+    assert!(said.contains("come after `--`"), "{said}");
+    let (_, said) = failed(None, &[&exec[..], &["--handuot", "group", "--", "true"]].concat());
+    assert!(said.contains("'--handout'") && !said.contains("come after"), "{said}");
+}
+
 /// What bash offers for the last of these words.
 fn completed(script: &str, words: &[&str]) -> Vec<String> {
     let list: Vec<String> = words.iter().map(|word| format!("'{word}'")).collect();
