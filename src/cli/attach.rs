@@ -21,8 +21,8 @@ pub(super) struct Args {
     /// QEMU's monitor: the socket of -qmp unix:SOCKET,server=on,wait=off
     #[arg(long, value_name = "SOCKET")]
     qmp: PathBuf,
-    /// The device: 0000:65:00.0, VENDOR:DEVICE for any free one of that kind, vf:BDF for any free VF
-    /// of that device
+    /// The device: 65:00.0 or 0000:65:00.0, VENDOR:DEVICE for any free one of that kind, vf:BDF for
+    /// any free VF of that device
     #[arg(long, value_name = "DEVICE")]
     device: String,
     /// A function of the same group that nobody is to use meanwhile; may come several times
@@ -72,8 +72,9 @@ pub(super) fn run(context: &Context, args: Args) -> Result<(), Failure> {
     request = args.bus.into_iter().fold(request, Attach::bus);
     request = args.iommufd.into_iter().fold(request, Attach::iommufd);
     let mut broker = context.connect()?;
-    let mut monitor = qemu::connect(&args.qmp)?;
-    monitor.set_timeout(Duration::from_secs(args.timeout));
+    let timeout = Duration::from_secs(args.timeout);
+    let mut monitor = qemu::connect(&args.qmp, timeout.min(qemu::GREETING))?;
+    monitor.set_timeout(timeout);
     let attached = attach(&mut monitor, &mut broker, &request);
     let attached = attached.map_err(|error| qemu::failure(error).about(&named))?;
     let Attached { device, id, lease } = attached;

@@ -20,7 +20,7 @@ pub(super) struct Args {
     /// QEMU's monitor: the one that the device was attached through
     #[arg(long, value_name = "SOCKET")]
     qmp: PathBuf,
-    /// The device: 0000:65:00.0, or what QEMU calls it
+    /// The device: 65:00.0 or 0000:65:00.0, or what QEMU calls it
     #[arg(long, value_name = "DEVICE")]
     device: String,
     /// How long the guest may take, in seconds
@@ -37,7 +37,7 @@ const TELL: u64 = 5; // s
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<(), Failure> {
     let mut broker = context.connect()?;
-    let mut monitor = qemu::connect(&args.qmp)?;
+    let mut monitor = qemu::connect(&args.qmp, qemu::GREETING)?;
     let patience = Duration::from_secs(args.timeout);
     let request = Detach::new(&args.vm, &args.device).patience(patience);
     let mut told = 0;

@@ -27,8 +27,8 @@ pub(super) struct Args {
     /// What lists call the holder
     #[arg(long, value_name = "NAME")]
     vm: String,
-    /// A device: 0000:65:00.0, VENDOR:DEVICE for any free one of that kind, vf:BDF for any free VF
-    /// of that device; may come several times
+    /// A device: 65:00.0 or 0000:65:00.0, VENDOR:DEVICE for any free one of that kind, vf:BDF for any
+    /// free VF of that device; may come several times
     #[arg(long = "device", value_name = "DEVICE", required = true)]
     devices: Vec<String>,
     /// A function of the same groups that nobody is to use meanwhile; may come several times

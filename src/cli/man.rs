@@ -41,7 +41,7 @@ fn written(mut page: Command) -> std::io::Result<String> {
         match part.split_once('\n') {
             Some(("Examples:" | "Example:", lines)) => section(&mut text, "EXAMPLES", lines),
             _ => {
-                let codes = part.trim_start_matches("Exit codes: ");
+                let codes = part.trim_start_matches("Exit codes: ").trim_end_matches('.');
                 section(&mut text, "EXIT STATUS", &codes.replace("; ", "\n"));
             }
         }

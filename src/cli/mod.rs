@@ -71,6 +71,7 @@ fn visible() -> clap::Command {
         .version(env!("CARGO_PKG_VERSION"))
         .about(whole.get_about().cloned().unwrap_or_default())
         .after_help(EXIT_CODES)
+        .subcommand_required(true)
         .args(whole.get_arguments().cloned())
         .subcommands(shown.cloned())
 }
@@ -88,8 +89,16 @@ impl Context {
     }
 }
 
-/// With a word about what is forgotten most.
+/// With a word about what is forgotten most, and none about what is hidden.
 fn explained(mut error: clap::Error) -> clap::Error {
+    if let Some(ContextValue::Strings(similar)) = error.remove(ContextKind::SuggestedSubcommand) {
+        let shown = visible();
+        let similar: Vec<_> =
+            similar.into_iter().filter(|name| shown.find_subcommand(name).is_some()).collect();
+        if !similar.is_empty() {
+            error.insert(ContextKind::SuggestedSubcommand, ContextValue::Strings(similar));
+        }
+    }
     let unexpected = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(word)) if error.kind() == ErrorKind::UnknownArgument => word,
         _ => return error,

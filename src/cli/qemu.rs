@@ -4,9 +4,14 @@ use super::Failure;
 use crate::qmp::hotplug::Error;
 use crate::qmp::{self, Monitor};
 use std::path::Path;
+use std::time::Duration;
 
-pub(super) fn connect(path: &Path) -> Result<Monitor, Failure> {
-    Monitor::connect(path).map_err(|error| failure(error.into()))
+/// How long a monitor may take to greet, at most: one that has a client is silent.
+pub(super) const GREETING: Duration = Duration::from_secs(30);
+
+/// A monitor that greets within `timeout`, and may take as long for each answer.
+pub(super) fn connect(path: &Path, timeout: Duration) -> Result<Monitor, Failure> {
+    Monitor::connect_within(path, timeout).map_err(|error| failure(error.into()))
 }
 
 pub(super) fn failure(error: Error) -> Failure {

@@ -442,11 +442,33 @@ fn manual_pages_have_a_usage_line_examples_and_what_exit_codes_mean() {
 }
 
 #[test]
+fn attach_waits_no_longer_for_a_silent_monitor_than_it_was_told() {
+    let broker = Broker::start("workstation.toml");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("qmp");
+    let _silent = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let attach = ["attach", "--vm", "a", "--device", "65:00.0", "--timeout", "1", "--qmp"];
+    let (code, said) = failed(Some(&broker), &[&attach[..], &[path.to_str().unwrap()]].concat());
+    assert_eq!(code, 1);
+    assert!(
+        said.contains("to the greeting within 1s") && said.contains("no QMP monitor"),
+        "{said}"
+    );
+}
+
+#[test]
 fn a_program_without_the_two_hyphens_before_it_is_told_of_them() {
     let exec = ["exec", "--vm", "a", "--device", "65:00.0"];
     let (code, said) = failed(None, &[&exec[..], &["true"]].concat());
     assert_eq!(code, 2);
     assert!(said.contains("come after `--`"), "{said}");
+    let (_, said) = failed(None, &["dem"]);
+    assert!(
+        said.contains("'demo'") && !said.contains("agent"),
+        "what is hidden is told of: {said}"
+    );
+    let (_, said) = failed(None, &["demo-agen"]);
+    assert!(!said.contains("demo-agent"), "what is hidden is told of: {said}");
     let (_, said) = failed(None, &[&exec[..], &["--handuot", "group", "--", "true"]].concat());
     assert!(said.contains("'--handout'") && !said.contains("come after"), "{said}");
 }

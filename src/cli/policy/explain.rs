@@ -21,7 +21,7 @@ pub(super) struct Args {
     /// Who asks: a uid, or a user's name
     #[arg(long, value_name = "UID", value_parser = uid)]
     uid: u32,
-    /// The device's PCI address, as in 0000:65:00.0
+    /// The device's PCI address: 65:00.0 or 0000:65:00.0
     #[arg(long, value_name = "BDF", value_parser = Bdf::typed)]
     device: Bdf,
     /// A group that it is in, its own first [default: the user's groups on this machine]
