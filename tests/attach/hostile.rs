@@ -62,3 +62,24 @@ fn a_forged_record_opens_no_lease_of_another_vm() {
         client.release(lease).unwrap();
     }
 }
+
+#[test]
+fn a_record_that_is_none_is_told_to_nobody() {
+    let world = World::start();
+    let good = |device: &str| json!({ "vm": "web1", "device": device, "lease": "l", "key": "k" });
+    for (id, record) in [
+        ("forged", good("; run `evil`")),
+        ("; run `evil`", good(NIC)),
+        ("forged", json!({ "vm": "", "device": NIC, "lease": "l", "key": "k" })),
+    ] {
+        let object = ("secret".to_owned(), record.to_string().into());
+        let file = std::fs::File::open("/dev/null").unwrap().into();
+        let mut model = world.qemu.model();
+        model.objects.insert(format!("vfio-broker.{id}"), object);
+        model.devices.insert(id.into(), (json!({}), file));
+        drop(model);
+        let error = world.detach(&Detach::new("web1", OTHER)).unwrap_err().to_string();
+        assert!(error.ends_with("nothing was"), "{error}");
+        world.qemu.model().restart();
+    }
+}

@@ -3,7 +3,7 @@
 use super::check::{arguments, check};
 use super::detach::{Unplugged, unplug};
 use super::state::{
-    OURS, Record, State, close, delete, device_name, iommufd_name, lease_name, record_name,
+    OURS, Record, State, close, delete, device_name, iommufd_name, is_id, lease_name, record_name,
 };
 use super::{Error, Result};
 use crate::client::{self, Acquire, Client, Lease};
@@ -111,9 +111,7 @@ pub fn attach(qemu: &mut Monitor, broker: &mut Client, request: &Attach) -> Resu
 /// Finds out what can't be done before anything is touched.
 fn refuse(request: &Attach, state: &State) -> Result<()> {
     if let Some(id) = &request.id {
-        let good = id.starts_with(|c: char| c.is_ascii_alphabetic())
-            && id.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
-        if !good {
+        if !is_id(id) {
             let why = "letters, digits, '-', '.' and '_', beginning with a letter";
             return Err(Error::bad(format!("id {id:?}"), why));
         }

@@ -21,11 +21,21 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// Whether it has a key at all. QEMU is not trusted: it may have forged the record, of a lease
-    /// that is another VM's, and without a key it would be a manager's rights that the broker goes by.
-    fn has_key(&self) -> bool {
-        !self.key.is_empty()
+    /// Whether it looks like one of ours. QEMU is not trusted, and may have forged it: without a key it
+    /// would be a manager's rights that the broker goes by, and what is no word could pass for ours
+    /// where it is told to a person.
+    fn is_possible(&self) -> bool {
+        let Self { vm, device, lease, key } = self;
+        let fits = |c: char| c.is_ascii_alphanumeric() || "-_.:@+".contains(c);
+        let is_word = |text: &String| (1..=64).contains(&text.len()) && text.chars().all(fits);
+        [vm, device, lease, key].into_iter().all(is_word)
     }
+}
+
+/// Whether QEMU takes it for the id of an object or a device.
+pub(super) fn is_id(id: &str) -> bool {
+    id.starts_with(|c: char| c.is_ascii_alphabetic())
+        && id.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
 }
 
 /// The object that holds the record of the device that QEMU calls `id`.
@@ -69,7 +79,7 @@ impl State {
             let Some(id) = name.strip_prefix(OURS).and_then(|rest| rest.strip_prefix('.')) else {
                 continue;
             };
-            if kind != "secret" {
+            if kind != "secret" || !is_id(id) {
                 continue;
             }
             let arguments = json!({ "path": format!("/objects/{name}"), "property": "data" });
@@ -80,7 +90,7 @@ impl State {
             // Somebody else's is left alone.
             let record = text.as_str().map(serde_json::from_str::<Record>);
             if let Some(Ok(record)) = record
-                && record.has_key()
+                && record.is_possible()
             {
                 records.insert(id.to_owned(), record);
             }
