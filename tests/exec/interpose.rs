@@ -144,8 +144,11 @@ fn what_the_broker_attached_is_answered_as_done() {
         &[
             "open:/dev/vfio/15",
             "open:/dev/vfio/vfio",
+            // As a group that was just opened.
+            "status:0",
             "container:0:1",
             "iommu:1:3",
+            "status:0",
             // Another type, a container for a group, a file that is none of ours: the kernel's
             // affair, to which a simulated file is a socket.
             "iommu:1:1",
@@ -157,16 +160,22 @@ fn what_the_broker_attached_is_answered_as_done() {
             "iommu:2:3",
             "fork:container:0:1",
             "thread:iommu:1:3",
+            "status:1",
+            "open:/dev/vfio/15",
+            "status:0",
+            "fork:status:3",
         ],
     );
     let file = "simulated cloexec";
-    assert_eq!(done[..5], [file, file, "done", "done", "ENOTTY"], "{error}");
-    assert_eq!(done[5..8], ["ENOTTY", "ENOTTY", "/dev/null cloexec"]);
-    assert_eq!(done[8..], ["ENOTTY", "ENOTTY", "ENOTTY", "done", "done"]);
+    assert_eq!(done[..6], [file, file, "free", "done", "done", "ENOTTY"], "{error}");
+    assert_eq!(done[6..10], ["ENOTTY", "ENOTTY", "ENOTTY", "/dev/null cloexec"]);
+    assert_eq!(done[10..16], ["ENOTTY", "ENOTTY", "ENOTTY", "done", "done", "ENOTTY"]);
+    assert_eq!(done[16..], [file, "free", "free"], "opened anew");
     // Without a container of the broker's nothing is answered for the kernel.
-    let list = ["open:/dev/vfio/15", "open:/dev/vfio/vfio", "container:0:1", "iommu:1:3"];
+    let list =
+        ["open:/dev/vfio/15", "open:/dev/vfio/vfio", "container:0:1", "iommu:1:3", "status:0"];
     let (done, error) = said(&broker, &["--handout", "group"], &list);
-    assert_eq!(done, [file, file, "ENOTTY", "ENOTTY"], "{error}");
+    assert_eq!(done, [file, file, "ENOTTY", "ENOTTY", "ENOTTY"], "{error}");
 }
 
 #[test]

@@ -12,7 +12,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// What is asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
+#[cfg_attr(test, derive(PartialEq))]
 pub(super) enum Call {
     /// To open a VFIO node.
     Open { node: Node, close_on_exec: bool },
@@ -20,15 +21,18 @@ pub(super) enum Call {
     SetContainer { group: RawFd, container: RawFd },
     /// `VFIO_SET_IOMMU`.
     SetIommu { container: RawFd, kind: u64 },
+    /// `VFIO_GROUP_GET_STATUS`.
+    GetStatus { group: RawFd, flags: Place },
     /// Something that is none of our business.
     Other,
 }
 
 const SET_CONTAINER: u32 = crate::kernel::request::GROUP_SET_CONTAINER.number;
 const SET_IOMMU: u32 = crate::kernel::request::SET_IOMMU.number;
+const GET_STATUS: u32 = crate::kernel::request::GROUP_GET_STATUS.number;
 
 /// The ioctls that are asked about where the lease's groups are attached already.
-pub(super) const IOCTLS: [u32; 2] = [SET_CONTAINER, SET_IOMMU];
+pub(super) const IOCTLS: [u32; 3] = [SET_CONTAINER, SET_IOMMU, GET_STATUS];
 
 impl Call {
     /// Reads it. What was read counts only if its maker still waits afterwards.
@@ -51,8 +55,43 @@ impl Call {
             libc::SYS_ioctl if second as u32 == SET_IOMMU => {
                 Ok(Self::SetIommu { container: first as RawFd, kind: third })
             }
+            libc::SYS_ioctl if second as u32 == GET_STATUS => {
+                let Some(size) = read_array(thread, third)? else { return Ok(Self::Other) };
+                // The kernel refuses one that is too small.
+                if u32::from_ne_bytes(size) < STATUS_SIZE {
+                    return Ok(Self::Other);
+                }
+                let flags = Place { memory: memory(thread, true)?, address: third.wrapping_add(4) };
+                Ok(Self::GetStatus { group: first as RawFd, flags })
+            }
             _ => Ok(Self::Other),
         }
+    }
+}
+
+/// Of `struct vfio_group_status`: its own size, and the flags.
+const STATUS_SIZE: u32 = 8;
+
+/// Where an answer goes in the asker's memory. It is that memory's also when the asker has ended
+/// meanwhile and its number is another's.
+#[derive(Debug)]
+pub(super) struct Place {
+    memory: File,
+    address: u64,
+}
+
+impl Place {
+    /// # Errors
+    /// EIO: nothing that could be written to is there.
+    pub(super) fn put(&self, value: u32) -> Result<(), Errno> {
+        self.memory.write_all_at(&value.to_ne_bytes(), self.address).map_err(errno)
+    }
+}
+
+#[cfg(test)]
+impl PartialEq for Place {
+    fn eq(&self, other: &Self) -> bool {
+        self.address == other.address
     }
 }
 
@@ -100,11 +139,11 @@ fn base(thread: Pid, directory: RawFd) -> Option<Vec<u8>> {
     if !directory.is_absolute() { None } else { path::below_root(&directory, Path::new(&root)) }
 }
 
-fn memory(thread: Pid) -> Result<File, Errno> {
+fn memory(thread: Pid, write: bool) -> Result<File, Errno> {
     if thread.as_raw() <= 0 {
         return Err(Errno::ESRCH);
     }
-    File::open(format!("/proc/{thread}/mem")).map_err(errno)
+    File::options().read(true).write(write).open(format!("/proc/{thread}/mem")).map_err(errno)
 }
 
 fn errno(error: std::io::Error) -> Errno {
@@ -120,7 +159,7 @@ fn is_unmapped(error: &std::io::Error) -> bool {
 /// is no path at all then.
 fn read_text(thread: Pid, address: u64) -> Result<Vec<u8>, Errno> {
     let mut bytes = vec![0; libc::PATH_MAX as usize];
-    let len = match memory(thread)?.read_at(&mut bytes, address) {
+    let len = match memory(thread, false)?.read_at(&mut bytes, address) {
         Ok(len) => len,
         // Nothing is mapped there: the kernel will say EFAULT itself.
         Err(error) if is_unmapped(&error) => 0,
@@ -137,7 +176,7 @@ fn read_text(thread: Pid, address: u64) -> Result<Vec<u8>, Errno> {
 /// So many bytes at an address; `None` where they are not all there.
 fn read_array<const LEN: usize>(thread: Pid, address: u64) -> Result<Option<[u8; LEN]>, Errno> {
     let mut bytes = [0; LEN];
-    match memory(thread)?.read_at(&mut bytes, address) {
+    match memory(thread, false)?.read_at(&mut bytes, address) {
         Ok(len) if len == LEN => Ok(Some(bytes)),
         Ok(_) => Ok(None),
         Err(error) if is_unmapped(&error) => Ok(None),
@@ -200,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn the_two_ioctls_are_read_and_others_are_not() {
+    fn the_three_ioctls_are_read_and_others_are_not() {
         let number: RawFd = 9;
         let at = (&raw const number).expose_provenance() as u64;
         let ioctl = |request: u32, argument: u64| {
@@ -210,7 +249,20 @@ mod tests {
         assert_eq!(ioctl(SET_CONTAINER, at), Call::SetContainer { group: 7, container: 9 });
         assert_eq!(ioctl(SET_CONTAINER, 8), Call::Other, "a bad pointer");
         assert_eq!(ioctl(SET_IOMMU, 3), Call::SetIommu { container: 7, kind: 3 });
-        assert_eq!(ioctl(SET_IOMMU + 1, 3), Call::Other);
+        assert_eq!(ioctl(SET_IOMMU - 1, 3), Call::Other);
+        let mut status = [8_u32, 0];
+        let at = (&raw mut status).expose_provenance() as u64;
+        let Call::GetStatus { group: 7, flags } = ioctl(GET_STATUS, at) else {
+            panic!("no status")
+        };
+        flags.put(5).unwrap();
+        assert_eq!(*std::hint::black_box(&status), [8, 5]);
+        let small = [7_u32, 0];
+        let at = (&raw const small).expose_provenance() as u64;
+        assert_eq!(ioctl(GET_STATUS, at), Call::Other, "too small");
+        assert_eq!(ioctl(GET_STATUS, 8), Call::Other, "a bad pointer");
+        let nowhere = Place { address: 8, ..flags };
+        assert_eq!(nowhere.put(5), Err(Errno::EIO));
     }
 
     #[test]

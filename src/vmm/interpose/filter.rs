@@ -1,6 +1,6 @@
 //! The filter: which system calls are asked about. Classic BPF, as seccomp(2) takes it.
 //!
-//! It looks at numbers in registers only, so nothing but opens and two ioctls costs a program
+//! It looks at numbers in registers only, so nothing but opens and three ioctls costs a program
 //! anything. A program of another architecture (32 bits on a 64-bit kernel, x32) passes untouched:
 //! the broker's files are no secret that would have to be kept from it, it just is not given any.
 
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn opens_and_two_ioctls_are_asked_about_and_nothing_else() {
+    fn opens_and_given_ioctls_are_asked_about_and_nothing_else() {
         let arch = ARCH.unwrap();
         for ioctls in [&[][..], &[0x3b66, 0x3b68]] {
             let filter = program(ioctls).unwrap();

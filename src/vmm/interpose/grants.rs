@@ -4,6 +4,7 @@ use crate::client::{self, Client, Lease};
 use crate::kernel::{Container, Group, IommuType, Node};
 use crate::protocol::{self, FdKind, Handout};
 use nix::errno::Errno;
+use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
@@ -28,6 +29,10 @@ pub(super) struct Attached {
     pub(super) groups: Vec<Group>,
     /// As the broker has set it; `None` once the program sets its own.
     pub(super) iommu: Option<IommuType>,
+    /// The groups that the program has put into a container since it opened them. The others are
+    /// shown to it as in none, as groups are that were just opened: some programs map nothing in a
+    /// container that somebody else seems to have made.
+    pub(super) set: HashSet<Node>,
 }
 
 /// What becomes of an open.
@@ -58,7 +63,8 @@ impl Grants {
         if lease.handout() == Handout::Container {
             let kind = if lease.iommu() == "type1" { IommuType::Type1 } else { IommuType::Type1v2 };
             let (container, groups) = (lease.container()?, lease.groups()?);
-            attached = Some(Attached { container, groups, iommu: Some(kind) });
+            let set = HashSet::new();
+            attached = Some(Attached { container, groups, iommu: Some(kind), set });
         }
         for kind in [FdKind::Container, FdKind::Group, FdKind::Iommufd, FdKind::Cdev] {
             while let Some(file) = lease.files_mut().take(kind, None) {
@@ -104,6 +110,9 @@ impl Grants {
     /// What an open of `node` is answered with.
     pub(super) fn open(&mut self, node: &Node) -> Grant<'_> {
         let Some((kind, name)) = self.granted(node) else { return Grant::NotGranted };
+        if let Some(attached) = &mut self.attached {
+            attached.set.remove(node);
+        }
         if let Some(attached) = &self.attached {
             let group = attached.groups.iter().find(|group| group.node() == node);
             return Grant::Kept(group.map_or(attached.container.as_fd(), Group::as_fd));

@@ -3,7 +3,7 @@
 use super::call::Call;
 use super::grants::{Attached, Grant, Grants, errno_of};
 use super::sys::{self, Notification};
-use crate::kernel::Node;
+use crate::kernel::{Group, Node};
 use nix::errno::Errno;
 use nix::unistd::Pid;
 use std::collections::BTreeSet;
@@ -19,6 +19,9 @@ pub(super) struct Supervisor {
     /// What has been said is not said again.
     said: BTreeSet<String>,
 }
+
+/// `VFIO_GROUP_FLAGS_VIABLE`, and not attached.
+const VIABLE: u32 = vfio_bindings::bindings::vfio::VFIO_GROUP_FLAGS_VIABLE;
 
 /// What a system call is answered with.
 enum Verdict {
@@ -75,6 +78,9 @@ impl Supervisor {
             Call::SetIommu { container, kind } => {
                 self.is_attached(|attached| attached.has_iommu(&question, container, kind))
             }
+            Call::GetStatus { group, flags } => self.is_attached(|attached| {
+                Ok(attached.looks_new(&question, group)? && flags.put(VIABLE).is_ok())
+            }),
             Call::Other => Verdict::GoOn,
         };
         self.answer(&question, verdict)
@@ -162,7 +168,7 @@ impl Attached {
     /// Whether these numbers of the asker are one of our groups and our container, and the group is
     /// attached at this moment: a program may have taken it out.
     fn has_both(
-        &self,
+        &mut self,
         question: &Notification,
         group: RawFd,
         container: RawFd,
@@ -170,12 +176,27 @@ impl Attached {
         if !sys::is_same(question.thread, container, self.container.as_fd())? {
             return Ok(false);
         }
+        let Some(ours) = self.group(question, group)? else { return Ok(false) };
+        let (node, status) = (ours.node().clone(), ours.status());
+        self.set.insert(node);
+        Ok(status.is_ok_and(|status| status.attached))
+    }
+
+    /// Whether the number is one of our groups that the program has not put into a container, and it
+    /// is in one by the broker's doing. It is viable then.
+    fn looks_new(&self, question: &Notification, group: RawFd) -> Result<bool, Errno> {
+        let Some(ours) = self.group(question, group)? else { return Ok(false) };
+        Ok(!self.set.contains(ours.node()) && ours.status().is_ok_and(|status| status.attached))
+    }
+
+    /// The one of our groups that a number of the asker is.
+    fn group(&self, question: &Notification, number: RawFd) -> Result<Option<&Group>, Errno> {
         for ours in &self.groups {
-            if sys::is_same(question.thread, group, ours.as_fd())? {
-                return Ok(ours.status().is_ok_and(|status| status.attached));
+            if sys::is_same(question.thread, number, ours.as_fd())? {
+                return Ok(Some(ours));
             }
         }
-        Ok(false)
+        Ok(None)
     }
 
     /// Whether the number is our container, and it has this IOMMU type at this moment: it loses it
