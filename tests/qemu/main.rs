@@ -1,10 +1,14 @@
 //! QEMU that nobody changed, as an ordinary user without any capability, on real devices: it needs
 //! the lab's guest (`tests/lab/run`) and does nothing elsewhere. The guest's devices are emulated by
-//! a QEMU outside, the one that is given them runs inside.
+//! a QEMU outside, the one that is given them runs inside. Other VMMs' ways are tried here too: the
+//! example with rust-vmm's crates is this program by another name.
 
 // A test harness of its own: to clippy it is a program like any other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
+mod dpdk;
+#[path = "../../examples/rust_vmm.rs"]
+mod rust_vmm;
 mod story;
 #[path = "../common/until.rs"]
 mod until;
@@ -13,6 +17,9 @@ mod world;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    if std::env::args().next().is_some_and(|name| name.ends_with("/rust_vmm")) {
+        return rust_vmm::main();
+    }
     if std::env::var_os("LAB_KERNEL").is_none() {
         println!("test result: ok. 0 passed; QEMU on real devices needs the lab: see tests/lab");
         return ExitCode::SUCCESS;

@@ -1,11 +1,13 @@
 //! Each step starts with nothing leased and ends so.
 
+use crate::dpdk;
 use crate::world::*;
+use std::process::Command;
 
 type Step = fn(&World);
 
 /// Its name, whether it needs iommufd, and what it does.
-pub const STEPS: [(&str, bool, Step); 10] = [
+pub const STEPS: [(&str, bool, Step); 13] = [
     ("the user may open no node", false, no_rights),
     ("legacy, a container that the broker attached", false, |world| legacy(world, "container")),
     ("legacy, an unattached group", false, |world| legacy(world, "group")),
@@ -14,13 +16,16 @@ pub const STEPS: [(&str, bool, Step); 10] = [
     ("iommufd, cold: open files by number", true, by_number),
     ("iommufd, opened by QEMU itself", true, by_iommufd_itself),
     ("a static program opens an iommufd and a device, and again", true, a_device_of_its_own),
+    ("rust-vmm's crates with the lease's open files", true, rust_vmm),
+    ("rust-vmm's crates open nodes by themselves", false, rust_vmm_by_itself),
+    ("DPDK sends packets", false, dpdk::sends),
     ("512 MiB do not fit in the default memlock limit", false, memlock),
     ("QEMU that is killed leaves nothing", false, killed),
 ];
 
 /// Memory of the guest's guest, and what may be locked for it.
 const MEMORY: &str = "64";
-const ENOUGH: u64 = 256 * MIB;
+pub const ENOUGH: u64 = 256 * MIB;
 const E1000E: (u64, u64) = (0x8086, 0x10d3);
 const NOBODY: &str = "uid 2001 CapEff 0000000000000000";
 
@@ -89,8 +94,11 @@ fn detached(world: &World) {
     let list = [
         &*group,
         "open:/dev/vfio/vfio",
+        // To the program it is one that nobody has attached.
+        "status:0",
         "container:0:1",
         "iommu:1:3",
+        "status:0",
         "unset:0",
         "status:0",
         // The kernel is asked: nothing is attached, so the call is made, and so is the next.
@@ -101,8 +109,10 @@ fn detached(world: &World) {
         "iommu:1:3",
     ];
     let said = steps(world.exec_for(EDU, &["--handout", "container"], ENOUGH), &list);
-    let expected = ["done", "done", "done", "free", "EINVAL", "done", "attached", "done", "EINVAL"];
-    assert_eq!(said[2..], expected, "type 1 is set then, and 3 the kernel's to refuse");
+    let first = ["free", "done", "done", "attached", "done"];
+    assert_eq!(said[2..7], first);
+    let expected = ["free", "EINVAL", "done", "attached", "done", "EINVAL"];
+    assert_eq!(said[7..], expected, "type 1 is set then, and 3 the kernel's to refuse");
 }
 
 fn by_number(world: &World) {
@@ -148,6 +158,45 @@ fn a_device_of_its_own(world: &World) {
     ];
     let said = steps(world.exec_for(EDU, &["--backend", "iommufd"], ENOUGH), &list);
     assert!(said.iter().all(|said| !said.starts_with('E')), "{said:?}");
+}
+
+fn rust_vmm(world: &World) {
+    let run = |memlock| {
+        let mut command = world.user(world.rust_vmm(), memlock);
+        command.env("VFIO_BROKER_SOCKET", world.socket()).args([NIC, EDU]);
+        says(command)
+    };
+    let (started, said, _) = run(8 * MIB);
+    assert!(started);
+    assert!(said.contains(&format!("{NIC} is 8086:10d3")), "two devices share one address space");
+    assert!(said.contains(&format!("{EDU} has copied memory")));
+    let (started, _, error) = run(2 * MIB);
+    assert!(!started && error.contains("Cannot allocate memory"), "it may lock less than it maps");
+}
+
+fn rust_vmm_by_itself(world: &World) {
+    let run = |options: &[&str], way| {
+        let mut command = world.exec_for(EDU, options, 8 * MIB);
+        command.arg(world.rust_vmm()).args([way, EDU]);
+        says(command)
+    };
+    // It wants a group that is viable and in no container, which is what it is shown.
+    for handout in ["group", "container"] {
+        let (started, said, _) = run(&["--handout", handout], "--groups");
+        assert!(started && said.contains("has copied memory"), "{handout}");
+    }
+    if world.has_iommufd {
+        let (started, said, _) = run(&["--backend", "iommufd"], "--cdevs");
+        assert!(started && said.contains("has copied memory"));
+    }
+}
+
+/// Whether a program does what it is to do, and its output and errors.
+fn says(mut command: Command) -> (bool, String, String) {
+    let output = command.output().unwrap();
+    let [said, error] = [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    print!("{said}{error}");
+    (output.status.success(), said, error)
 }
 
 fn memlock(world: &World) {

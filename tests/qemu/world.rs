@@ -89,8 +89,29 @@ impl World {
         world
     }
 
-    fn socket(&self) -> PathBuf {
+    pub fn socket(&self) -> PathBuf {
         self.dir.path().join("broker.sock")
+    }
+
+    /// The example with rust-vmm's crates.
+    pub fn rust_vmm(&self) -> PathBuf {
+        let name = self.dir.path().join("rust_vmm");
+        if !name.exists() {
+            let this = std::env::current_exe().unwrap();
+            let_all_run(&this);
+            std::os::unix::fs::symlink(this, &name).unwrap();
+        }
+        name
+    }
+
+    /// A directory of the user's own.
+    pub fn runtime(&self) -> PathBuf {
+        let path = self.dir.path().join("run");
+        if !path.exists() {
+            fs::create_dir(&path).unwrap();
+            std::os::unix::fs::chown(&path, Some(2001), Some(2001)).unwrap();
+        }
+        path
     }
 
     pub fn leases(&self) -> Vec<vfio_broker::protocol::Lease> {
