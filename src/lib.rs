@@ -51,4 +51,6 @@ mod pages {
     struct Readme;
     #[doc = include_str!("../docs/client.md")]
     struct Client;
+    #[doc = include_str!("../docs/rust-vmm.md")]
+    struct RustVmm;
 }
