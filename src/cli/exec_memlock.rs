@@ -46,7 +46,9 @@ impl Memlock {
             }
             Self::Auto => {
                 let need = guest_memory(program, arguments).ok_or_else(|| {
-                    Failure::new("the arguments do not say how much memory the guest has")
+                    let program = program.display();
+                    let what = "-m of QEMU or --memory of cloud-hypervisor";
+                    Failure::new(format!("the arguments of {program} have no {what} to go by"))
                         .advise("say how much is to be locked: --memlock 4G, for example")
                         .code(2)
                 })?;

@@ -38,7 +38,7 @@ impl Need {
 /// `None` for a program that is neither, and where they say it in another way.
 pub fn guest_memory(program: &Path, arguments: &[OsString]) -> Option<Need> {
     let name = program.file_name()?.to_str()?;
-    let qemu = name.starts_with("qemu-system-") || name == "qemu-kvm" || name == "kvm";
+    let qemu = name.starts_with("qemu-system-") || ["qemu", "qemu-kvm", "kvm"].contains(&name);
     let options: &[&str] = if qemu { &["-m", "--m"] } else { &["--memory"] };
     if !qemu && name != "cloud-hypervisor" {
         return None;
@@ -124,6 +124,9 @@ mod tests {
             (&["-m", "99999999999999T"], None),
         ] {
             assert_eq!(mib(qemu, arguments), expected, "{arguments:?}");
+        }
+        for qemu in ["qemu", "/usr/libexec/qemu-kvm", "kvm"] {
+            assert_eq!(mib(qemu, &["-m", "512"]), Some(512), "{qemu}");
         }
         let ch = "cloud-hypervisor";
         assert_eq!(mib(ch, &["--memory", "size=1024M,shared=on"]), Some(1024));
