@@ -183,7 +183,10 @@ fn tell(error: Error) -> (String, Vec<String>, Option<String>) {
         Error::Quarantined { device, since, reason } => (
             format!("{device} is not known to be free yet"),
             vec![format!("{reason}; so since {}", style::since(since))],
-            Some("whoever still has it open must close it; then try again".into()),
+            Some(match reason.contains("an administrator") {
+                true => "whoever looks after this host can do that; then try again".into(),
+                false => "whoever still has it open must close it; then try again".into(),
+            }),
         ),
         Error::Kernel { call, object, errno, name, hint } => {
             (format!("the kernel refused {call} on {object}: {name} ({errno})"), vec![], Some(hint))
@@ -306,6 +309,17 @@ mod tests {
         assert!(memlock.contains("memlock is at most 1 GiB, this would make unlimited\n  -> ask"));
         assert!(text(over("mapped_bytes", 3 << 29)).contains("make 1.5 GiB"));
         assert!(text(over("leases", 5)).contains("make 5\n"));
+    }
+
+    #[test]
+    fn a_device_that_an_administrator_has_to_take_back_is_not_said_to_wait_for_a_close() {
+        let told = |reason: &str| {
+            let (device, reason) = ("d".to_owned(), reason.to_owned());
+            text(Error::Quarantined { device, since: 0, reason })
+        };
+        assert!(told("its group is open somewhere").contains("must close it"));
+        let kept = told("for its tenant until an administrator has unbound it");
+        assert!(!kept.contains("must close it") && kept.contains("looks after"), "{kept}");
     }
 
     #[test]
