@@ -38,7 +38,7 @@ fn row(lease: &Lease) -> Vec<String> {
         lease.uid.to_string(),
         lease.pid.to_string(),
         handout.as_str().unwrap_or_default().to_owned(),
-        lease.container.clone(),
+        if lease.container.is_empty() { "-".to_owned() } else { lease.container.clone() },
         devices.join(" "),
         mapped,
         ago(lease.since),

@@ -53,7 +53,9 @@ pub(super) fn print(text: &str) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        result => result,
+        result => result.map_err(|error| {
+            std::io::Error::new(error.kind(), format!("can't write to standard output: {error}"))
+        }),
     }
 }
 
