@@ -64,6 +64,7 @@ pub(super) struct Args {
     keep_fd: Vec<RawFd>,
     /// The program and its arguments
     #[arg(value_name = "PROGRAM", required = true, last = true)]
+    #[arg(value_hint = clap::ValueHint::CommandWithArguments)]
     program: Vec<OsString>,
 }
 

@@ -22,6 +22,7 @@ use crate::client::{self, Client};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, Parser, Subcommand};
 use failure::Failure;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use style::Style;
@@ -111,9 +112,28 @@ fn explained(mut error: clap::Error) -> clap::Error {
     error
 }
 
+/// Wrong usage, in the form that was asked for; or help, which was asked for too.
+fn misused(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() || !asks_for_json(std::env::args_os().skip(1)) {
+        error.exit();
+    }
+    let text = error.to_string();
+    let what = text.split("\n\nUsage:").next().unwrap_or_default();
+    let words: Vec<_> = what.trim_start_matches("error: ").split_whitespace().collect();
+    Failure::new(words.join(" ")).advise("see --help").code(2).report(true)
+}
+
+/// Whether `--json` is among the options, and not of what comes after `--`.
+fn asks_for_json(words: impl Iterator<Item = OsString>) -> bool {
+    words.take_while(|word| word != "--").any(|word| word == "--json")
+}
+
 /// Runs the program: reads the command line, does what it says.
 pub fn main() -> ExitCode {
-    let cli = Cli::try_parse().unwrap_or_else(|error| explained(error).exit());
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return misused(&explained(error)),
+    };
     if cli.socket.is_some() && matches!(cli.command, Command::Demo(_)) {
         let why = "demo starts a broker of its own: it takes no --socket";
         Cli::command().error(ErrorKind::ArgumentConflict, why).exit();

@@ -457,6 +457,20 @@ fn attach_waits_no_longer_for_a_silent_monitor_than_it_was_told() {
 }
 
 #[test]
+fn wrong_usage_is_json_too_where_that_is_asked_for() {
+    let exec = ["exec", "--vm", "a", "--json", "--", "true"];
+    let (code, said) = failed(None, &exec);
+    assert_eq!(code, 2);
+    let said: Value = serde_json::from_str(&said).unwrap();
+    let message = "the following required arguments were not provided: --device <DEVICE>";
+    assert_eq!(said["message"], message);
+    // What belongs to the program is no option of ours, and help is no error.
+    let (_, said) = failed(None, &["exec", "--vm", "a", "--", "true", "--json"]);
+    assert!(said.starts_with("error: "), "{said}");
+    assert!(printed(None, &["exec", "--json", "--help"]).starts_with("Get devices"));
+}
+
+#[test]
 fn a_program_without_the_two_hyphens_before_it_is_told_of_them() {
     let exec = ["exec", "--vm", "a", "--device", "65:00.0"];
     let (code, said) = failed(None, &[&exec[..], &["true"]].concat());
