@@ -10,10 +10,15 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::Semaphore;
 
 /// Connections that a uid without a tenant may have: enough to ask what this is.
 const STRANGER_CONNECTIONS: usize = 16;
+
+/// How many denials get into the log: an account's, and those of all strangers together.
+const DENIALS: u32 = 20;
+const STRANGERS_DENIALS: u32 = 10 * DENIALS;
 
 /// Files of one owner whose close hangs, before it is let in no more: each holds something up.
 const MOST_UNCLOSED: usize = 64;
@@ -37,6 +42,7 @@ pub(super) struct Accounts {
     /// and have any number of porters.
     strangers_lane: Lane,
     strangers_sink: Rc<Sink>,
+    strangers_denials: Rc<RefCell<RateLimit>>,
     waiting: Waiting,
     strangers: Cell<usize>,
     by_owner: RefCell<HashMap<Owner, Rc<Account>>>,
@@ -66,7 +72,9 @@ pub(super) struct Account {
     /// Whether its calls can need open files: only MapDma's do.
     pub(super) sends_fds: bool,
     /// What is denied it and gets into the log.
-    pub(super) denials: RefCell<RateLimit>,
+    denials: RefCell<RateLimit>,
+    /// The same of all strangers together, if it is one: a user can have very many uids.
+    strangers_denials: Option<Rc<RefCell<RateLimit>>>,
     /// What a stranger gets for every call but the introspection.
     pub(super) denied: Option<Error>,
 }
@@ -87,6 +95,7 @@ impl Accounts {
             strangers_sink: Sink::new(waiting.clone()),
             waiting,
             strangers_lane,
+            strangers_denials: Rc::new(RefCell::new(RateLimit::new(STRANGERS_DENIALS))),
             strangers: Cell::new(0),
             by_owner: RefCell::default(),
             connections: Cell::new(0),
@@ -155,7 +164,10 @@ impl Accounts {
             Err(_) => (self.strangers_lane.clone(), Rc::clone(&self.strangers_sink)),
         };
         let own_lane = self.closer.lane();
-        let account = Rc::new(Account::new(owner.clone(), tenant, lane, own_lane, sink));
+        let mut account = Account::new(owner.clone(), tenant, lane, own_lane, sink);
+        account.strangers_denials =
+            account.is_stranger().then(|| Rc::clone(&self.strangers_denials));
+        let account = Rc::new(account);
         by_owner.insert(owner, Rc::clone(&account));
         account
     }
@@ -185,9 +197,19 @@ impl Account {
             stuck: Stuck::default(),
             requests: Arc::new(Semaphore::new(most_requests)),
             most_requests,
-            denials: RefCell::new(RateLimit::new(20)),
+            denials: RefCell::new(RateLimit::new(DENIALS)),
+            strangers_denials: None,
             sends_fds: tenant.as_ref().is_ok_and(|tenant| may_map(tenant)),
             denied: tenant.err().map(Error::from),
+        }
+    }
+
+    /// Whether a denial may be logged; if so, how many were held back before it.
+    pub(super) fn may_log_denial(&self, now: Instant) -> Option<u64> {
+        let own = self.denials.borrow_mut().pass(now)?;
+        match &self.strangers_denials {
+            None => Some(own),
+            Some(all) => all.borrow_mut().pass(now).map(|others| own + others),
         }
     }
 

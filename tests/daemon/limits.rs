@@ -90,3 +90,19 @@ fn a_healthy_system_logs_two_lines_a_lease() {
         assert!(pair[0].contains("lease begins") && pair[1].contains("lease ends"), "{log}");
     }
 }
+
+#[test]
+fn many_uids_without_a_tenant_do_not_fill_the_log_together() {
+    let only_root = policy("").replace("anyone = true", "user = 0");
+    let daemon = Daemon::with(Setup::policy(only_root));
+    let rounds = 100;
+    for uid in 20_000..20_000 + rounds {
+        let Some(mut stranger) = as_uid(uid, || daemon.connect()) else { return };
+        for _ in 0..20 {
+            stranger.call("Topology", json!({})).error("Denied");
+        }
+    }
+    let log = daemon.log();
+    let denied = log.lines().filter(|line| line.contains("denied")).count();
+    assert!((1..rounds as usize * 20 / 2).contains(&denied), "{denied} lines");
+}
