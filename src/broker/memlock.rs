@@ -4,11 +4,11 @@ use super::{Broker, Caller};
 use crate::protocol::{Error, SetMemlock};
 
 impl Broker {
-    /// Whether the caller's limit may be raised as it asks. Never blocks.
+    /// Whether the caller's limit may be raised as it asks; returns its tenant's name. Never blocks.
     ///
     /// # Errors
     /// [`Error::Denied`] the policy has no ceiling for its tenant, [`Error::OverLimit`] a lower one.
-    pub fn may_lock(&self, caller: &Caller, request: &SetMemlock) -> Result<(), Error> {
+    pub fn may_lock(&self, caller: &Caller, request: &SetMemlock) -> Result<&str, Error> {
         let entry = self.authorize(caller, &request.lease, &request.key)?;
         let tenant = self.tenant(caller)?;
         if tenant.name != entry.tenant {
@@ -17,6 +17,7 @@ impl Broker {
                 reason: format!("lease {} is another tenant's than the caller", entry.id),
             });
         }
-        self.policy.may_lock(tenant, request.bytes)
+        self.policy.may_lock(tenant, request.bytes)?;
+        Ok(&tenant.name)
     }
 }

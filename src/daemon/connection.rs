@@ -186,10 +186,12 @@ impl Connection {
 
     /// The process at the other end may have its limit raised.
     fn set_memlock(&self, request: &SetMemlock) -> Result<Answer, Error> {
-        self.daemon.broker.may_lock(&self.caller, request)?;
+        let tenant = self.daemon.broker.may_lock(&self.caller, request)?;
         let bytes = super::peer::raise_memlock(self.socket.as_fd(), request.bytes)?;
-        let Peer { uid, pid, .. } = self.caller.peer;
-        info!(uid, pid, bytes, lease = request.lease, "memlock limit raised");
+        if self.daemon.observer.may_log(tenant) {
+            let Peer { uid, pid, .. } = self.caller.peer;
+            info!(uid, pid, bytes, lease = request.lease, "memlock limit raised");
+        }
         Ok(Answer::reply(Memlock { bytes }))
     }
 

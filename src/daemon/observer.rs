@@ -32,7 +32,8 @@ impl DaemonObserver {
         Ok(Self { lifelines, events, lines: Mutex::default() })
     }
 
-    fn may_log(&self, tenant: &str) -> bool {
+    /// Whether a line about a tenant's leases may be logged.
+    pub(super) fn may_log(&self, tenant: &str) -> bool {
         let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
         let limit = lines.entry(tenant.to_owned()).or_insert_with(|| RateLimit::new(LINES));
         let passed = limit.pass(Instant::now());

@@ -106,3 +106,20 @@ fn many_uids_without_a_tenant_do_not_fill_the_log_together() {
     let denied = log.lines().filter(|line| line.contains("denied")).count();
     assert!((1..rounds as usize * 20 / 2).contains(&denied), "{denied} lines");
 }
+
+#[test]
+fn raised_limits_do_not_fill_the_log() {
+    let generous = policy("").replace("anyone = true", "anyone = true\nmemlock = \"1 MiB\"");
+    let daemon = Daemon::with(Setup::policy(generous));
+    let mut client = daemon.connect();
+    let lease = Held::acquire(&mut client, DEVICE, "container");
+    let mut request = lease.key();
+    request["bytes"] = json!(0);
+    let rounds = 2000;
+    for _ in 0..rounds {
+        client.call("SetMemlock", request.clone()).ok();
+    }
+    let log = daemon.log();
+    let raised = log.lines().filter(|line| line.contains("memlock limit raised")).count();
+    assert!((1..rounds).contains(&raised), "{raised} lines");
+}
