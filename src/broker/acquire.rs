@@ -4,6 +4,7 @@ use super::authority::{JUST_ENDED, quota};
 use super::books::{Entry, Files};
 use super::cdev::Cdev;
 use super::fds::{Named, list};
+use super::given::{Before, cdevs_of};
 use super::key::new_lease_id;
 use super::plan::{Chosen, Plan};
 use super::{
@@ -19,11 +20,11 @@ use std::time::Instant;
 
 /// What the kernel has given so far, in its order.
 #[derive(Default)]
-struct Opened {
+pub(super) struct Opened {
     groups: Vec<(u32, Group)>,
     devices: Vec<(Bdf, Device)>,
     iommufd: Option<Iommufd>,
-    cdevs: Vec<(Bdf, Cdev)>,
+    pub(super) cdevs: Vec<(Bdf, Cdev)>,
 }
 
 impl Broker {
@@ -199,13 +200,16 @@ impl Broker {
         chosen: Chosen,
         (kind, awaited): (EventKind, &dyn Fn() -> bool),
     ) -> Result<Grant, Error> {
-        let mut opened = Opened::default();
+        let (mut opened, mut before) = (Opened::default(), Before::new());
         let done = self
             .open(entry, &files, effects, &chosen, &mut opened)
             .and_then(|()| if awaited() { Ok(()) } else { Err(too_late(entry.id)) })
+            .and_then(|()| self.remember(entry.id, &cdevs_of(&opened, &chosen)))
+            .map(|was| before = was)
             .and_then(|()| self.hand_over(entry, &mut files, &chosen, &mut opened, kind));
         if done.is_err() {
             undo(entry, opened);
+            self.forget(before);
             // The ledger knows this lease and that it is being acquired; it can't refuse.
             let _ = self.books().ledger.apply(Request::Abort { lease: entry.id });
         }

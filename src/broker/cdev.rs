@@ -70,14 +70,19 @@ impl Broker {
             let those = all.filter(|(id, left)| left.tenant == tenant || concerns(*id));
             those.map(|(id, left)| (id, left.clone())).collect()
         };
+        let mut proved = false;
         for (group, unproved) in unproved {
             for (device, registration) in unproved.left {
-                if host::has_let_go(&*self.kernel, device, registration) == Ok(true) {
+                if self.has_let_go(device, registration) {
                     // A report on what is in the ledger; it can't refuse.
                     let report = Request::Proved { group, device, registration };
                     let _ = self.books().ledger.apply(report);
+                    proved = true;
                 }
             }
+        }
+        if proved {
+            self.forget_proved();
         }
     }
 

@@ -98,6 +98,8 @@ impl Broker {
                 for handed in used.filter(|d| request.wants(FdKind::Cdev, &d.bdf.to_string())) {
                     let cdev = self.open_cdev(handed.bdf)?;
                     self.check_members(&lease, handed.group)?;
+                    // The lease has the device, so what fails from here on need not be taken back.
+                    self.remember(lease.id, &[(handed.bdf, handed.group, cdev.registration)])?;
                     files.registrations.insert(handed.bdf, cdev.registration);
                     fds.push(Named::cdev(handed.bdf, cdev));
                 }

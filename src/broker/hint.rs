@@ -29,6 +29,11 @@ fn hint(error: &kernel::Error) -> String {
         (_, Errno::EMFILE | Errno::ENFILE) => {
             "the broker has no open files left: raise LimitNOFILE= of its service".into()
         }
+        ("create" | "write" | "fsync" | "rename", _) => {
+            "who may have devices open by their own nodes is written there before they are handed \
+             out: give the broker room and rights in that directory, or name another --socket"
+                .into()
+        }
         ("open", Errno::ENOENT | Errno::ENODEV) if object.starts_with("/dev/vfio/devices/") => {
             "the device has just left its driver: see Topology".into()
         }

@@ -3,7 +3,8 @@
 //!
 //! Three kinds of locks, always taken in this order: a lease's files, then its address space,
 //! then the books. The first two are held through kernel calls and only by calls on the same lease
-//! or container; the books never are, so nobody waits there for a kernel.
+//! or container; the books never are, so nobody waits there for a kernel. Beside them is the lock of
+//! the record of what was given ([`given`]), under which no other one is taken.
 
 mod acquire;
 mod api;
@@ -13,6 +14,7 @@ mod cdev;
 mod dma;
 mod fds;
 mod form;
+mod given;
 mod hint;
 mod key;
 mod lifeline;
@@ -25,6 +27,7 @@ mod reclaim;
 mod space;
 
 pub use api::{Caller, Ended, Grant, LifelineId, Nobody, Observer, SentFd};
+pub use given::{Given, Record};
 pub use memory::check_memory;
 pub use rebind::Rebinder;
 
@@ -33,6 +36,7 @@ use crate::ledger::{Lease, LeaseId};
 use crate::policy::Policy;
 use crate::protocol::{Event, EventKind};
 use books::Books;
+use given::AllGiven;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -51,6 +55,7 @@ pub struct Broker {
     observer: Arc<dyn Observer>,
     patience: Vec<Duration>,
     rebinder: OnceLock<Arc<dyn Rebinder>>,
+    given: Mutex<AllGiven>,
     books: Mutex<Books>,
     /// Something has been reclaimed, or can't be yet.
     changed: Condvar,
@@ -74,8 +79,9 @@ impl Broker {
         observer: Arc<dyn Observer>,
         patience: Vec<Duration>,
     ) -> Arc<Self> {
-        let (rebinder, books, changed) = (OnceLock::new(), Mutex::default(), Condvar::new());
-        Arc::new(Self { kernel, policy, observer, patience, rebinder, books, changed })
+        let (rebinder, changed) = (OnceLock::new(), Condvar::new());
+        let (given, books) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { kernel, policy, observer, patience, rebinder, given, books, changed })
     }
 
     /// The policy it goes by.

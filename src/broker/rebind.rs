@@ -48,6 +48,7 @@ impl Broker {
             Ok(left) => {
                 self.report(Request::Unbound { group, at: super::now(), left });
                 self.look_for_proof(&lease.tenant, |_| false);
+                self.forget_proved();
             }
             Err(error) => self.stuck(group, &error),
         }
@@ -62,7 +63,7 @@ impl Broker {
         left
     }
 
-    fn has_let_go(&self, device: Bdf, since: u64) -> bool {
+    pub(super) fn has_let_go(&self, device: Bdf, since: u64) -> bool {
         // What can't be read shows nothing.
         host::has_let_go(&*self.kernel, device, since) == Ok(true)
     }

@@ -93,15 +93,7 @@ fn check(fd: &OwnedFd) -> Result<(), StartError> {
 /// Makes a socket at `path`, in place of one that nobody listens on any more.
 fn create(path: &Path) -> Result<Listening, StartError> {
     let at = |source| StartError::Socket { path: path.to_owned(), source };
-    let directory = path.parent().filter(|dir| !dir.as_os_str().is_empty());
-    let directory = directory.unwrap_or(Path::new("."));
-    if !directory.exists() {
-        info!(directory = %directory.display(), "making the socket's directory");
-    }
-    DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(at)?;
-    if !trust::is_directory_safe(&std::fs::metadata(directory).map_err(at)?) {
-        return Err(StartError::UnsafeDirectory(directory.to_owned()));
-    }
+    make_directory(path)?;
     // Of two that start at a time, one looks after the other has begun to listen.
     let _lock = lock(path, LOCK_DEADLINE)?;
     remove_stale(path)?;
@@ -111,13 +103,34 @@ fn create(path: &Path) -> Result<Listening, StartError> {
     Ok(Listening { listener: listener.into(), file: Some((path.to_owned(), inode)) })
 }
 
+/// Makes the directory of the socket, which has the daemon's other files too, if there is none; whose
+/// files others could replace is no good.
+pub(super) fn make_directory(socket: &Path) -> Result<(), StartError> {
+    let at = |source| StartError::Socket { path: socket.to_owned(), source };
+    let directory = socket.parent().filter(|dir| !dir.as_os_str().is_empty());
+    let directory = directory.unwrap_or(Path::new("."));
+    if !directory.exists() {
+        info!(directory = %directory.display(), "making the socket's directory");
+    }
+    DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(at)?;
+    match trust::is_directory_safe(&std::fs::metadata(directory).map_err(at)?) {
+        true => Ok(()),
+        false => Err(StartError::UnsafeDirectory(directory.to_owned())),
+    }
+}
+
+/// The path of a file that goes with another one.
+pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(suffix);
+    path.into()
+}
+
 /// Keeps other daemons from starting at this path. Only who can open a file can lock it, for which
 /// it takes no right to write: so it is a file that only root and we can open. It stays, since
 /// somebody may wait for the lock of the one that would be removed.
 fn lock(socket: &Path, deadline: Duration) -> Result<Flock<File>, StartError> {
-    let mut path = socket.as_os_str().to_owned();
-    path.push(".lock");
-    let path = PathBuf::from(path);
+    let path = beside(socket, ".lock");
     let at = |source| StartError::Lock { path: path.clone(), source };
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);

@@ -23,6 +23,7 @@ mod peer;
 mod porter;
 mod rebinder;
 mod reclaim;
+mod record;
 mod start;
 mod trust;
 mod watch;

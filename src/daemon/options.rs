@@ -26,6 +26,11 @@ pub struct Options {
     #[arg(long, value_name = "DIRECTORY", requires = "sim")]
     pub sim_control: Option<PathBuf>,
 
+    /// Serve the simulated kernel that another process runs, at its control socket: one that a daemon
+    /// can be restarted on
+    #[arg(long, value_name = "SOCKET", conflicts_with = "sim", hide = true)]
+    pub sim_at: Option<PathBuf>,
+
     /// How the log on standard error is written
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,

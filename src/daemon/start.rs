@@ -1,18 +1,18 @@
 //! From the command line to the first connection, and from SIGTERM to the end.
 
-use super::listen::{self, Listening};
-
+use super::listen::{self, Listening, make_directory};
 use super::observer::DaemonObserver;
 use super::options::Options;
 use super::rebinder::{DaemonRebinder, Processes};
+use super::record::RecordFile;
 use super::{Daemon, accept, log, reclaim, trust, workers};
-use crate::broker::Broker;
+use crate::broker::{Broker, Given};
 use crate::host::Host;
 use crate::kernel::readiness::watch;
 use crate::kernel::{Kernel, Linux};
 use crate::policy::{POLICY_PATH, Policy, Problems};
 use crate::protocol::Lease;
-use crate::sim::{Sim, Topology};
+use crate::sim::{Sim, Topology, Wire};
 use crate::users::SystemUsers;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -104,6 +104,18 @@ pub enum StartError {
         /// Why.
         source: std::io::Error,
     },
+    /// Nobody knows who may have devices open.
+    #[error(
+        "can't read {path}, in which is written down who may have devices open by their own nodes: \
+         {why}; remove it once no program runs any more that was given a device by iommufd (\"fuser -v \
+         /dev/vfio/devices/*\"), or when the machine has been started since"
+    )]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        why: String,
+    },
     /// What the service manager passed is of no use.
     #[error("socket activation: {0}")]
     Activation(String),
@@ -144,16 +156,20 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     log::start(options.log_format);
     let passed = listen::passed()?;
     let files = raise_file_limit().map_err(StartError::set_up("the limit of open files"))?;
-    // Ends when this does.
-    let (kernel, sim) = kernel(options)?;
+    // The simulation ends when this does.
+    let (kernel, processes, _sim) = kernel(options)?;
     let policy = Arc::new(policy(options, &*kernel)?);
     let observer = DaemonObserver::new().map_err(StartError::set_up("epoll for lease pipes"))?;
     let observer = Arc::new(observer);
     let broker = Broker::new(kernel, policy, observer.clone());
-    let processes = sim.as_ref().map_or(Processes::Linux, |sim| Processes::Simulated(sim.wire()));
     broker.set_rebinder(Arc::new(DaemonRebinder::new(processes)));
     let activated = passed.is_some();
     let listening = Listening::new(passed, &options.socket)?;
+    // Now no other daemon is there.
+    if let Err(error) = take_over(&broker, options) {
+        listening.remove_file();
+        return Err(error);
+    }
     tell_the_start(options, activated);
     let runtime = event_loop().map_err(StartError::set_up("the event loop"))?;
     let daemon = Daemon::new(broker, observer, most_connections(files), options)
@@ -166,6 +182,22 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     std::mem::forget(tasks);
     runtime.shutdown_background();
     served
+}
+
+/// Takes over what the last daemon here has left. A simulated machine that ends with its daemon leaves
+/// nothing.
+fn take_over(broker: &Broker, options: &Options) -> Result<(), StartError> {
+    if options.sim.is_some() {
+        return Ok(());
+    }
+    make_directory(&options.socket)?;
+    let record = RecordFile::of(&options.socket)?;
+    let given = record.read()?;
+    for Given { device, lease, vm, tenant, .. } in &given {
+        info!(%device, lease, vm, tenant, "may be open since before the restart");
+    }
+    let unusable = record.unusable();
+    broker.set_record(Arc::new(record), given).map_err(|error| unusable(error.to_string()))
 }
 
 /// The event loop, with a worker thread that is always there. While there is none and the kernel
@@ -189,9 +221,10 @@ fn tell_the_start(options: &Options, activated: bool) {
         true => "the service manager's".into(),
         false => options.socket.to_string_lossy(),
     };
-    let kernel = match &options.sim {
-        Some(topology) => format!("SIMULATED, of {}", topology.display()),
-        None => "this machine's".into(),
+    let kernel = match (&options.sim, &options.sim_at) {
+        (Some(topology), _) => format!("SIMULATED, of {}", topology.display()),
+        (None, Some(socket)) => format!("SIMULATED, at {}", socket.display()),
+        (None, None) => "this machine's".into(),
     };
     info!(%socket, kernel, "listening");
 }
@@ -287,14 +320,20 @@ fn sim_policy(kernel: &dyn Kernel) -> Result<String, StartError> {
     ))
 }
 
-/// The kernel, and the simulation behind it if it is one.
-fn kernel(options: &Options) -> Result<(Arc<dyn Kernel>, Option<Sim>), StartError> {
+/// The kernel, what rebinds devices there, and the simulation if it is one of ours.
+fn kernel(options: &Options) -> Result<(Arc<dyn Kernel>, Processes, Option<Sim>), StartError> {
     if let Some(topology) = &options.sim {
         let sim = simulated(topology, options.sim_control.as_deref())?;
-        return Ok((sim.kernel(), Some(sim)));
+        return Ok((sim.kernel(), Processes::Simulated(sim.wire()), Some(sim)));
+    }
+    if let Some(socket) = &options.sim_at {
+        let wire = Wire::connect(socket)
+            .map_err(|error| StartError::Sim(format!("{}: {error}", socket.display())))?;
+        let wire = Arc::new(wire);
+        return Ok((wire.clone(), Processes::Simulated(wire), None));
     }
     match Path::new("/dev/vfio/vfio").exists() {
-        true => Ok((Arc::new(Linux), None)),
+        true => Ok((Arc::new(Linux), Processes::Linux, None)),
         false => Err(StartError::NoVfio),
     }
 }

@@ -17,7 +17,7 @@ mod unproved;
 pub use lease::{
     Group, GroupState, Handed, Lease, LeaseId, Mapping, Member, NotALeaseId, Phase, Space, Trust,
 };
-pub use request::{Acquire, Effect, Extend, Quota, Refusal, Request, WantedGroup};
+pub use request::{Acquire, Effect, Extend, Quota, Refusal, Request, Restored, WantedGroup};
 pub use unproved::Unproved;
 
 use std::collections::BTreeMap;
@@ -50,6 +50,7 @@ impl Ledger {
             Request::UnmapDone { lease, iova, gone } => self.unmap_done(lease, iova, gone),
             Request::End { lease, at } => self.end(lease, at),
             Request::Reclaim { lease } => self.reclaim(lease),
+            Request::Restore(restored) => self.restore(restored),
             Request::Detached { group } => self.detached(group),
             Request::Freed { group } => self.freed(group),
             Request::Unbound { group, at, left } => self.unbound(group, at, left),

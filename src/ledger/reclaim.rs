@@ -1,7 +1,10 @@
 //! The end of a lease: its mappings undone, its groups shown to be free, one by one.
 
-use super::{Effect, GroupState, LeaseId, Ledger, Phase, Refusal, Space};
+use super::{
+    Effect, Group, GroupState, Handed, Lease, LeaseId, Ledger, Phase, Refusal, Restored, Space,
+};
 use crate::protocol::Handout;
+use std::collections::BTreeMap;
 
 impl Ledger {
     pub(super) fn end(&mut self, id: LeaseId, at: u64) -> Result<Vec<Effect>, Refusal> {
@@ -13,6 +16,44 @@ impl Ledger {
                 group.state = GroupState::Reclaiming { since: at };
             }
         }
+        Ok(Vec::new())
+    }
+
+    /// A lease that ended with the broker that had it.
+    pub(super) fn restore(&mut self, restored: Restored) -> Result<Vec<Effect>, Refusal> {
+        let Restored { lease: id, tenant, vm, uid, pid, since, at, groups } = restored;
+        let taken = groups.iter().find(|(number, ..)| self.groups.contains_key(number));
+        if let Some((number, ..)) = taken {
+            let what = format!("group {number}");
+            return Err(Refusal::Conflict { what, why: "is another lease's".into() });
+        }
+        if self.leases.contains_key(&id) {
+            return Err(Refusal::Conflict { what: id.to_string(), why: "is in use".into() });
+        }
+        let mut devices = Vec::new();
+        for (group, members, here) in groups {
+            devices.extend(here.into_iter().map(|bdf| Handed { bdf, group, withheld: false }));
+            let state = GroupState::Reclaiming { since: at };
+            self.groups.insert(group, Group { lease: id, state, attached: false, members });
+        }
+        let (handout, space, phase) = (Handout::Iommufd, Space::None, Phase::Ending);
+        let (noiommu, mappings, adding) = (false, BTreeMap::new(), None);
+        let lease = Lease {
+            id,
+            tenant,
+            vm,
+            uid,
+            pid,
+            since,
+            handout,
+            space,
+            noiommu,
+            phase,
+            devices,
+            mappings,
+            adding,
+        };
+        self.leases.insert(id, lease);
         Ok(Vec::new())
     }
 

@@ -71,6 +71,8 @@ pub enum Request {
         /// Which lease.
         lease: LeaseId,
     },
+    /// A lease by iommufd of a broker that was there before has ended with it.
+    Restore(Restored),
     /// A group of an ended lease is in no address space any more.
     Detached {
         /// Which group.
@@ -136,6 +138,27 @@ pub struct Acquire {
     pub groups: Vec<WantedGroup>,
     /// What the tenant may have.
     pub quota: Quota,
+}
+
+/// A lease by iommufd as it was when the broker that had it ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// Its public name, not used by any lease that is known.
+    pub lease: LeaseId,
+    /// Whose it was.
+    pub tenant: String,
+    /// What its holder called the VM.
+    pub vm: String,
+    /// Who acquired it.
+    pub uid: u32,
+    /// Who acquired it.
+    pub pid: i32,
+    /// When that was, in seconds since 1970.
+    pub since: u64,
+    /// When it ended, in seconds since 1970.
+    pub at: u64,
+    /// Its groups, each with its devices on VFIO drivers and those that were handed out.
+    pub groups: Vec<(u32, Vec<Member>, Vec<Bdf>)>,
 }
 
 /// More devices for a lease.

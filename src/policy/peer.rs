@@ -1,6 +1,6 @@
 //! Who asks, and whom a tenant is for.
 
-use std::fmt::Display;
+use std::fmt::{self, Display};
 
 /// What the kernel says about a process at the other end of a socket; nothing here is what the
 /// process says of itself.
@@ -46,6 +46,21 @@ pub(super) struct Who {
     pub(super) labels: Option<Vec<String>>,
     /// `accept = ["overflow-uid"]`.
     pub(super) accepts_overflow: bool,
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { anyone, users, groups, units, labels, accepts_overflow } = self;
+        let words = [
+            anyone.then(|| "anyone".to_owned()),
+            users.as_ref().map(|users| format!("uid {}", any_of(users))),
+            groups.as_ref().map(|groups| format!("group {}", any_of(groups))),
+            units.as_ref().map(|units| format!("unit {}", any_of(units))),
+            labels.as_ref().map(|labels| format!("label {}", any_of(labels))),
+            accepts_overflow.then(|| "overflow-uid".to_owned()),
+        ];
+        f.write_str(&words.into_iter().flatten().collect::<Vec<_>>().join(", "))
+    }
 }
 
 impl Who {

@@ -9,6 +9,7 @@ mod iommufd;
 mod leases;
 mod lifecycle;
 mod limits;
+mod restart;
 mod watching;
 
 /// The device that a test uses, beside the neighbour's.

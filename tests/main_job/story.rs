@@ -13,7 +13,7 @@ const DEFAULT_MEMLOCK: u64 = 8 * MIB;
 
 type Step = fn(&World);
 
-pub const STEPS: [(&str, Step); 9] = [
+pub const STEPS: [(&str, Step); 10] = [
     ("an ordinary user does what a VMM does", a_vmm_without_rights),
     ("the default memlock is too small, and the error says so", too_little_memlock),
     ("others are refused, and are told what they may know", others_are_refused),
@@ -22,6 +22,7 @@ pub const STEPS: [(&str, Step); 9] = [
     ("memory of huge pages is mapped whole", huge_pages),
     ("an iommufd and cdevs, again for one tenant and for no other", by_iommufd),
     ("a device is proved free by its driver, once nobody has it open", rebound),
+    ("a daemon that was killed and started again knows what may be open", restarted),
     ("everything is as it was", nothing_is_left),
 ];
 
@@ -223,14 +224,8 @@ fn rebound(world: &World) {
     gina.go_on();
     gina.expect(&["released, proved: true"]);
     gina.ends();
-    let takes = |uid, device| {
-        let mut other = world.client(uid, DEFAULT_MEMLOCK, Role::Ask, &[device]);
-        other.expect(&["got lease"]);
-        other.ends();
-        until("its group is free", || group_is_free(world, device));
-    };
-    takes(CAROL, NIC);
-    takes(FRANK, PAIR[1]);
+    is_had(world, CAROL, NIC);
+    is_had(world, FRANK, PAIR[1]);
     // Somebody who keeps a device that is not bound: its driver waits, the daemon does not.
     let mut gina = world.client(GINA, DEFAULT_MEMLOCK, Role::Stale, &[NIC]);
     let keeper = gina.expect(&["kept by"]).rsplit(' ').next().unwrap().parse().unwrap();
@@ -238,10 +233,48 @@ fn rebound(world: &World) {
     until("no lease is left", || world.observer().leases().unwrap().is_empty());
     until("the device is quarantined", || state(world, NIC) == GroupState::Quarantined);
     is_refused(world, CAROL, NIC, "waits for the last close");
-    takes(FRANK, PAIR[1]);
+    is_had(world, FRANK, PAIR[1]);
     kill(Pid::from_raw(keeper), Signal::SIGKILL).unwrap();
     until("its group is free", || group_is_free(world, NIC));
-    takes(CAROL, NIC);
+    is_had(world, CAROL, NIC);
+}
+
+fn restarted(world: &World) {
+    if !world.has_iommufd() || !world.real {
+        println!("    of a real kernel with iommufd alone: a simulated one ends with its daemon");
+        return;
+    }
+    // One whose devices are bound, and somebody who keeps a device that is not.
+    let mut erin = world.client(ERIN, DEFAULT_MEMLOCK, Role::Iommufd, &PAIR);
+    for _ in 0..6 {
+        erin.says();
+    }
+    let mut stale = world.client(ERIN, DEFAULT_MEMLOCK, Role::Stale, &[NIC]);
+    let keeper = stale.expect(&["kept by"]).rsplit(' ').next().unwrap().parse().unwrap();
+    world.restart();
+    stale.kill();
+    until("its group is for its tenant alone", || only_for(world, NIC) == ["erin"]);
+    is_refused(world, CAROL, NIC, "may still have it open");
+    until("the others are in use", || state(world, PAIR[0]) == GroupState::Quarantined);
+    is_refused(world, FRANK, PAIR[1], "not known to be free");
+    erin.kill();
+    until("the others are for their tenant alone", || only_for(world, PAIR[0]) == ["erin"]);
+    let mut again = world.client(ERIN, DEFAULT_MEMLOCK, Role::Ask, &[NIC]);
+    again.expect(&["got lease"]);
+    again.ends();
+    kill(Pid::from_raw(keeper), Signal::SIGKILL).unwrap();
+    for device in [NIC, PAIR[0], PAIR[1]] {
+        world.rebind(device);
+    }
+    is_had(world, CAROL, NIC);
+    is_had(world, FRANK, PAIR[1]);
+}
+
+fn is_had(world: &World, uid: u32, device: &str) {
+    let mut other = world.client(uid, DEFAULT_MEMLOCK, Role::Ask, &[device]);
+    other.expect(&["got lease"]);
+    other.ends();
+    until("its group is free", || group_is_free(world, device));
 }
 
 fn is_refused(world: &World, uid: u32, bdf: &str, why: &str) {

@@ -5,6 +5,7 @@ pub use crate::until::until;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use std::cell::RefCell;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -105,7 +106,8 @@ pub struct World {
     /// Whether it is a real one.
     pub real: bool,
     dir: tempfile::TempDir,
-    daemon: Child,
+    daemon: RefCell<Child>,
+    command: RefCell<Command>,
 }
 
 impl World {
@@ -124,10 +126,25 @@ impl World {
             fs::create_dir(dir.path().join("sim")).unwrap();
             command.arg("--sim").arg(&topology).arg("--sim-control").arg(dir.path().join("sim"));
         }
-        let daemon = command.stdin(Stdio::null()).spawn().unwrap();
-        let world = Self { kernel, real, dir, daemon };
-        until("the daemon answers", || UnixStream::connect(world.socket()).is_ok());
+        let daemon = RefCell::new(command.stdin(Stdio::null()).spawn().unwrap());
+        let world = Self { kernel, real, dir, daemon, command: RefCell::new(command) };
+        world.wait_for_the_daemon();
         world
+    }
+
+    fn wait_for_the_daemon(&self) {
+        until("the daemon answers", || UnixStream::connect(self.socket()).is_ok());
+    }
+
+    /// Kills the daemon and starts it again. A simulated kernel would end with it.
+    pub fn restart(&self) {
+        assert!(self.real);
+        let mut daemon = self.daemon.borrow_mut();
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        *daemon = self.command.borrow_mut().spawn().unwrap();
+        drop(daemon);
+        self.wait_for_the_daemon();
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -135,7 +152,7 @@ impl World {
     }
 
     pub fn daemon_pid(&self) -> u32 {
-        self.daemon.id()
+        self.daemon.borrow().id()
     }
 
     /// Whether the kernel can do iommufd and cdevs.
@@ -182,10 +199,10 @@ impl World {
 
     /// SIGTERM ends the daemon cleanly.
     pub fn end(&self) {
-        kill(Pid::from_raw(self.daemon.id() as i32), Signal::SIGTERM).unwrap();
+        kill(Pid::from_raw(self.daemon.borrow().id() as i32), Signal::SIGTERM).unwrap();
         until("the daemon ends", || {
             nix::sys::wait::waitpid(
-                Pid::from_raw(self.daemon.id() as i32),
+                Pid::from_raw(self.daemon.borrow().id() as i32),
                 Some(nix::sys::wait::WaitPidFlag::WNOHANG),
             )
             .is_ok_and(|status| matches!(status, nix::sys::wait::WaitStatus::Exited(_, 0)))
@@ -196,7 +213,7 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        let _ = self.daemon.kill();
+        let _ = self.daemon.get_mut().kill();
     }
 }
 

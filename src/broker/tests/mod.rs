@@ -9,6 +9,7 @@ mod race;
 mod random;
 mod rebind;
 mod reclaim;
+mod restart;
 mod shared;
 mod undo;
 

@@ -80,3 +80,40 @@ fn a_stranger_in_the_container_keeps_newcomers_out() {
     ledger.apply(Request::Freed { group: 1 }).unwrap();
     ledger.apply(Request::Acquire(member(2))).unwrap();
 }
+
+#[test]
+fn a_restored_lease_is_one_that_has_just_ended() {
+    let request = super::super::Acquire {
+        handout: Handout::Iommufd,
+        space: Space::None,
+        ..acquire(1, "a", vec![group(3, 2), group(4, 1)])
+    };
+    let groups = request.groups.iter().map(|g| (g.id, g.members.clone(), g.devices.clone()));
+    let restored = Restored {
+        lease: request.lease,
+        tenant: request.tenant.clone(),
+        vm: request.vm.clone(),
+        uid: request.uid,
+        pid: request.pid,
+        since: request.at,
+        at: 9,
+        groups: groups.collect(),
+    };
+    let mut ended = Ledger::default();
+    ended.apply(Request::Acquire(request)).unwrap();
+    ended.apply(Request::Commit { lease: LeaseId(1) }).unwrap();
+    ended.apply(Request::End { lease: LeaseId(1), at: 9 }).unwrap();
+    let mut ledger = Ledger::default();
+    assert_eq!(ledger.apply(Request::Restore(restored.clone())), Ok(Vec::new()));
+    assert_eq!(ledger, ended);
+    // It is there already, and so is its group.
+    let others = [
+        Restored { groups: Vec::new(), ..restored.clone() },
+        Restored { lease: LeaseId(2), ..restored },
+    ];
+    for other in others {
+        let refusal = ledger.apply(Request::Restore(other)).unwrap_err();
+        assert!(matches!(refusal, Refusal::Conflict { .. }), "{refusal}");
+        assert_eq!(ledger, ended);
+    }
+}
