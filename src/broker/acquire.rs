@@ -1,7 +1,7 @@
 //! Acquire: the whole of it, or nothing.
 
 use super::authority::{JUST_ENDED, quota};
-use super::books::{Entry, Files};
+use super::books::{Books, Entry, Files};
 use super::cdev::Cdev;
 use super::fds::{Named, list};
 use super::given::{Before, cdevs_of};
@@ -14,7 +14,7 @@ use crate::host;
 use crate::kernel::{Device, Group, IommuType, Iommufd, Node};
 use crate::ledger::{self, Effect, GroupState, Lease, LeaseId, Refusal, Request, Space};
 use crate::policy::{Tenant, Verb};
-use crate::protocol::{Acquire, Acquired, Bdf, Error, EventKind, FdKind, Handout};
+use crate::protocol::{Acquire, Acquired, Bdf, DeviceSpec, Error, EventKind, FdKind, Handout};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -111,7 +111,8 @@ impl Broker {
         self.carry_out(entry, files, &effects, chosen, (EventKind::Extended, awaited))
     }
 
-    /// A plan, also where a device is without a driver just now because it is being taken back.
+    /// A plan, also where a device is without a driver or without its own node just now because it is
+    /// being taken back.
     fn plan_patiently(
         &self,
         tenant: &Tenant,
@@ -119,14 +120,32 @@ impl Broker {
         lease: Option<&Lease>,
     ) -> Result<Plan, Error> {
         let deadline = Instant::now() + self.patience.iter().sum();
+        let named = self.named_groups(request)?;
         let mut seen_free = false;
         loop {
-            let error = match self.plan(tenant, request, lease) {
+            let before = standing(&self.books(), &named);
+            let result = self.plan(tenant, request, lease);
+            let books = self.books();
+            let left = deadline.saturating_duration_since(Instant::now());
+            // While it is bound again a device looks as if this host had no cdevs.
+            let doubtful =
+                matches!(result, Ok(_) | Err(Error::NotViable { .. } | Error::Unsupported { .. }));
+            let now = standing(&books, &named);
+            if doubtful && !left.is_zero() {
+                if now.contains(&Standing::Reclaiming) {
+                    drop(self.changed.wait_timeout(books, left));
+                    continue;
+                }
+                // It came to an end while the machine was looked at.
+                if now != before {
+                    continue;
+                }
+            }
+            let error = match result {
                 Err(error @ Error::NotViable { .. }) => error,
                 done => return done,
             };
             let Error::NotViable { group, blockers } = &error else { return Err(error) };
-            let books = self.books();
             let (over, since, reason) = match books.ledger.group(*group).map(|group| &group.state) {
                 Some(GroupState::Quarantined { since, reason }) => (true, *since, reason.clone()),
                 Some(GroupState::Reclaiming { since }) => (false, *since, JUST_ENDED.into()),
@@ -137,13 +156,25 @@ impl Broker {
                 }
                 _ => return Err(error),
             };
-            let left = deadline.saturating_duration_since(Instant::now());
             if over || left.is_zero() {
                 let device = blockers.first().map_or(format!("group {group}"), |b| b.bdf.clone());
                 return Err(Error::Quarantined { device, since, reason });
             }
             drop(self.changed.wait_timeout(books, left));
         }
+    }
+
+    /// The groups of the devices that are named by their addresses.
+    fn named_groups(&self, request: &Acquire) -> Result<Vec<u32>, Error> {
+        let all = request.devices.iter().chain(request.withhold.iter().flatten());
+        let mut groups = Vec::new();
+        for spec in all {
+            let DeviceSpec::Bdf { bdf } = spec else { continue };
+            if let host::Place::Group(id) = host::find(&*self.kernel, *bdf)? {
+                groups.push(id);
+            }
+        }
+        Ok(groups)
     }
 
     fn space(&self, plan: &Plan) -> Option<Arc<space::Space>> {
@@ -343,6 +374,23 @@ impl Broker {
         };
         Ok(Grant { reply, fds })
     }
+}
+
+/// How a group stands, as far as that says whether what is seen of its devices can be relied on.
+#[derive(PartialEq, Eq)]
+enum Standing {
+    Free,
+    Reclaiming,
+    Of(LeaseId),
+}
+
+fn standing(books: &Books, groups: &[u32]) -> Vec<Standing> {
+    let of = |id: &u32| match books.ledger.group(*id) {
+        None => Standing::Free,
+        Some(group) if matches!(group.state, GroupState::Reclaiming { .. }) => Standing::Reclaiming,
+        Some(group) => Standing::Of(group.lease),
+    };
+    groups.iter().map(of).collect()
 }
 
 /// Told to nobody: whoever asked has left.

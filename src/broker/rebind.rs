@@ -101,7 +101,14 @@ impl Broker {
                 (None, _) => return Ok(BTreeMap::new()),
                 (Some(_), Some(pause)) => std::thread::sleep(*pause),
                 (Some((bdf, _)), None) => {
-                    return Err(Error::new("driver unbind", bdf.to_string(), Errno::EBUSY));
+                    let device = host::Device::scan(&*self.kernel, *bdf)?;
+                    let binding = device.is_some_and(|device| device.driver.is_some());
+                    let unregistered = host::registration(&*self.kernel, *bdf)?.is_none();
+                    let call = match binding && unregistered {
+                        true => "driver bind",
+                        false => "driver unbind",
+                    };
+                    return Err(Error::new(call, bdf.to_string(), Errno::EBUSY));
                 }
             }
         }

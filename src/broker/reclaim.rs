@@ -153,6 +153,9 @@ impl Broker {
                  close",
                 error.object
             ),
+            ("driver bind", Errno::EBUSY) => {
+                format!("{} was let go of, and its driver is still binding it again", error.object)
+            }
             ("open", Errno::EBUSY) => format!("some process still has {} open", error.object),
             (_, Errno::EBUSY) => {
                 format!("some process still has a device of {} open", error.object)

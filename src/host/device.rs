@@ -57,7 +57,7 @@ impl Device {
         let on_vfio = match &driver {
             None => false,
             // Linux before 6.1 has no vfio-dev; there only the name tells.
-            Some(driver) if driver.contains("vfio") => true,
+            Some(driver) if is_named_vfio(driver) => true,
             Some(_) => gone_is_none(list(kernel, &format!("{path}/vfio-dev")))?
                 .is_some_and(|names| !names.is_empty()),
         };
@@ -160,7 +160,9 @@ pub fn registration(kernel: &dyn Kernel, bdf: Bdf) -> Result<Option<u64>> {
 /// driver goes only when they are, and until it has gone there is no other driver, and no further
 /// registration.
 ///
-/// While the driver waits for that, the device looks as if it had none: that shows nothing.
+/// While the driver waits for that, the device looks as if it had none: that shows nothing. Nor does a
+/// VFIO driver without a registration: it is only just binding the device, which nobody can have until
+/// that is done.
 ///
 /// # Errors
 /// What reading sysfs says.
@@ -171,7 +173,8 @@ pub fn has_let_go(kernel: &dyn Kernel, bdf: Bdf, since: u64) -> Result<bool> {
         None => {
             let path = format!("bus/pci/devices/{bdf}");
             let gone = gone_is_none(list(kernel, &path))?.is_none();
-            Ok(gone || name_of_link(kernel, &format!("{path}/driver"))?.is_some())
+            let driver = name_of_link(kernel, &format!("{path}/driver"))?;
+            Ok(gone || driver.is_some_and(|driver| !is_named_vfio(&driver)))
         }
     }
 }
@@ -188,6 +191,10 @@ pub fn has_vfs(kernel: &dyn Kernel, bdf: Bdf) -> Result<bool> {
 fn name_of_link(kernel: &dyn Kernel, path: &str) -> Result<Option<String>> {
     let target = gone_is_none(link(kernel, path))?;
     Ok(target.map(|target| target.rsplit('/').next().unwrap_or_default().to_owned()))
+}
+
+fn is_named_vfio(driver: &str) -> bool {
+    driver.contains("vfio")
 }
 
 /// The device serial number of a PCI Express function, from its extended capabilities.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::protocol::{Bdf, GroupState};
-use crate::sim::Wire;
+use crate::sim::{Fault, Wire};
 use nix::errno::Errno;
 use std::sync::Barrier;
 
@@ -176,4 +176,82 @@ fn what_earlier_leases_left_is_proved_too() {
     grant.fds.clear();
     assert_eq!(world.release(1000, &grant.reply), Ok(true));
     assert_eq!(state(&world, 1001, 1), GroupState::Free);
+}
+
+/// Takes devices off their drivers; from then on their driver has them and has not registered them.
+struct Slow {
+    sim: Arc<Wire>,
+    done: Arc<Barrier>,
+}
+
+/// A VFIO driver by its name, which registers nothing.
+const BINDING: &str = "slowvfio";
+
+impl Rebinder for Slow {
+    fn begin(&self, device: Bdf, driver: Option<&str>) {
+        if driver == Some("vfio-pci") {
+            self.sim.set_driver(&device.to_string(), None).unwrap();
+            self.sim.set_driver(&device.to_string(), Some(BINDING)).unwrap();
+            self.done.wait();
+        }
+    }
+}
+
+fn bound(world: &World) {
+    world.sim.set_driver(NIC, None).unwrap();
+    world.sim.set_driver(NIC, Some("vfio-pci")).unwrap();
+}
+
+/// Uid 1000 takes what the host can do, iommufd first.
+fn by_iommufd_first() -> String {
+    let policy = POLICY.replace("user = 1000", "user = 1000\nrebind = true");
+    policy.replacen(
+        "handouts = [\"container\", \"group\", \"devices\", \"iommufd\"]",
+        "handouts = [\"iommufd\", \"group\", \"devices\"]",
+        1,
+    )
+}
+
+#[test]
+fn a_device_that_is_being_bound_again_is_not_free_yet() {
+    let world = World::of(MACHINE, &by_iommufd_first());
+    let done = Arc::new(Barrier::new(1));
+    world.broker.set_rebinder(Arc::new(Slow { sim: world.sim.wire(), done }));
+    drop(world.acquire(1000, &want(&[NIC])).unwrap());
+    world.serve_hang_ups();
+    assert!(world.broker.has_pending_reclaims());
+    let error = world.acquire(1000, &want(&[NIC])).unwrap_err();
+    let Error::Quarantined { reason, .. } = error else { panic!("{error}") };
+    assert!(reason.contains("still binding it again"), "{reason}");
+    bound(&world);
+    world.broker.retry_reclaims();
+    assert!(!world.broker.has_pending_reclaims());
+    let grant = world.acquire(1000, &want(&[NIC])).unwrap();
+    assert_eq!(grant.reply.handout, Handout::Iommufd);
+}
+
+#[test]
+fn a_device_that_is_being_bound_again_is_waited_for() {
+    let world = World::of(MACHINE, &by_iommufd_first()).made_patient();
+    let done = Arc::new(Barrier::new(2));
+    let rebinder = Slow { sim: world.sim.wire(), done: Arc::clone(&done) };
+    world.broker.set_rebinder(Arc::new(rebinder));
+    let mut grant = world.acquire(1000, &want(&[NIC])).unwrap();
+    grant.fds.clear();
+    std::thread::scope(|scope| {
+        let release = scope.spawn(|| world.release(1000, &grant.reply));
+        done.wait();
+        // From here on it has a driver and no node of its own. That is what the other call sees: it is
+        // held up when it has looked for the node, until that is there.
+        let after = format!("bus/pci/devices/{NIC}/sriov_totalvfs");
+        world.sim.fault(Fault::never("sysfs").on(&after)).unwrap();
+        let again = scope.spawn(|| world.acquire(1000, &want(&[NIC])));
+        while world.stats().held == 0 {
+            std::thread::yield_now();
+        }
+        bound(&world);
+        world.sim.clear_faults().unwrap();
+        assert_eq!(release.join().unwrap(), Ok(true));
+        assert_eq!(again.join().unwrap().unwrap().reply.handout, Handout::Iommufd);
+    });
 }
