@@ -84,6 +84,8 @@ impl Broker {
         // What earlier leases left is to be proved with it.
         let earlier = self.books().ledger.unproved_group(group).map(|u| u.left.clone());
         let mut all = earlier.unwrap_or_default();
+        // Of those nobody may have looked for a while; a device that is proved free is let alone.
+        all.retain(|bdf, since| !self.has_let_go(*bdf, *since));
         all.append(&mut left);
         for bdf in all.keys() {
             // It would take the VFs away, from whoever has them.

@@ -255,3 +255,26 @@ fn a_device_that_is_being_bound_again_is_waited_for() {
         assert_eq!(again.join().unwrap().unwrap().reply.handout, Handout::Iommufd);
     });
 }
+
+#[test]
+fn a_device_that_is_proved_already_is_not_bound_again() {
+    let (world, rebinder) = world("rebind = true");
+    let left = want_as(Handout::Iommufd, &["0000:01:00.0"]);
+    let grant = world.acquire(1000, &left).unwrap();
+    let id = grant.reply.lease.parse().unwrap();
+    let registration =
+        crate::host::registration(&*world.sim.kernel(), "0000:01:00.0".parse().unwrap());
+    let left = [("0000:01:00.0".parse().unwrap(), registration.unwrap().unwrap())].into();
+    let mut books = world.broker.books();
+    books.ledger.apply(crate::ledger::Request::End { lease: id, at: 1 }).unwrap();
+    books.ledger.apply(crate::ledger::Request::Unbound { group: 1, at: 1, left }).unwrap();
+    drop(books);
+    drop(grant);
+    let mut grant = world.acquire(1000, &want_as(Handout::Iommufd, &["0000:01:00.1"])).unwrap();
+    grant.fds.clear();
+    // An administrator has bound it to the host's driver, which is none of the broker's business.
+    world.sim.set_driver("0000:01:00.0", None).unwrap();
+    world.sim.set_driver("0000:01:00.0", Some("nouveau")).unwrap();
+    assert_eq!(world.release(1000, &grant.reply), Ok(true));
+    assert_eq!(*rebinder.begun.lock().unwrap(), ["0000:01:00.1".parse().unwrap()]);
+}
