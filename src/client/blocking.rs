@@ -3,7 +3,7 @@
 use super::connection::{Connection, Deadline};
 use super::wire::{Incoming, Lost, Outgoing, decode};
 use super::{Acquire, DmaRange, Error, Files, Lease, Result, socket_path};
-use crate::protocol::{self, Event, Method};
+use crate::protocol::{self, Event, FdKind, Method};
 use nix::errno::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -94,6 +94,18 @@ impl Client {
     pub fn get_fds_of(&mut self, lease: &str, key: &str) -> Result<Files> {
         let (lease, key) = (lease.to_owned(), key.to_owned());
         self.files(&protocol::GetFds { lease, key, ..Default::default() })
+    }
+
+    /// One open file of a lease that another process acquired, opened anew, and a further lease fd.
+    pub(crate) fn open_again(
+        &mut self,
+        lease: &str,
+        key: &str,
+        kind: FdKind,
+        name: &str,
+    ) -> Result<Files> {
+        let (lease, key, name) = (lease.to_owned(), key.to_owned(), Some(name.to_owned()));
+        self.files(&protocol::GetFds { lease, key, lifeline: None, kind: Some(kind), name })
     }
 
     fn files(&mut self, call: &protocol::GetFds) -> Result<Files> {

@@ -125,3 +125,26 @@ fn a_joined_lease_goes_on_when_the_second_device_fails() {
     world.is_free(second);
     world.is_clean();
 }
+
+#[test]
+fn a_second_device_of_a_group_that_did_not_get_in_can_come_again() {
+    let world = World::start();
+    let [first, second] = PAIR;
+    let (one, two) = (Attach::new("web1", first), Attach::new("web1", second));
+    world.attach(&one).unwrap();
+    let there = world.qemu.model().leftovers();
+    world.qemu.disarm();
+    world.attach(&two).unwrap();
+    let steps = world.qemu.model().commands.len();
+    world.detach(&Detach::new("web1", second)).unwrap();
+    for at in 0..steps {
+        world.qemu.arm(at, Fault::Refuse);
+        world.attach(&two).unwrap_err();
+        assert_eq!(world.qemu.model().leftovers(), there, "at {at}");
+        world.qemu.disarm();
+        world.attach(&two).unwrap();
+        world.detach(&Detach::new("web1", second)).unwrap();
+    }
+    world.detach(&Detach::new("web1", first)).unwrap();
+    world.is_clean();
+}

@@ -83,6 +83,27 @@ fn two_devices_of_a_group_share_a_lease() {
 }
 
 #[test]
+fn a_device_that_left_a_lease_which_goes_on_can_come_again() {
+    let world = World::start();
+    let [first, second] = PAIR;
+    let one = world.attach(&Attach::new("web1", first)).unwrap();
+    for _ in 0..2 {
+        let two = world.attach(&Attach::new("web1", second)).unwrap();
+        assert_eq!(one.lease, two.lease);
+        assert_eq!(world.detach(&Detach::new("web1", second)).unwrap().proved, None);
+    }
+    // In that QEMU alone: the lease has it.
+    let other = Qemu::start();
+    let mut monitor = Monitor::connect_within(other.path(), SOON).unwrap();
+    let error =
+        attach(&mut monitor, &mut world.client(), &Attach::new("web1", second)).unwrap_err();
+    assert!(error.to_string().contains("busy"), "{error}");
+    world.detach(&Detach::new("web1", first)).unwrap();
+    world.is_clean();
+    world.is_free(second);
+}
+
+#[test]
 fn an_iommufd_of_the_command_line_can_be_shared() {
     let world = World::start();
     let null = std::fs::File::open("/dev/null").unwrap();

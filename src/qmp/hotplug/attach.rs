@@ -6,10 +6,11 @@ use super::state::{
     OURS, Record, State, close, delete, device_name, iommufd_name, is_id, lease_name, record_name,
 };
 use super::{Error, Result};
-use crate::client::{self, Acquire, Client, Lease};
+use crate::client::{self, Acquire, Client, Files, Lease};
 use crate::protocol::{self, Backend, Bdf, FdKind};
 use crate::qmp::{self, Monitor};
 use serde_json::{Map, Value, json};
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 /// What is to be attached.
@@ -92,11 +93,11 @@ pub fn attach(qemu: &mut Monitor, broker: &mut Client, request: &Attach) -> Resu
     let mut state = State::ask(qemu)?;
     refuse(request, &state)?;
     state.clear(qemu, broker)?;
-    let lease = acquire(broker, request, &state)?;
-    let joined = state.records.values().any(|record| record.lease == lease.id());
-    let (name, key) = (lease.id().to_owned(), lease.key().to_owned());
+    let given = acquire(broker, request, &state)?;
+    let joined = state.records.values().any(|record| record.lease == given.lease);
+    let (name, key) = (given.lease.clone(), given.key.clone());
     let mut plug = Plug { qemu, request, state: &state, done: Vec::new(), plugged: false };
-    let result = plug.run(lease, properties);
+    let result = plug.run(given, properties);
     result.map_err(|error| {
         let error = plug.undo(error);
         // What the broker can't be told now it sees by itself once the lease fds are closed. A lease
@@ -136,15 +137,31 @@ pub(super) fn full_name(device: &str) -> String {
     Bdf::typed(device).map_or_else(|_| device.to_owned(), |bdf| bdf.to_string())
 }
 
+/// What the broker gave: the device, and the lease that it is in.
+struct Given {
+    lease: String,
+    key: String,
+    lifeline: OwnedFd,
+    files: Files,
+}
+
+impl From<Lease> for Given {
+    fn from(lease: Lease) -> Self {
+        let (name, key) = (lease.id().to_owned(), lease.key().to_owned());
+        let (lifeline, files) = lease.into_parts();
+        Self { lease: name, key, lifeline, files }
+    }
+}
+
 /// A lease for the device. Where a device of the same group is in this QEMU, its lease is the only
 /// one that can have it: then it joins that lease.
-fn acquire(broker: &mut Client, request: &Attach, state: &State) -> Result<Lease> {
+fn acquire(broker: &mut Client, request: &Attach, state: &State) -> Result<Given> {
     let wanted = || {
         let wanted = Acquire::new(&request.vm).device(&request.device).backend(Backend::Iommufd);
         request.withhold.iter().fold(wanted, |wanted, device| wanted.withhold(device))
     };
     let busy = match broker.acquire(wanted()) {
-        Ok(lease) => return Ok(lease),
+        Ok(lease) => return Ok(lease.into()),
         Err(error) => error,
     };
     let client::Error::Broker(protocol::Error::Busy { holder: Some(holder), .. }) = &busy else {
@@ -153,10 +170,32 @@ fn acquire(broker: &mut Client, request: &Attach, state: &State) -> Result<Lease
     let Some(record) = state.records.values().find(|record| record.lease == holder.lease) else {
         return Err(busy.into());
     };
+    if let Some(given) = again(broker, request, record)? {
+        return Ok(given);
+    }
     let mut joining = wanted().into_request()?;
     joining.lease = Some(record.lease.clone());
     joining.key = Some(record.key.clone());
-    Ok(broker.acquire(joining.into())?)
+    Ok(broker.acquire(joining.into())?.into())
+}
+
+/// The device once more, where that lease has it already and QEMU does not: an attach did not come to
+/// its end after it had joined the lease, or the device has been detached, and what is in a lease
+/// leaves it only with all the rest.
+fn again(broker: &mut Client, request: &Attach, record: &Record) -> Result<Option<Given>> {
+    let device = full_name(&request.device);
+    let leases = broker.leases()?;
+    let there =
+        |lease: &protocol::Lease| lease.lease == record.lease && lease.devices.contains(&device);
+    if !leases.iter().any(there) {
+        return Ok(None);
+    }
+    let mut files = broker.open_again(&record.lease, &record.key, FdKind::Cdev, &device)?;
+    let Some(lifeline) = files.take(FdKind::Lease, None) else {
+        return Err(Error::bad(&request.device, "the broker gave no lease fd with it"));
+    };
+    let (lease, key) = (record.lease.clone(), record.key.clone());
+    Ok(Some(Given { lease, key, lifeline: lifeline.fd, files }))
 }
 
 /// What has been done in QEMU, to be undone in reverse order.
@@ -179,19 +218,19 @@ struct Plug<'a> {
 }
 
 impl Plug<'_> {
-    fn run(&mut self, mut lease: Lease, properties: Map<String, Value>) -> Result<Attached> {
-        let Some(cdev) = lease.files_mut().take(FdKind::Cdev, None) else {
-            let why = format!("the broker gave handout {:?}", lease.handout());
+    fn run(&mut self, mut given: Given, properties: Map<String, Value>) -> Result<Attached> {
+        let Some(cdev) = given.files.take(FdKind::Cdev, None) else {
+            let why = "the broker gave it in another form than by iommufd";
             return Err(Error::bad(&self.request.device, why));
         };
         let device = cdev.name;
         let id = self.id_for(&device)?;
-        self.remember(&id, &device, &lease)?;
-        self.give(lease_name(&id), lease.lifeline())?;
-        let iommufd = self.iommufd(&mut lease)?;
+        self.remember(&id, &device, &given)?;
+        self.give(lease_name(&id), &given.lifeline)?;
+        let iommufd = self.iommufd(&mut given.files)?;
         self.give(device_name(&id), &cdev.fd)?;
         // QEMU has its copies: with ours, the files would stay open should it close them.
-        drop((cdev.fd, lease.files_mut().take(FdKind::Iommufd, None)));
+        drop((cdev.fd, given.files));
         let mut arguments = properties;
         let own = [("driver", "vfio-pci"), ("id", &*id), ("iommufd", &*iommufd)];
         let file = device_name(&id);
@@ -209,7 +248,7 @@ impl Plug<'_> {
             Err(error) => return Err(error.into()),
         }
         self.check(&id, &device)?;
-        Ok(Attached { device, id, lease: lease.id().to_owned() })
+        Ok(Attached { device, id, lease: given.lease })
     }
 
     fn id_for(&self, device: &str) -> Result<String> {
@@ -224,12 +263,12 @@ impl Plug<'_> {
     }
 
     /// The first thing of all: by it the next attach or detach finds the rest.
-    fn remember(&mut self, id: &str, device: &str, lease: &Lease) -> Result<()> {
+    fn remember(&mut self, id: &str, device: &str, given: &Given) -> Result<()> {
         let record = Record {
             vm: self.request.vm.clone(),
             device: device.to_owned(),
-            lease: lease.id().to_owned(),
-            key: lease.key().to_owned(),
+            lease: given.lease.clone(),
+            key: given.key.clone(),
         };
         let data = json!(record).to_string();
         let name = record_name(id);
@@ -247,7 +286,7 @@ impl Plug<'_> {
     /// The iommufd object that the device is to use. One that an earlier attach made is used again:
     /// all devices share its address space, and QEMU never closes an iommufd that it was given, so
     /// with a new one each time they would add up.
-    fn iommufd(&mut self, lease: &mut Lease) -> Result<String> {
+    fn iommufd(&mut self, files: &mut Files) -> Result<String> {
         if let Some(iommufd) = &self.request.iommufd {
             return Ok(iommufd.clone());
         }
@@ -259,7 +298,7 @@ impl Plug<'_> {
             }
             None => {}
         }
-        let Some(file) = lease.files_mut().take(FdKind::Iommufd, None) else {
+        let Some(file) = files.take(FdKind::Iommufd, None) else {
             let why = "its group's lease has its iommufd somewhere else: which one is to be named";
             return Err(Error::bad(&self.request.device, why));
         };
