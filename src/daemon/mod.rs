@@ -1,7 +1,8 @@
 //! The daemon: sockets, peers, limits, one task a connection.
 //!
 //! One thread serves all connections. Whatever can block in the kernel is done elsewhere: broker
-//! calls on worker threads with a deadline ([`workers`]), closing the broker's own files on closer
+//! calls on worker threads with a deadline ([`workers`]), taking back on threads of its own
+//! ([`reclaim`]), closing the broker's own files on closer
 //! threads ([`closer`]), receiving and closing what peers sent, and taking devices off their drivers, in
 //! processes of their own ([`porter`], [`rebinder`]).
 
@@ -46,6 +47,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tracing::{debug, info};
 
@@ -57,6 +59,8 @@ struct Daemon {
     pending: Arc<Notify>,
     /// Told when somebody wants what is pending.
     wanted: Notify,
+    /// Threads that reclaim.
+    reclaims: Handle,
     accounts: Rc<Accounts>,
     porters: Rc<Porters>,
     deadlines: Deadlines,
@@ -77,6 +81,7 @@ impl Daemon {
     fn new(
         broker: Arc<Broker>,
         observer: Arc<DaemonObserver>,
+        reclaims: Handle,
         most_connections: usize,
         options: &Options,
     ) -> std::io::Result<Self> {
@@ -86,6 +91,7 @@ impl Daemon {
             observer,
             pending: Arc::default(),
             wanted: Notify::new(),
+            reclaims,
             accounts: Rc::new(Accounts::new(most_connections, Closer::new()?)),
             porters: Rc::default(),
             deadlines: Deadlines {

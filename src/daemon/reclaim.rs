@@ -8,8 +8,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
-use tokio::task::spawn_blocking;
 use tracing::error;
+
+/// The most threads, stuck ones included. They are reclaims' own: the workers can all be stuck in calls
+/// of a few tenants, and what the others have ended is to be taken back all the same.
+pub(super) const MOST_THREADS: usize = 64;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const WANTED_PAUSE: Duration = Duration::from_secs(1);
@@ -33,7 +36,7 @@ pub(super) async fn on_hang_up(daemon: Rc<Daemon>, hang_ups: AsyncFd<OwnedFd>) {
         }
         for ended in ids.into_iter().filter_map(|id| daemon.broker.hung_up(id)) {
             let (broker, pending) = (Arc::clone(&daemon.broker), Arc::clone(&daemon.pending));
-            spawn_blocking(move || {
+            daemon.reclaims.spawn_blocking(move || {
                 broker.reclaim(ended);
                 pending.notify_one();
             });
@@ -63,6 +66,6 @@ pub(super) async fn retry(daemon: Rc<Daemon>) {
         }
         let broker = Arc::clone(&daemon.broker);
         // An error is a panic there, which has been written to the log.
-        let _ = spawn_blocking(move || broker.retry_reclaims()).await;
+        let _ = daemon.reclaims.spawn_blocking(move || broker.retry_reclaims()).await;
     }
 }

@@ -23,7 +23,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::Interest;
-use tokio::runtime::Runtime;
+use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::{LocalSet, spawn_local};
 use tracing::{info, warn};
@@ -171,8 +171,12 @@ pub fn run(options: &Options) -> Result<(), StartError> {
         return Err(error);
     }
     tell_the_start(options, activated);
-    let runtime = event_loop().map_err(StartError::set_up("the event loop"))?;
-    let daemon = Daemon::new(broker, observer, most_connections(files), options)
+    let runtime = with_workers(workers::MOST_THREADS, Builder::new_current_thread().enable_all());
+    let runtime = runtime.map_err(StartError::set_up("the event loop"))?;
+    let reclaims = with_workers(reclaim::MOST_THREADS, &mut Builder::new_current_thread());
+    let reclaims = reclaims.map_err(StartError::set_up("the reclaims' threads"))?;
+    let workers = reclaims.handle().clone();
+    let daemon = Daemon::new(broker, observer, workers, most_connections(files), options)
         .map_err(StartError::set_up("the closer thread"))?;
     let tasks = LocalSet::new();
     let served = tasks.block_on(&runtime, serve(Rc::new(daemon), &listening));
@@ -181,6 +185,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     // peers sent and nobody has read must not be closed here, where that can block.
     std::mem::forget(tasks);
     runtime.shutdown_background();
+    reclaims.shutdown_background();
     served
 }
 
@@ -200,14 +205,10 @@ fn take_over(broker: &Broker, options: &Options) -> Result<(), StartError> {
     broker.set_record(Arc::new(record), given).map_err(|error| unusable(error.to_string()))
 }
 
-/// The event loop, with a worker thread that is always there. While there is none and the kernel
-/// can't start one (TasksMax, a user's fork bomb), handing over work would panic.
-fn event_loop() -> std::io::Result<Runtime> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .max_blocking_threads(workers::MOST_THREADS)
-        .thread_keep_alive(Duration::MAX)
-        .build()?;
+/// A runtime with a worker thread that is always there. While there is none and the kernel can't start
+/// one (TasksMax, a user's fork bomb), handing over work would panic.
+fn with_workers(most: usize, runtime: &mut Builder) -> std::io::Result<Runtime> {
+    let runtime = runtime.max_blocking_threads(most).thread_keep_alive(Duration::MAX).build()?;
     // Says whether there can be one; the runtime would not.
     let thread = std::thread::Builder::new().spawn(|| {})?;
     let _ = thread.join();
@@ -320,8 +321,10 @@ fn sim_policy(kernel: &dyn Kernel) -> Result<String, StartError> {
     ))
 }
 
-/// The kernel, what rebinds devices there, and the simulation if it is one of ours.
-fn kernel(options: &Options) -> Result<(Arc<dyn Kernel>, Processes, Option<Sim>), StartError> {
+/// A kernel, what rebinds devices there, and the simulation if it is one of ours.
+type Machine = (Arc<dyn Kernel>, Processes, Option<Sim>);
+
+fn kernel(options: &Options) -> Result<Machine, StartError> {
     if let Some(topology) = &options.sim {
         let sim = simulated(topology, options.sim_control.as_deref())?;
         return Ok((sim.kernel(), Processes::Simulated(sim.wire()), Some(sim)));
