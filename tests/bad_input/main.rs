@@ -13,6 +13,7 @@ mod framing;
 mod iommufd;
 mod leases;
 mod mapping;
+mod memlock;
 mod requests;
 
 use common::Held;

@@ -68,7 +68,11 @@ pub struct Raw {
 
 impl Raw {
     pub fn connect(socket: &Path) -> Self {
-        let stream = UnixStream::connect(socket).unwrap();
+        Self::of(UnixStream::connect(socket).unwrap())
+    }
+
+    /// A connection that somebody has made.
+    pub fn of(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(super::SOON)).unwrap();
         Self { stream, buffer: Vec::new(), fds: Vec::new() }
     }
