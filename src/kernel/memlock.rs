@@ -30,12 +30,24 @@ pub fn raise_memlock(pidfd: BorrowedFd<'_>, pid: i32, bytes: u64) -> Result<u64>
     if before.rlim_cur < wanted.rlim_cur {
         let replaced = prlimit(pid, Some(wanted)).map_err(failed)?;
         if !is_alive(pidfd).map_err(failed)? {
-            // The pid may be another's by now, which was not meant.
-            let _ = prlimit(pid, Some(replaced));
+            if let Some(higher) = lowered(&replaced, &wanted) {
+                let _ = prlimit(pid, Some(higher));
+            }
             return Err(failed(Errno::ESRCH));
         }
     }
     Ok(wanted.rlim_cur)
+}
+
+/// What to set for a process that was not meant: the pid may have passed to it before the limit was
+/// replaced, or after that, and then the limit that was replaced is not its own. So what it has got too
+/// much is left to it, and only what it can have lost is given back.
+fn lowered(replaced: &libc::rlimit64, set: &libc::rlimit64) -> Option<libc::rlimit64> {
+    let higher = libc::rlimit64 {
+        rlim_cur: replaced.rlim_cur.max(set.rlim_cur),
+        rlim_max: replaced.rlim_max.max(set.rlim_max),
+    };
+    (higher != *set).then_some(higher)
 }
 
 /// Sets the limit, if there is a new one; returns what it was.
@@ -79,6 +91,20 @@ mod tests {
         child.wait().unwrap();
         let gone = raise_memlock(pidfd.as_fd(), pid, 1 << 20).unwrap_err();
         assert_eq!(gone.errno, Errno::ESRCH);
+    }
+
+    #[test]
+    fn whoever_was_not_meant_has_no_lower_limit_afterwards() {
+        let limit = |rlim_cur, rlim_max| libc::rlimit64 { rlim_cur, rlim_max };
+        let set = limit(100, 200);
+        // The pid passed on after the limit was set: what was replaced was another's.
+        for before in [limit(0, 0), limit(8, 8), limit(8, 200), set] {
+            assert_eq!(lowered(&before, &set), None);
+        }
+        // Before.
+        assert_eq!(lowered(&limit(300, 400), &set), Some(limit(300, 400)));
+        assert_eq!(lowered(&limit(8, 400), &set), Some(limit(100, 400)));
+        assert_eq!(lowered(&limit(150, 150), &set), Some(limit(150, 200)));
     }
 
     #[test]
