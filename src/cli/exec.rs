@@ -102,6 +102,13 @@ pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure
         None if lease.handout() == Handout::Devices => {}
         None => exec_memlock::warn(&path, &args.program),
     }
+    if let Some(device) = without_id(&args.program) {
+        let device = printable(device);
+        complain(&format!(
+            "vfio-broker: -device {device} has no id=, and QEMU 11.1 crashes on that\n  -> give it \
+             one: id=NAME\n"
+        ));
+    }
     let given = if interposed { Given::lifeline(&lease) } else { Given::all(&lease) };
     let groups = groups(&mut broker, &lease, &arguments)?;
     drop(broker);
@@ -121,6 +128,19 @@ pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure
     let error = command.env("LISTEN_PID", std::process::id().to_string()).exec();
     let errno = Errno::from_raw(error.raw_os_error().unwrap_or(nix::libc::ENOEXEC));
     Err(vmm::Error::Program { program: program.into(), errno }.into())
+}
+
+/// QEMU's `-device` of a vfio-pci with an open file and no id.
+fn without_id(arguments: &[OsString]) -> Option<&str> {
+    let pairs = arguments.iter().zip(arguments.iter().skip(1));
+    let mut devices = pairs.filter(|(option, _)| *option == "-device" || *option == "--device");
+    devices.find_map(|(_, device)| {
+        let device = device.to_str()?;
+        let has = |name: &str| device.split(',').any(|part| part.starts_with(name));
+        let first = device.split(',').next()?;
+        let vfio = ["vfio-pci", "driver=vfio-pci"].contains(&first);
+        (vfio && has("fd=") && !has("id=")).then_some(device)
+    })
 }
 
 impl Args {
@@ -219,5 +239,22 @@ impl From<vmm::Error> for Failure {
             _ => 1,
         };
         Failure::new(error.to_string()).code(code)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_without_an_id_is_found() {
+        let found = |device: &str| {
+            let arguments: Vec<OsString> = ["-m", "4G", "-device", device].map(Into::into).into();
+            without_id(&arguments).is_some()
+        };
+        assert!(found("vfio-pci,iommufd=iommufd0,fd={cdev:65:00.0}"));
+        assert!(!found("vfio-pci,id=nic,iommufd=iommufd0,fd={cdev:65:00.0}"));
+        assert!(!found("vfio-pci,host=0000:65:00.0"), "that one does not crash");
+        assert!(!found("virtio-net-pci,fd=3"));
     }
 }
