@@ -106,9 +106,10 @@ impl RecordFile {
     /// Whole and on the disk before it gets its name: a machine that stops just then must not find half
     /// of it.
     fn write_new(path: &Path, text: &[u8]) -> kernel::Result<()> {
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
-        let opened = options.custom_flags(O_NOFOLLOW | O_NONBLOCK).open(path);
+        // What is there is from a write that did not come to its end, or somebody's who could write to
+        // the record then: in a directory like /tmp everybody can make one.
+        let _ = std::fs::remove_file(path);
+        let opened = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
         let mut file: File = opened.map_err(|error| Self::failed("create", path, &error))?;
         file.write_all(text).map_err(|error| Self::failed("write", path, &error))?;
         file.sync_all().map_err(|error| Self::failed("fsync", path, &error))
@@ -224,12 +225,29 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_others_have_made_does_not_become_the_record() {
+        let (_directory, file) = file();
+        let trap = beside(&file.path, ".new");
+        std::fs::write(&trap, "").unwrap();
+        std::fs::set_permissions(&trap, Permissions::from_mode(0o666)).unwrap();
+        let mut theirs = File::open(&trap).unwrap();
+        file.write(&[given("0000:65:00.0")]).unwrap();
+        assert_eq!(file.read().unwrap(), [given("0000:65:00.0")]);
+        let mut seen = String::new();
+        theirs.read_to_string(&mut seen).unwrap();
+        assert_eq!(seen, "");
+        std::os::unix::fs::symlink(file.path.with_file_name("elsewhere"), &trap).unwrap();
+        file.write(&[]).unwrap();
+        assert_eq!(file.read().unwrap(), []);
+    }
+
+    #[test]
     fn what_can_not_be_written_leaves_what_was_there() {
         let (directory, file) = file();
         file.write(&[given("0000:65:00.0")]).unwrap();
         std::fs::create_dir(beside(&file.path, ".new")).unwrap();
         let error = file.write(&[]).unwrap_err();
-        assert_eq!((error.call, error.errno), ("create", Errno::EISDIR));
+        assert_eq!((error.call, error.errno), ("create", Errno::EEXIST));
         assert_eq!(file.read().unwrap(), [given("0000:65:00.0")]);
         std::fs::remove_dir(beside(&file.path, ".new")).unwrap();
         std::fs::remove_file(&file.path).unwrap();
