@@ -238,7 +238,7 @@ fn what_can_not_be_written_down_is_not_handed_out() {
     let fds = daemon.open_fds();
     for _ in 0..3 {
         let error = acquire(&mut client).error("Kernel");
-        assert_eq!((&error["call"], &error["name"]), (&json!("create"), &json!("EISDIR")));
+        assert_eq!((&error["call"], &error["name"]), (&json!("create"), &json!("EEXIST")));
     }
     daemon.settles_at(fds);
     assert!(machine.sim.stats().unwrap().is_idle(), "{:#?}", machine.sim.stats());
