@@ -192,7 +192,7 @@ impl Connection {
             let Peer { uid, pid, .. } = self.caller.peer;
             info!(uid, pid, bytes, lease = request.lease, "memlock limit raised");
         }
-        Ok(Answer::reply(Memlock { bytes }))
+        Ok(Answer::reply(Memlock::of(bytes)))
     }
 
     pub(super) async fn send(&self, answer: Answer) -> Result<(), Lost> {

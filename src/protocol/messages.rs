@@ -244,6 +244,14 @@ pub struct Memlock {
     pub bytes: u64,
 }
 
+impl Memlock {
+    /// Of a limit in bytes. No limit at all (`RLIM_INFINITY`) is the largest number that Varlink has.
+    #[must_use]
+    pub fn of(limit: u64) -> Self {
+        Self { bytes: limit.min(i64::MAX as u64) }
+    }
+}
+
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Topology {}
@@ -488,4 +496,15 @@ fn check_vm(vm: &str) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::bad("vm", "a vm name is 1 to 64 of A-Z a-z 0-9 - _ . : @ +"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_limit_at_all_is_a_number_that_varlink_has() {
+        assert_eq!(Memlock::of(8 << 20).bytes, 8 << 20);
+        assert_eq!(i64::try_from(Memlock::of(u64::MAX).bytes), Ok(i64::MAX));
+    }
 }
