@@ -18,10 +18,11 @@ use std::time::Duration;
 /// A driver that is told to go waits for the last close, and nothing can interrupt it: neither the
 /// caller nor anything that has files of somebody else may wait for it.
 pub trait Rebinder: Send + Sync {
-    /// Begins with a device, and does not wait. `driver` is the one it is on and is to be on again;
-    /// `None` where it has none: it gets the one that the kernel finds for it. Does nothing where a
-    /// rebind of the device is under way.
-    fn begin(&self, device: Bdf, driver: Option<&str>);
+    /// Begins with a device, and does not wait. `registration` is the one of it that is to end: where
+    /// there is another one by now, somebody new may have the device, and it is let alone. `driver` is
+    /// the one it is on and is to be on again; `None` where it has none: it gets the one that the kernel
+    /// finds for it. Does nothing where a rebind of the device is under way.
+    fn begin(&self, device: Bdf, registration: u64, driver: Option<&str>);
 }
 
 impl Broker {
@@ -93,9 +94,9 @@ impl Broker {
                 return Ok(all);
             }
         }
-        for bdf in all.keys() {
+        for (bdf, since) in &all {
             let device = host::Device::scan(&*self.kernel, *bdf)?;
-            rebinder.begin(*bdf, device.and_then(|device| device.driver).as_deref());
+            rebinder.begin(*bdf, *since, device.and_then(|device| device.driver).as_deref());
         }
         loop {
             let waits = all.iter().find(|(bdf, since)| !self.has_let_go(**bdf, **since));

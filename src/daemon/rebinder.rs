@@ -3,6 +3,8 @@
 //! waits for the last close of the device, and the process with it, killed or not.
 
 use crate::broker::Rebinder;
+use crate::host;
+use crate::kernel::Linux;
 use crate::protocol::Bdf;
 use crate::sim::Wire;
 use nix::errno::Errno;
@@ -42,7 +44,7 @@ impl DaemonRebinder {
 }
 
 impl Rebinder for DaemonRebinder {
-    fn begin(&self, device: Bdf, driver: Option<&str>) {
+    fn begin(&self, device: Bdf, registration: u64, driver: Option<&str>) {
         let under_way = Arc::clone(&self.under_way);
         if !under_way.lock().unwrap_or_else(PoisonError::into_inner).insert(device) {
             return;
@@ -50,7 +52,7 @@ impl Rebinder for DaemonRebinder {
         let (processes, driver) = (self.processes.clone(), driver.map(str::to_owned));
         // The thread only waits for the process.
         let thread = std::thread::Builder::new().name("rebind".into()).spawn(move || {
-            match processes.rebind(device, driver.as_deref()) {
+            match processes.rebind(device, registration, driver.as_deref()) {
                 Ok(()) => info!(%device, driver, "bound again: nobody has it open"),
                 Err(why) => warn!(%device, driver, why, "can't bind a device again"),
             }
@@ -64,17 +66,18 @@ impl Rebinder for DaemonRebinder {
 }
 
 impl Processes {
-    fn rebind(&self, device: Bdf, driver: Option<&str>) -> Result<(), String> {
+    fn rebind(&self, device: Bdf, registration: u64, driver: Option<&str>) -> Result<(), String> {
         match self {
-            Self::Linux => run(device, driver),
+            Self::Linux => run(device, registration, driver),
             Self::Simulated(sim) => simulate(sim, device, driver).map_err(|e| e.to_string()),
         }
     }
 }
 
-fn run(device: Bdf, driver: Option<&str>) -> Result<(), String> {
+fn run(device: Bdf, registration: u64, driver: Option<&str>) -> Result<(), String> {
     let mut command = Command::new("/proc/self/exe");
-    command.arg0(NAME).arg(device.to_string()).args(driver).env_clear().current_dir("/");
+    command.arg0(NAME).args([device.to_string(), registration.to_string()]).args(driver);
+    command.env_clear().current_dir("/");
     // Signals to the daemon's group are not for it: they would do no good.
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).process_group(0);
     let output = command.output().map_err(|error| format!("can't start a process: {error}"))?;
@@ -104,7 +107,8 @@ pub fn be_one_if_asked() -> Option<ExitCode> {
     }
     let mut args = args.filter_map(|word| word.into_string().ok());
     let device: Bdf = args.next()?.parse().ok()?;
-    Some(match write(device, args.next().as_deref()) {
+    let registration = args.next()?.parse().ok()?;
+    Some(match write(device, registration, args.next().as_deref()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             use std::io::Write;
@@ -115,7 +119,7 @@ pub fn be_one_if_asked() -> Option<ExitCode> {
 }
 
 /// Writes what an administrator would.
-fn write(device: Bdf, driver: Option<&str>) -> Result<(), String> {
+fn write(device: Bdf, registration: u64, driver: Option<&str>) -> Result<(), String> {
     let write = |path: String| {
         std::fs::write(&path, device.to_string()).map_err(|error| format!("{path}: {error}"))
     };
@@ -124,8 +128,12 @@ fn write(device: Bdf, driver: Option<&str>) -> Result<(), String> {
     let at = format!("/sys/bus/pci/devices/{device}");
     match driver {
         Some(driver) => {
-            if !std::path::Path::new(&format!("{at}/vfio-dev")).exists() {
-                return Err(format!("{device} is not on a VFIO driver any more"));
+            match host::registration(&Linux, device) {
+                Ok(Some(now)) if now == registration => {}
+                // Another rebind was faster: whoever has the device now is not meant.
+                Ok(Some(_)) => return Ok(()),
+                Ok(None) => return Err(format!("{device} is not on a VFIO driver any more")),
+                Err(error) => return Err(error.to_string()),
             }
             write(format!("/sys/bus/pci/drivers/{driver}/unbind"))?;
             write(format!("/sys/bus/pci/drivers/{driver}/bind"))

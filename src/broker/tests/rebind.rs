@@ -16,7 +16,7 @@ struct AtOnce {
 }
 
 impl Rebinder for AtOnce {
-    fn begin(&self, device: Bdf, driver: Option<&str>) {
+    fn begin(&self, device: Bdf, _registration: u64, driver: Option<&str>) {
         self.begun.lock().unwrap().push(device);
         let name = device.to_string();
         match self.sim.set_driver(&name, None) {
@@ -85,7 +85,7 @@ struct Unbinds {
 }
 
 impl Rebinder for Unbinds {
-    fn begin(&self, device: Bdf, driver: Option<&str>) {
+    fn begin(&self, device: Bdf, _registration: u64, driver: Option<&str>) {
         if driver.is_some() {
             self.sim.set_driver(&device.to_string(), None).unwrap();
             self.done.wait();
@@ -188,7 +188,7 @@ struct Slow {
 const BINDING: &str = "slowvfio";
 
 impl Rebinder for Slow {
-    fn begin(&self, device: Bdf, driver: Option<&str>) {
+    fn begin(&self, device: Bdf, _registration: u64, driver: Option<&str>) {
         if driver == Some("vfio-pci") {
             self.sim.set_driver(&device.to_string(), None).unwrap();
             self.sim.set_driver(&device.to_string(), Some(BINDING)).unwrap();

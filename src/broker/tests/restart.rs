@@ -203,7 +203,7 @@ fn a_tenant_that_means_others_now_has_nothing_of_it() {
 struct AtOnce(Arc<Wire>);
 
 impl Rebinder for AtOnce {
-    fn begin(&self, device: Bdf, driver: Option<&str>) {
+    fn begin(&self, device: Bdf, _registration: u64, driver: Option<&str>) {
         self.0.set_driver(&device.to_string(), None).unwrap();
         self.0.set_driver(&device.to_string(), driver).unwrap();
     }
