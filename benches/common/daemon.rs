@@ -30,7 +30,7 @@ version = 1
 name = "bench"
 user = {uid}
 devices = [{{ bdf = "{}", id = "8086:10d3" }}]
-handouts = ["container", "devices"]
+handouts = ["container", "group", "devices", "iommufd"]
 accept = ["unsafe-interrupts"]
 limits = {{ connections = 1000000 }}
 "#,

@@ -26,6 +26,10 @@ pub fn micros(time: Duration) -> String {
     format!("{:.1} us", time.as_secs_f64() * 1e6)
 }
 
+pub fn millis(time: Duration) -> String {
+    format!("{:.1} ms", time.as_secs_f64() * 1e3)
+}
+
 /// `goal 1.5: met`.
 pub fn verdict(value: f64, goal: f64) -> String {
     let word = if value <= goal { "met" } else { "MISSED" };
