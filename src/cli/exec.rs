@@ -4,8 +4,8 @@ use super::exec_memlock::{self, Memlock};
 use super::style::{complain, printable};
 use super::{Context, Failure};
 use crate::client::{Acquire, Client, Lease};
-use crate::protocol::{Backend, Handout};
-use crate::vmm::interpose::Interposed;
+use crate::protocol::{Backend, Device, Handout};
+use crate::vmm::interpose::{Cdevs, Interposed};
 use crate::vmm::{self, Arguments, Given, Placeholder, Slots};
 use nix::errno::Errno;
 use std::ffi::OsString;
@@ -111,6 +111,7 @@ pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure
     }
     let given = if interposed { Given::lifeline(&lease) } else { Given::all(&lease) };
     let groups = groups(&mut broker, &lease, &arguments)?;
+    let cdevs = if interposed { cdevs(&mut broker, &lease)? } else { Cdevs::new() };
     drop(broker);
     let filled = arguments.fill(|file| given.number(file, &args.devices, &groups))?;
     let mut command = Command::new(&program);
@@ -121,7 +122,7 @@ pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure
         // The supervisor does not stay in this directory.
         let broker = std::path::absolute(&context.socket)?;
         let log = |text: &str| complain(&format!("vfio-broker: {}\n", printable(text)));
-        let ended = Interposed { command, slots, lease, broker, log }.run()?;
+        let ended = Interposed { command, slots, lease, cdevs, broker, log }.run()?;
         return Ok(ended.as_own());
     }
     // What is close-on-exec goes with this program: our own copies of the files.
@@ -225,6 +226,20 @@ fn groups(
     let several = lease.files().iter().filter(|file| file.kind == Group).count() > 1;
     let named = arguments.placeholders().any(|file| matches!(file, Placeholder::Group(_)));
     Ok(if several && named { broker.topology()? } else { Vec::new() })
+}
+
+/// The nodes by which the program would open the lease's devices, as the broker knows them; they are
+/// in the host's sysfs too, but not in that of a simulated kernel.
+fn cdevs(broker: &mut Client, lease: &Lease) -> Result<Cdevs, Failure> {
+    if lease.handout() != Handout::Iommufd {
+        return Ok(Cdevs::new());
+    }
+    let groups = broker.topology()?;
+    let devices = groups.into_iter().flat_map(|group| group.devices);
+    let number = |node: &str| node.strip_prefix("/dev/vfio/devices/vfio")?.parse().ok();
+    let cdev = |device: Device| Some((number(&device.cdev?)?, device.bdf));
+    let cdevs = devices.filter(|device| lease.devices().contains(&device.bdf)).filter_map(cdev);
+    Ok(cdevs.collect())
 }
 
 impl From<vmm::Error> for Failure {

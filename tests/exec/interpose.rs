@@ -1,7 +1,8 @@
 //! Programs that open VFIO's nodes by themselves.
 
 use super::*;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Child;
@@ -240,8 +241,12 @@ fn status_and_signal_are_the_programs_own() {
 }
 
 /// A probe that has said that it is there.
-fn waiting(broker: &Broker, list: &[&str]) -> (Child, BufReader<std::process::ChildStdout>) {
-    let wanted = steps(broker, &[], &[&["say:here"], list].concat());
+fn waiting(
+    broker: &Broker,
+    options: &[&str],
+    list: &[&str],
+) -> (Child, BufReader<std::process::ChildStdout>) {
+    let wanted = steps(broker, options, &[&["say:here"], list].concat());
     // What is ignored stays so in a program that is started, and whoever runs the tests may ignore
     // some: nohup does.
     let mut command = Command::new("env");
@@ -258,7 +263,7 @@ fn waiting(broker: &Broker, list: &[&str]) -> (Child, BufReader<std::process::Ch
 fn signals_reach_the_program() {
     let broker = Broker::start("workstation.toml");
     for signal in ["TERM", "INT", "HUP", "USR1"] {
-        let (mut child, _output) = waiting(&broker, &["wait"]);
+        let (mut child, _output) = waiting(&broker, &[], &["wait"]);
         // Waiting for a child closes its input, which would end it too.
         let input = child.stdin.take();
         let pid = child.id().to_string();
@@ -277,9 +282,97 @@ fn signals_reach_the_program() {
 }
 
 #[test]
+fn a_broker_that_does_not_answer_keeps_only_its_asker_waiting() {
+    let broker = Broker::start("workstation.toml");
+    for signal in [15, 9] {
+        let ask = "beside:open:/dev/vfio/15";
+        let list = ["open:/dev/vfio/15", "close:0", "wait", ask, "wait", "open:/dev/null", "wait"];
+        let (mut child, mut output) = waiting(&broker, &["--handout", "group"], &list);
+        let mut says = |step: &str| {
+            let mut line = String::new();
+            output.read_line(&mut line).unwrap();
+            assert_eq!(line, step);
+        };
+        says("open:/dev/vfio/15: simulated cloexec\n");
+        says("close:0: closed\n");
+        // In the broker's place somebody who takes the question, and never answers.
+        let away = broker.socket().with_extension("away");
+        std::fs::rename(broker.socket(), &away).unwrap();
+        let silent = UnixListener::bind(broker.socket()).unwrap();
+        let mut input = child.stdin.take().unwrap();
+        input.write_all(b"x\n").unwrap();
+        let (_asked, _) = silent.accept().unwrap();
+        input.write_all(b"x\n").unwrap();
+        says("open:/dev/null: /dev/null cloexec\n");
+        let pid = match signal {
+            15 => child.id().to_string(),
+            _ => {
+                std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).unwrap()
+            }
+        };
+        let kill = ["-s".to_owned(), signal.to_string(), pid.trim().to_owned()];
+        assert!(Command::new("kill").args(kill).status().unwrap().success());
+        assert_eq!(child.wait().unwrap().signal(), Some(signal));
+        let mut rest = String::new();
+        output.read_to_string(&mut rest).unwrap();
+        assert_eq!(rest, "", "it ended while one open of it waited");
+        std::fs::rename(&away, broker.socket()).unwrap();
+    }
+    no_lease_is_left(&broker);
+}
+
+/// A broker whose policy gives devices by iommufd, to somebody who sees no more than what is theirs.
+fn with_iommufd(directory: &tempfile::TempDir) -> Broker {
+    let at = |name: &str| directory.path().join(name);
+    let from = |name: &str| std::fs::read_to_string(format!("tests/topologies/{name}")).unwrap();
+    let topology = format!("owner_rights = true\n{}", from("workstation.toml"));
+    std::fs::write(at("w.toml"), topology).unwrap();
+    let policy = from("workstation.policy.toml")
+        .replace(
+            r#"["container", "group", "devices"]"#,
+            r#"["container", "group", "devices", "iommufd"]"#,
+        )
+        .replace(r#"rights = ["acquire", "observe"]"#, r#"rights = ["acquire"]"#);
+    std::fs::write(at("w.policy.toml"), policy).unwrap();
+    Broker::start(at("w.toml").to_str().unwrap())
+}
+
+/// The device's own node, as lists say.
+fn node(broker: &Broker, device: &str) -> String {
+    let (code, said, error) = run(vfio_broker(broker).args(["--json", "topology"]));
+    assert_eq!(code, 0, "{error}");
+    let list: Value = serde_json::from_str(&said).unwrap();
+    let groups = list["groups"].as_array().unwrap().iter();
+    let mut devices = groups.flat_map(|group| group["devices"].as_array().unwrap());
+    let found = devices.find(|found| found["bdf"] == device).unwrap();
+    found["cdev"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_static_program_opens_an_iommufd_and_a_device_and_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let broker = with_iommufd(&directory);
+    let open = format!("open:{}", node(&broker, NIC));
+    let other = format!("open:{}", node(&broker, GPU));
+    let list = ["open:/dev/iommu", &open, &open, "same:1:2", "close:2", "close:1", "close:0"];
+    let more = ["open:/dev/iommu", &open, "same:3:4", &other, "open:/dev/vfio/vfio"];
+    let mut command = exec(&broker, &["--backend", "iommufd"]);
+    let (code, said, error) = run(command.arg(probe(true)).args(list).args(more));
+    assert_eq!(code, 0, "{error}");
+    let said: Vec<_> = said.lines().map(|line| line.rsplit_once(": ").unwrap().1).collect();
+    let file = "simulated cloexec";
+    assert_eq!(said[..4], [file, file, file, "no"], "fresh ones: {error}");
+    assert_eq!(said[4..9], ["closed", "closed", "closed", file, file], "{error}");
+    assert_eq!(said[10..], ["EACCES", "EACCES"]);
+    let nodes = format!("has /dev/iommu, {};", node(&broker, NIC));
+    assert_eq!(error.matches(&nodes).count(), 2, "{error}");
+    no_lease_is_left(&broker);
+}
+
+#[test]
 fn the_supervisor_holds_nothing_that_others_wait_for() {
     let broker = Broker::start("workstation.toml");
-    let (mut child, _output) = waiting(&broker, &["wait"]);
+    let (mut child, _output) = waiting(&broker, &[], &["wait"]);
     let held = leases(&broker);
     assert_eq!(held[0]["pid"], child.id(), "the lease is the launcher's");
     if nix::unistd::geteuid().is_root() {
@@ -316,7 +409,7 @@ fn the_program_can_not_look_into_the_supervisor() {
 fn what_a_program_leaves_running_is_served_on() {
     let broker = Broker::start("workstation.toml");
     let list = ["leave:open:/dev/vfio/15", "exit:5"];
-    let (mut child, mut output) = waiting(&broker, &list);
+    let (mut child, mut output) = waiting(&broker, &[], &list);
     let mut input = child.stdin.take().unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(5), "the status does not wait for the rest");
     assert_eq!(leases(&broker).len(), 1, "it still has the lease");
@@ -331,7 +424,7 @@ fn what_a_program_leaves_running_is_served_on() {
 #[test]
 fn a_program_that_is_killed_leaves_nothing() {
     let broker = Broker::start("workstation.toml");
-    let (mut child, _output) = waiting(&broker, &["open:/dev/vfio/15", "wait"]);
+    let (mut child, _output) = waiting(&broker, &[], &["open:/dev/vfio/15", "wait"]);
     let children = format!("/proc/{0}/task/{0}/children", child.id());
     let program = std::fs::read_to_string(children).unwrap();
     let _input = child.stdin.take();

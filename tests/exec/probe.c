@@ -6,6 +6,7 @@
  *   status:G         device:G:BDF    thread:STEP             fork:STEP            leave:STEP
  *   say:TEXT         wait            dumpable:0|1            exit:STATUS          kill:SIGNAL
  *   trace            looks into its parent
+ *   beside:STEP      in a thread that is not waited for
  *   exec: the steps that follow are a new program's
  */
 #define _GNU_SOURCE
@@ -132,6 +133,9 @@ static void step(const char *text)
 				step(rest);
 			_exit(0);
 		}
+	} else if (!strcmp(word, "beside")) {
+		pthread_t thread;
+		pthread_create(&thread, NULL, in_thread, (void *)rest);
 	} else if (!strcmp(word, "dumpable")) {
 		prctl(PR_SET_DUMPABLE, atoi(a), 0, 0, 0);
 	} else if (!strcmp(word, "trace")) {

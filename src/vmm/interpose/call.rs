@@ -156,21 +156,34 @@ fn is_unmapped(error: &std::io::Error) -> bool {
 }
 
 /// The text at an address, without its NUL; empty where it has none within the longest path, which
-/// is no path at all then.
+/// is no path at all then. No page is touched that the kernel would not touch itself: to read one may
+/// mean to wait for whoever fills it.
 fn read_text(thread: Pid, address: u64) -> Result<Vec<u8>, Errno> {
-    let mut bytes = vec![0; libc::PATH_MAX as usize];
-    let len = match memory(thread, false)?.read_at(&mut bytes, address) {
-        Ok(len) => len,
-        // Nothing is mapped there: the kernel will say EFAULT itself.
-        Err(error) if is_unmapped(&error) => 0,
-        Err(error) => return Err(errno(error)),
-    };
-    bytes.truncate(len);
-    match bytes.iter().position(|byte| *byte == 0) {
-        Some(end) => bytes.truncate(end),
-        None => bytes.clear(),
+    /// Pages are as large on x86, and a multiple of it everywhere.
+    const PAGE: u64 = 4096;
+    let memory = memory(thread, false)?;
+    let mut text = Vec::new();
+    while text.len() < libc::PATH_MAX as usize {
+        let Some(from) = address.checked_add(text.len() as u64) else { break };
+        let mut page = [0; PAGE as usize];
+        let rest = &mut page[..(PAGE - from % PAGE) as usize];
+        let read = match memory.read_at(rest, from) {
+            Ok(len) => &rest[..len],
+            // Nothing is mapped there: the kernel will say EFAULT itself.
+            Err(error) if is_unmapped(&error) => break,
+            Err(error) => return Err(errno(error)),
+        };
+        if let Some(end) = read.iter().position(|byte| *byte == 0) {
+            text.extend_from_slice(&read[..end]);
+            let is_path = text.len() < libc::PATH_MAX as usize;
+            return Ok(if is_path { text } else { Vec::new() });
+        }
+        if read.is_empty() {
+            break;
+        }
+        text.extend_from_slice(read);
     }
-    Ok(bytes)
+    Ok(Vec::new())
 }
 
 /// So many bytes at an address; `None` where they are not all there.
@@ -287,9 +300,26 @@ mod tests {
         let address = start.as_ptr().expose_provenance() as u64;
         let me = nix::unistd::gettid();
         assert_eq!(read_text(me, address + 4096 - 11).unwrap(), b"/dev/iommu");
+        assert_eq!(read_text(me, address + 4096 - 1).unwrap(), b"");
         assert_eq!(read_text(me, address + 4096).unwrap(), b"");
         assert_eq!(read_text(me, 0).unwrap(), b"");
         assert_eq!(read_text(me, u64::MAX).unwrap(), b"");
         assert_eq!(read_text(Pid::from_raw(0), address).unwrap_err(), Errno::ESRCH);
+    }
+
+    #[test]
+    fn text_goes_on_in_the_next_page_and_is_at_most_a_path() {
+        let me = nix::unistd::gettid();
+        let memory = vec![b'x'; 3 * 4096];
+        let address = memory.as_ptr().expose_provenance() as u64;
+        assert_eq!(read_text(me, address).unwrap(), b"", "no end within a path's length");
+        for len in [1, 4000, 4095, 4096, 5000] {
+            let mut memory = memory.clone();
+            memory[100 + len] = 0;
+            let address = memory.as_ptr().expose_provenance() as u64;
+            let text = read_text(me, address + 100).unwrap();
+            let is_path = len < libc::PATH_MAX as usize;
+            assert_eq!(text.len(), if is_path { len } else { 0 }, "{len}");
+        }
     }
 }

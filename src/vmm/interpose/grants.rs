@@ -4,9 +4,11 @@ use crate::client::{self, Client, Lease};
 use crate::kernel::{Container, Group, IommuType, Node};
 use crate::protocol::{self, FdKind, Handout};
 use nix::errno::Errno;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The lease, and its files as a program finds them that opens nodes by itself.
 ///
@@ -17,22 +19,34 @@ pub(super) struct Grants {
     broker: PathBuf,
     lease: Lease,
     groups: Vec<String>,
+    cdevs: Cdevs,
     /// In handout `container`: what every open gives.
     pub(super) attached: Option<Attached>,
     /// Else: what has not been given away yet.
-    unused: Vec<Fresh>,
+    unused: Mutex<Vec<Fresh>>,
 }
+
+/// Which device each `/dev/vfio/devices/vfioN` is, by its N.
+pub type Cdevs = BTreeMap<u32, String>;
 
 /// The container and the groups that the broker attached.
 pub(super) struct Attached {
     pub(super) container: Container,
     pub(super) groups: Vec<Group>,
-    /// As the broker has set it; `None` once the program sets its own.
-    pub(super) iommu: Option<IommuType>,
+    /// As the broker has set it.
+    pub(super) iommu: IommuType,
+    /// Until the program sets its own.
+    pub(super) is_as_set: AtomicBool,
     /// The groups that the program has put into a container since it opened them. The others are
     /// shown to it as in none, as groups are that were just opened: some programs map nothing in a
     /// container that somebody else seems to have made.
-    pub(super) set: HashSet<Node>,
+    set: Mutex<HashSet<Node>>,
+}
+
+impl Attached {
+    pub(super) fn set(&self) -> MutexGuard<'_, HashSet<Node>> {
+        self.set.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What becomes of an open.
@@ -56,15 +70,15 @@ pub(super) struct Fresh {
 
 impl Grants {
     /// The files of a lease; `broker` is where more are asked for.
-    pub(super) fn new(broker: PathBuf, mut lease: Lease) -> client::Result<Self> {
+    pub(super) fn new(broker: PathBuf, mut lease: Lease, cdevs: Cdevs) -> client::Result<Self> {
         let groups = lease.files().iter().filter(|file| file.kind == FdKind::Group);
         let groups = groups.map(|file| file.name.clone()).collect();
         let (mut unused, mut attached) = (Vec::new(), None);
         if lease.handout() == Handout::Container {
             let kind = if lease.iommu() == "type1" { IommuType::Type1 } else { IommuType::Type1v2 };
             let (container, groups) = (lease.container()?, lease.groups()?);
-            let set = HashSet::new();
-            attached = Some(Attached { container, groups, iommu: Some(kind), set });
+            let (is_as_set, set) = (AtomicBool::new(true), Mutex::default());
+            attached = Some(Attached { container, groups, iommu: kind, is_as_set, set });
         }
         for kind in [FdKind::Container, FdKind::Group, FdKind::Iommufd, FdKind::Cdev] {
             while let Some(file) = lease.files_mut().take(kind, None) {
@@ -74,7 +88,7 @@ impl Grants {
         if attached.is_some() {
             unused.clear();
         }
-        Ok(Self { broker, lease, groups, attached, unused })
+        Ok(Self { broker, lease, groups, cdevs, attached, unused: Mutex::new(unused) })
     }
 
     /// The nodes that can be opened, for a log.
@@ -86,8 +100,7 @@ impl Grants {
         };
         nodes.extend(self.groups.iter().map(|group| format!("/dev/vfio/{group}")));
         if self.lease.handout() == Handout::Iommufd {
-            let cdevs = self.lease.devices().iter().filter_map(|device| cdev_of(device));
-            nodes.extend(cdevs.map(|number| Node::Cdev(number).to_string()));
+            nodes.extend(self.cdevs.keys().map(|number| Node::Cdev(*number).to_string()));
         }
         nodes.join(", ")
     }
@@ -108,21 +121,21 @@ impl Grants {
     }
 
     /// What an open of `node` is answered with.
-    pub(super) fn open(&mut self, node: &Node) -> Grant<'_> {
+    pub(super) fn open(&self, node: &Node) -> Grant<'_> {
         let Some((kind, name)) = self.granted(node) else { return Grant::NotGranted };
-        if let Some(attached) = &mut self.attached {
-            attached.set.remove(node);
-        }
         if let Some(attached) = &self.attached {
+            attached.set().remove(node);
             let group = attached.groups.iter().find(|group| group.node() == node);
             return Grant::Kept(group.map_or(attached.container.as_fd(), Group::as_fd));
         }
         let fits = |fresh: &Fresh| {
             fresh.kind == kind && name.as_ref().is_none_or(|name| fresh.name == *name)
         };
-        if let Some(at) = self.unused.iter().position(fits) {
-            return Grant::Given(self.unused.remove(at));
+        let mut unused = self.unused();
+        if let Some(at) = unused.iter().position(fits) {
+            return Grant::Given(unused.remove(at));
         }
+        drop(unused);
         match self.ask(kind, name) {
             Ok(fresh) => Grant::Given(fresh),
             Err(error) => Grant::Failed(error),
@@ -130,8 +143,12 @@ impl Grants {
     }
 
     /// Nobody took it: the next open gets it.
-    pub(super) fn put_back(&mut self, fresh: Fresh) {
-        self.unused.push(fresh);
+    pub(super) fn put_back(&self, fresh: Fresh) {
+        self.unused().push(fresh);
+    }
+
+    fn unused(&self) -> MutexGuard<'_, Vec<Fresh>> {
+        self.unused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Which of the lease's files a node is.
@@ -146,9 +163,7 @@ impl Grants {
             }
             (Node::Iommu, Handout::Iommufd) => Some((FdKind::Iommufd, None)),
             (Node::Cdev(number), Handout::Iommufd) => {
-                let mut devices = self.lease.devices().iter();
-                let device = devices.find(|device| cdev_of(device) == Some(*number))?;
-                Some((FdKind::Cdev, Some(device.clone())))
+                Some((FdKind::Cdev, Some(self.cdevs.get(number)?.clone())))
             }
             _ => None,
         }
@@ -174,13 +189,6 @@ impl Grants {
         let file = fds.pop().ok_or_else(missing)?;
         Ok(Fresh { kind, name: name.unwrap_or_default(), file })
     }
-}
-
-/// The N of the device's `/dev/vfio/devices/vfioN`, which changes when its driver is bound again.
-fn cdev_of(device: &str) -> Option<u32> {
-    let entries = std::fs::read_dir(format!("/sys/bus/pci/devices/{device}/vfio-dev")).ok()?;
-    let mut names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    names.find_map(|name| name.strip_prefix("vfio")?.parse().ok())
 }
 
 /// What open(2) is to say to an open that the broker could not make.

@@ -2,7 +2,8 @@
 //!
 //! The program runs under a seccomp filter that has the kernel ask a supervisor about each open
 //! (`filter`), which looks at the path in the program's memory (`call`, `path`), and hands the
-//! lease's file over (`grants`) or lets the kernel go on (`supervisor`). It is a convenience, not a
+//! lease's file over (`grants`) or lets the kernel go on (`supervisor`), in threads (`service`) beside
+//! the one that passes signals on (`watch`). It is a convenience, not a
 //! security boundary: between the look and the kernel's own one the program can change the path; it
 //! gets nothing by it that it could not have had without.
 
@@ -10,11 +11,13 @@ mod call;
 mod filter;
 mod grants;
 mod path;
+mod service;
 mod start;
 mod supervisor;
 mod sys;
 mod watch;
 
+pub use grants::Cdevs;
 pub use supervisor::Log;
 pub use watch::Ended;
 
@@ -39,6 +42,8 @@ pub struct Interposed {
     pub slots: Slots,
     /// What it is given when it opens nodes.
     pub lease: Lease,
+    /// With the handout `iommufd`: the nodes of its devices.
+    pub cdevs: Cdevs,
     /// Where the broker is asked for more.
     pub broker: PathBuf,
     /// Where is told what it was not given.
@@ -52,11 +57,11 @@ impl Interposed {
     /// # Errors
     /// It was not started: [`Error::Program`], [`Error::Listener`] and others.
     pub fn run(self) -> Result<Ended> {
-        let Self { command, slots, lease, broker, log } = self;
+        let Self { command, slots, lease, cdevs, broker, log } = self;
         if lease.handout() == Handout::Devices {
             return Err(Error::NothingToOpen);
         }
-        let grants = Grants::new(broker, lease)?;
+        let grants = Grants::new(broker, lease, cdevs)?;
         let ioctls = if grants.attached.is_some() { &call::IOCTLS[..] } else { &[] };
         let filter = filter::program(ioctls).ok_or(Error::Architecture)?;
         let (ours, theirs) =
@@ -80,7 +85,7 @@ impl Interposed {
                 drop((theirs, slots, command));
                 let listener = start::listener(&ours, child)?;
                 let supervisor = Supervisor::new(listener, grants, log);
-                watch::Watch::new(supervisor, child, path, ours)?.run()
+                watch::Watch::new(child, path, ours)?.run(supervisor)
             }
         }
     }

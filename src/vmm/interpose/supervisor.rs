@@ -1,4 +1,4 @@
-//! Answers a program's opens for as long as anybody is left who makes them.
+//! What a program's opens and ioctls are answered with. Several threads may be at it at once.
 
 use super::call::Call;
 use super::grants::{Attached, Grant, Grants, errno_of};
@@ -8,6 +8,8 @@ use nix::errno::Errno;
 use nix::unistd::Pid;
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
 
 /// Where the supervisor's words go.
 pub type Log = fn(&str);
@@ -17,7 +19,7 @@ pub(super) struct Supervisor {
     grants: Grants,
     log: Log,
     /// What has been said is not said again.
-    said: BTreeSet<String>,
+    said: Mutex<BTreeSet<String>>,
 }
 
 /// `VFIO_GROUP_FLAGS_VIABLE`, and not attached.
@@ -32,7 +34,7 @@ enum Verdict {
 
 impl Supervisor {
     pub(super) fn new(listener: OwnedFd, grants: Grants, log: Log) -> Self {
-        Self { listener, grants, log, said: BTreeSet::new() }
+        Self { listener, grants, log, said: Mutex::default() }
     }
 
     /// Readable when there is a question; hung up when nobody is left to ask.
@@ -40,22 +42,18 @@ impl Supervisor {
         self.listener.as_fd()
     }
 
-    /// From here on nobody reads what is said.
-    pub(super) fn be_silent(&mut self) {
+    /// One that has nobody to tell anything.
+    pub(super) fn silent(mut self) -> Self {
         self.log = |_| {};
+        self
     }
 
-    /// Answers one question.
+    /// Answers a question. It takes as long as the program's memory and the broker do.
     ///
     /// # Errors
     /// The listener is of no more use.
-    pub(super) fn serve(&mut self) -> Result<(), Errno> {
-        let question = match sys::receive(self.listener.as_fd()) {
-            Ok(question) => question,
-            Err(Errno::ENOENT | Errno::EINTR) => return Ok(()),
-            Err(errno) => return Err(errno),
-        };
-        let call = Call::read(&question);
+    pub(super) fn answer(&self, question: &Notification) -> Result<(), Errno> {
+        let call = Call::read(question);
         // Only now is it known that what was read was the asker's, and not its successor's.
         if !sys::is_waiting(self.listener.as_fd(), question.id) {
             return Ok(());
@@ -70,23 +68,23 @@ impl Supervisor {
         });
         let verdict = match call {
             Call::Open { node, close_on_exec } => {
-                return self.open(&question, &node, close_on_exec);
+                return self.open(question, &node, close_on_exec);
             }
             Call::SetContainer { group, container } => {
-                self.is_attached(|attached| attached.has_both(&question, group, container))
+                self.is_attached(|attached| attached.has_both(question, group, container))
             }
             Call::SetIommu { container, kind } => {
-                self.is_attached(|attached| attached.has_iommu(&question, container, kind))
+                self.is_attached(|attached| attached.has_iommu(question, container, kind))
             }
             Call::GetStatus { group, flags } => self.is_attached(|attached| {
-                Ok(attached.looks_new(&question, group)? && flags.put(VIABLE).is_ok())
+                Ok(attached.looks_new(question, group)? && flags.put(VIABLE).is_ok())
             }),
             Call::Other => Verdict::GoOn,
         };
-        self.answer(&question, verdict)
+        self.send(question, verdict)
     }
 
-    fn answer(&self, question: &Notification, verdict: Verdict) -> Result<(), Errno> {
+    fn send(&self, question: &Notification, verdict: Verdict) -> Result<(), Errno> {
         let listener = self.listener.as_fd();
         let sent = match verdict {
             Verdict::GoOn => sys::go_on(listener, question.id),
@@ -100,12 +98,7 @@ impl Supervisor {
         }
     }
 
-    fn open(
-        &mut self,
-        question: &Notification,
-        node: &Node,
-        close_on_exec: bool,
-    ) -> Result<(), Errno> {
+    fn open(&self, question: &Notification, node: &Node, close_on_exec: bool) -> Result<(), Errno> {
         let listener = self.listener.as_fd();
         let (given, fresh) = match self.grants.open(node) {
             Grant::Kept(file) => (sys::give(listener, question.id, file, close_on_exec), None),
@@ -120,12 +113,12 @@ impl Supervisor {
                 self.say_once(&format!(
                     "{who} may not open {node}: lease {lease} has {nodes}; {missing}"
                 ));
-                return self.answer(question, Verdict::Failed(Errno::EACCES));
+                return self.send(question, Verdict::Failed(Errno::EACCES));
             }
             Grant::Failed(error) => {
                 let who = name(question.thread);
                 self.say_once(&format!("{who} can't open {node} now: {error}"));
-                return self.answer(question, Verdict::Failed(errno_of(&error)));
+                return self.send(question, Verdict::Failed(errno_of(&error)));
             }
         };
         match (given, fresh) {
@@ -135,14 +128,14 @@ impl Supervisor {
                 if let Some(fresh) = fresh {
                     self.grants.put_back(fresh);
                 }
-                self.answer(question, Verdict::Failed(errno))
+                self.send(question, Verdict::Failed(errno))
             }
         }
     }
 
     /// Whether the kernel says that what is asked for has been done.
-    fn is_attached(&mut self, has: impl FnOnce(&mut Attached) -> Result<bool, Errno>) -> Verdict {
-        let Some(attached) = &mut self.grants.attached else { return Verdict::GoOn };
+    fn is_attached(&self, has: impl FnOnce(&Attached) -> Result<bool, Errno>) -> Verdict {
+        let Some(attached) = &self.grants.attached else { return Verdict::GoOn };
         match has(attached) {
             Ok(true) => Verdict::Done,
             Ok(false) => Verdict::GoOn,
@@ -156,9 +149,13 @@ impl Supervisor {
         }
     }
 
-    fn say_once(&mut self, text: &str) {
+    fn say_once(&self, text: &str) {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         // A program can ask for as many things as it likes.
-        if self.said.len() < 100 && self.said.insert(text.to_owned()) {
+        let is_new = said.len() < 100 && said.insert(text.to_owned());
+        // Whoever reads the log may be slow.
+        drop(said);
+        if is_new {
             (self.log)(text);
         }
     }
@@ -168,7 +165,7 @@ impl Attached {
     /// Whether these numbers of the asker are one of our groups and our container, and the group is
     /// attached at this moment: a program may have taken it out.
     fn has_both(
-        &mut self,
+        &self,
         question: &Notification,
         group: RawFd,
         container: RawFd,
@@ -178,7 +175,7 @@ impl Attached {
         }
         let Some(ours) = self.group(question, group)? else { return Ok(false) };
         let (node, status) = (ours.node().clone(), ours.status());
-        self.set.insert(node);
+        self.set().insert(node);
         Ok(status.is_ok_and(|status| status.attached))
     }
 
@@ -186,7 +183,7 @@ impl Attached {
     /// is in one by the broker's doing. It is viable then.
     fn looks_new(&self, question: &Notification, group: RawFd) -> Result<bool, Errno> {
         let Some(ours) = self.group(question, group)? else { return Ok(false) };
-        Ok(!self.set.contains(ours.node()) && ours.status().is_ok_and(|status| status.attached))
+        Ok(!self.set().contains(ours.node()) && ours.status().is_ok_and(|status| status.attached))
     }
 
     /// The one of our groups that a number of the asker is.
@@ -202,20 +199,22 @@ impl Attached {
     /// Whether the number is our container, and it has this IOMMU type at this moment: it loses it
     /// with its last group. Then it is the program that sets one, and the broker's means no more.
     fn has_iommu(
-        &mut self,
+        &self,
         question: &Notification,
         container: RawFd,
         kind: u64,
     ) -> Result<bool, Errno> {
-        let Some(iommu) = self.iommu else { return Ok(false) };
+        if !self.is_as_set.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
         if !sys::is_same(question.thread, container, self.container.as_fd())? {
             return Ok(false);
         }
         if self.container.info().is_err() {
-            self.iommu = None;
+            self.is_as_set.store(false, Ordering::Relaxed);
             return Ok(false);
         }
-        Ok(kind == u64::from(iommu.number()))
+        Ok(kind == u64::from(self.iommu.number()))
     }
 }
 

@@ -1,6 +1,7 @@
-//! The supervisor's side: answers, passes signals on, and ends as the program ends.
+//! The supervisor's own side: passes signals on, and ends as the program ends.
 
 use super::super::{Error, Result};
+use super::service::Service;
 use super::start;
 use super::supervisor::Supervisor;
 use super::sys;
@@ -48,7 +49,6 @@ pub(super) fn signals() -> SigSet {
 }
 
 pub(super) struct Watch {
-    supervisor: Supervisor,
     program: Pid,
     path: PathBuf,
     signals: SignalFd,
@@ -57,24 +57,22 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    pub(super) fn new(
-        supervisor: Supervisor,
-        program: Pid,
-        path: PathBuf,
-        starting: OwnedFd,
-    ) -> Result<Self> {
+    pub(super) fn new(program: Pid, path: PathBuf, starting: OwnedFd) -> Result<Self> {
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let signals = SignalFd::with_flags(&signals(), flags).map_err(Error::system("signalfd"))?;
-        Ok(Self { supervisor, program, path, signals, starting: Some(starting) })
+        Ok(Self { program, path, signals, starting: Some(starting) })
     }
 
-    /// Serves until the program has ended.
-    pub(super) fn run(mut self) -> Result<Ended> {
+    /// Has the program's questions answered until it has ended.
+    pub(super) fn run(mut self, supervisor: Supervisor) -> Result<Ended> {
+        // The threads that answer are to be without it too.
         drop_what_is_not_needed()?;
+        let mut service = Service::start(supervisor)?;
         loop {
-            let [asked, told, started] = self.wait()?;
-            if asked {
-                self.supervisor.serve().map_err(Error::system("SECCOMP_IOCTL_NOTIF_RECV"))?;
+            let [told, served, started] = self.wait(&service)?;
+            if served {
+                // That nobody is left to ask is seen a moment before the program's end.
+                service.look()?;
             }
             if let Some(socket) = self.starting.take_if(|_| started) {
                 let outcome = start::outcome(&socket, &self.path);
@@ -84,31 +82,23 @@ impl Watch {
                 outcome?;
             }
             if told && let Some(ended) = self.signals()? {
-                self.leave_to_background();
+                leave_to_background(service);
                 return Ok(ended);
             }
         }
     }
 
-    /// Waits for a question, a signal, and the start of the program.
-    fn wait(&self) -> Result<[bool; 3]> {
-        let mut fds = vec![
-            PollFd::new(self.supervisor.listener(), PollFlags::POLLIN),
-            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-        ];
-        fds.extend(self.starting.as_ref().map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
-        loop {
-            match poll(&mut fds, PollTimeout::NONE) {
-                Err(Errno::EINTR) => {}
-                other => break other.map(drop).map_err(Error::system("poll"))?,
-            }
-        }
-        let has = |at: usize, wanted: PollFlags| {
-            let events = fds.get(at).and_then(PollFd::revents).unwrap_or(PollFlags::empty());
-            events.intersects(wanted)
-        };
-        let any = PollFlags::all();
-        Ok([has(0, PollFlags::POLLIN), has(1, any), has(2, any)])
+    /// Waits for a signal, for what the service has to say, and for the start of the program.
+    fn wait(&self, service: &Service) -> Result<[bool; 3]> {
+        let [slow, over] = service.events();
+        let mut fds: Vec<_> = [self.signals.as_fd(), slow, over]
+            .into_iter()
+            .chain(self.starting.as_ref().map(AsFd::as_fd))
+            .map(|fd| PollFd::new(fd, PollFlags::POLLIN))
+            .collect();
+        ready(&mut fds)?;
+        let has = |at: usize| fds.get(at).is_some_and(|fd| fd.any() == Some(true));
+        Ok([has(0), has(1) || has(2), has(3)])
     }
 
     /// Passes signals on; the program's end, if that is among them.
@@ -140,45 +130,53 @@ impl Watch {
             Err(errno) => Err(Error::System { call: "waitpid", errno }),
         }
     }
+}
 
-    /// Where the program has left others under its filter, a copy of this process serves them on:
-    /// without it all their opens would fail.
-    fn leave_to_background(mut self) {
-        if self.is_hung_up() {
-            return;
-        }
-        match sys::fork() {
-            Ok(ForkResult::Child) => {
-                let _ = nix::unistd::setsid();
-                if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
-                    let _ = nix::unistd::dup2_stderr(&null);
-                }
-                self.supervisor.be_silent();
-                sys::exit_now(self.serve_the_rest())
-            }
-            Ok(ForkResult::Parent { .. }) => {}
-            Err(_) => drop(self.serve_the_rest()),
+/// Waits until something has happened to any of these.
+fn ready(fds: &mut [PollFd<'_>]) -> Result<()> {
+    loop {
+        match poll(fds, PollTimeout::NONE) {
+            Err(Errno::EINTR) => {}
+            other => return other.map(drop).map_err(Error::system("poll")),
         }
     }
+}
 
-    fn serve_the_rest(&mut self) -> i32 {
-        while !self.is_hung_up() {
-            let mut fds = [PollFd::new(self.supervisor.listener(), PollFlags::POLLIN)];
-            let woken = poll(&mut fds, PollTimeout::NONE);
-            let [listener] = fds;
-            let asked = listener.revents().is_some_and(|e| e.contains(PollFlags::POLLIN));
-            if woken.is_ok() && asked && self.supervisor.serve().is_err() {
-                return 1;
-            }
-        }
-        0
+/// Where the program has left others under its filter, a copy of this process serves them on: without
+/// it all their opens would fail.
+fn leave_to_background(service: Service) {
+    if service.is_hung_up() {
+        return;
     }
+    let supervisor = match service.stop() {
+        Ok(supervisor) => supervisor,
+        // A thread in the middle of an answer can't be copied.
+        Err(service) => return drop(serve_the_rest(service)),
+    };
+    match sys::fork() {
+        Ok(ForkResult::Child) => {
+            let _ = nix::unistd::setsid();
+            if let Ok(null) = File::options().read(true).write(true).open("/dev/null") {
+                let _ = nix::unistd::dup2_stderr(&null);
+            }
+            let outcome = Service::start(supervisor.silent()).and_then(serve_the_rest);
+            sys::exit_now(i32::from(outcome.is_err()))
+        }
+        Ok(ForkResult::Parent { .. }) => {}
+        Err(_) => drop(Service::start(supervisor).and_then(serve_the_rest)),
+    }
+}
 
-    fn is_hung_up(&self) -> bool {
-        let mut fds = [PollFd::new(self.supervisor.listener(), PollFlags::POLLIN)];
-        let _ = poll(&mut fds, PollTimeout::ZERO);
-        let [listener] = fds;
-        listener.revents().is_some_and(|e| e.intersects(PollFlags::POLLHUP | PollFlags::POLLERR))
+/// Returns when nobody is left to ask.
+fn serve_the_rest(mut service: Service) -> Result<()> {
+    // There is nobody left to pass them on to.
+    let _ = signals().thread_unblock();
+    loop {
+        let mut fds = service.events().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        ready(&mut fds)?;
+        if service.look()? {
+            return Ok(());
+        }
     }
 }
 
