@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::qemu::{Fault, Guest};
+use nix::errno::Errno;
 use vfio_broker::qmp::hotplug::Error;
+use vfio_broker::sim;
 
 /// How many commands an attach makes, and a detach.
 fn commands() -> (usize, usize) {
@@ -111,6 +113,32 @@ fn a_guest_that_keeps_what_is_to_be_undone_keeps_its_lease() {
     world.qemu.model().guest = Guest::LetsGo;
     world.detach(&Detach::new("web1", NIC)).unwrap();
     world.is_clean();
+}
+
+/// It is the broker's and QEMU's already when its driver lets go of it.
+#[test]
+fn a_device_that_vanishes_before_it_is_plugged_in_leaves_nothing() {
+    let world = World::start();
+    let fds = world.broker.settled_fds();
+    let gone = sim::Fault::fail("VFIO_DEVICE_BIND_IOMMUFD", Errno::ENODEV).on(NIC);
+    for _ in 0..3 {
+        world.broker.sim().fault(&gone).unwrap();
+        let error = world.attach(&nic()).unwrap_err();
+        assert!(matches!(error, Error::Qemu(_)), "{error}");
+        assert!(error.to_string().contains("ENODEV"), "{error}");
+        world.is_clean();
+    }
+    // Now it is gone for everybody, until it is back.
+    world.broker.sim().set_driver(NIC, None).unwrap();
+    let error = world.attach(&nic()).unwrap_err();
+    assert!(matches!(error, Error::Broker(_)), "{error}");
+    assert_eq!(world.qemu.model().leftovers(), [""; 0]);
+    assert_eq!(world.leases(), 0);
+    world.broker.sim().set_driver(NIC, Some("vfio-pci")).unwrap();
+    world.attach(&nic()).unwrap();
+    world.detach(&Detach::new("web1", NIC)).unwrap();
+    world.is_clean();
+    world.broker.settles_at(fds);
 }
 
 #[test]

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use vfio_broker::fdpass;
+use vfio_broker::kernel::{Device, Iommufd, Kernel};
+use vfio_broker::sim::Wire;
 
 /// What happens at a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,8 +48,8 @@ pub struct Model {
     pub objects: BTreeMap<String, (String, Value)>,
     /// Devices: what they were added with, and their open files.
     pub devices: BTreeMap<String, (Value, OwnedFd)>,
-    /// iommufds are never closed.
-    pub iommufds: Vec<OwnedFd>,
+    /// iommufds, by the object that each was for; they are never closed.
+    pub iommufds: Vec<(String, OwnedFd)>,
     /// The commands that came, in order.
     pub commands: Vec<String>,
     fault: Option<(usize, Fault)>,
@@ -135,7 +137,7 @@ impl Model {
                     let Some(file) = self.files.remove(&text("fd")) else {
                         return refused("no such file");
                     };
-                    self.iommufds.push(file);
+                    self.iommufds.push((text("id"), file));
                 }
                 self.objects.insert(text("id"), (text("qom-type"), arguments["data"].clone()));
                 Ok(json!({}))
@@ -170,8 +172,19 @@ impl Model {
             return refused("Duplicate device ID");
         }
         let Some(file) = self.files.remove(&text("fd")) else { return refused("no such file") };
+        if let Err(error) = self.bind(&file, &text("iommufd")) {
+            return refused(format!("vfio: error bind device to iommufd: {error}"));
+        }
         self.devices.insert(text("id"), (arguments.clone(), file));
         Ok(json!({}))
+    }
+
+    /// What QEMU does first with a device's open file, which is closed with it again.
+    fn bind(&self, device: &OwnedFd, iommufd: &str) -> vfio_broker::kernel::Result<u32> {
+        let kernel: Arc<dyn Kernel> = Arc::new(Wire::detached());
+        let (_, file) = self.iommufds.iter().rfind(|(id, _)| id == iommufd).unwrap();
+        let iommufd = Iommufd::from_fd(Arc::clone(&kernel), file.try_clone().unwrap());
+        Device::from_fd(kernel, "the device", device.try_clone().unwrap()).bind_iommufd(&iommufd)
     }
 
     fn device_del(&mut self, id: &str) -> Answer {

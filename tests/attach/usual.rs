@@ -3,6 +3,7 @@
 use super::*;
 use crate::qemu::Guest;
 use serde_json::{Value, json};
+use vfio_broker::protocol::FdKind;
 use vfio_broker::qmp::hotplug::Error;
 
 #[test]
@@ -106,15 +107,18 @@ fn a_device_that_left_a_lease_which_goes_on_can_come_again() {
 #[test]
 fn an_iommufd_of_the_command_line_can_be_shared() {
     let world = World::start();
-    let null = std::fs::File::open("/dev/null").unwrap();
+    let request = Acquire::new("web1").device(OTHER).backend(Backend::Iommufd);
+    let mut other = world.client().acquire(request).unwrap();
+    let file = other.files_mut().take(FdKind::Iommufd, None).unwrap().fd;
     world.qemu.model().objects.insert("iommufd0".into(), ("iommufd".into(), Value::Null));
-    world.qemu.model().iommufds.push(null.into());
+    world.qemu.model().iommufds.push(("iommufd0".into(), file));
     world.attach(&nic().iommufd("iommufd0")).unwrap();
     {
         let model = world.qemu.model();
         assert_eq!(model.devices["vfio-0000-65-00.0"].0["iommufd"], "iommufd0");
         assert_eq!((model.iommufds.len(), model.objects.len()), (1, 2));
     }
+    world.client().release(other).unwrap();
     world.detach(&Detach::new("web1", NIC)).unwrap();
     world.is_clean();
 }
