@@ -28,9 +28,11 @@ if "error" in reply:
     sys.exit(f"{reply['error']}: {reply['parameters']}")
 broker.close()
 
-# The reply on standard input, the files from 3 on; out of the way first.
-answer = os.memfd_create("reply", 0)
-os.write(answer, json.dumps(reply["parameters"]).encode())
+# The reply on standard input, sealed, the files from 3 on; out of the way first.
+answer = os.memfd_create("varlink-reply", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+os.write(answer, json.dumps(reply["parameters"], separators=(",", ":")).encode() + b"\n")
+seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+fcntl.fcntl(answer, fcntl.F_ADD_SEALS, seals)
 os.lseek(answer, 0, os.SEEK_SET)
 high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in [answer, *fds]]
 for number, fd in zip([0, *range(3, 3 + len(fds))], high):
@@ -38,4 +40,5 @@ for number, fd in zip([0, *range(3, 3 + len(fds))], high):
 os.closerange(3 + len(fds), 100)
 os.environ["LISTEN_FDS"] = str(len(fds))
 os.environ["LISTEN_PID"] = str(os.getpid())
+os.environ.pop("LISTEN_FDNAMES", None)
 os.execvp(program[0], program)
