@@ -143,9 +143,14 @@ pub struct Qemu {
 
 impl Qemu {
     pub fn start(world: &World) -> Self {
+        Self::start_as(world, &qemu())
+    }
+
+    /// Another QEMU than the one that is tested.
+    pub fn start_as(world: &World, program: &str) -> Self {
         let monitor = world.own().join("qmp");
         let _ = fs::remove_file(&monitor);
-        let mut command = world.user(qemu());
+        let mut command = world.user(program);
         command.args(["-machine", "q35", "-accel", "tcg", "-nodefaults", "-display", "none"]);
         command.args(["-m", "64", "-S"]);
         // With PCI Express's own hotplug a device can go without a guest's help, while no guest has

@@ -1,7 +1,8 @@
 //! QEMU that nobody changed, as an ordinary user without any capability, on real devices: it needs
 //! the lab's guest (`tests/lab/run`) and does nothing elsewhere. The guest's devices are emulated by
 //! a QEMU outside, the one that is given them runs inside. Other VMMs' ways are tried here too: the
-//! example with rust-vmm's crates is this program by another name.
+//! example with rust-vmm's crates is this program by another name. `VFIO_QEMU` names another QEMU,
+//! `VFIO_QEMU_STEP` a part of the name of the only steps to run.
 
 // A test harness of its own: to clippy it is a program like any other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
@@ -25,8 +26,12 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let world = world::World::start();
+    let only = std::env::var("VFIO_QEMU_STEP").unwrap_or_default();
     let mut passed = 0;
     for (name, needs_iommufd, step) in story::STEPS {
+        if !name.contains(&only) {
+            continue;
+        }
         if needs_iommufd && !world.has_iommufd {
             println!("--- {name}: not on this kernel, which has no iommufd");
             continue;

@@ -203,6 +203,11 @@ pub fn steps(mut command: Command, steps: &[&str]) -> Vec<String> {
     said.lines().map(|line| line.rsplit_once(": ").unwrap().1.to_owned()).collect()
 }
 
+/// Which QEMU; another one than the machine's can be named.
+pub fn qemu() -> std::ffi::OsString {
+    std::env::var_os("VFIO_QEMU").unwrap_or("qemu-system-x86_64".into())
+}
+
 /// A running QEMU, with its monitor on standard input and output.
 pub struct Qemu {
     pub launcher: Child,
@@ -213,7 +218,7 @@ pub struct Qemu {
 impl Qemu {
     /// `command` is to be followed by the program's name.
     pub fn start(mut command: Command, memory: &str, more: &[&str]) -> Self {
-        command.arg("qemu-system-x86_64").args(["-machine", "q35,accel=tcg", "-m", memory, "-S"]);
+        command.arg(qemu()).args(["-machine", "q35,accel=tcg", "-m", memory, "-S"]);
         command.args(["-display", "none", "-nodefaults", "-sandbox", "on", "-qmp", "stdio"]);
         let mut launcher =
             command.args(more).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
