@@ -77,7 +77,7 @@ fn the_lease_of_an_attach_that_was_killed_ends_with_qemu() {
     for at in 0..steps {
         kill_at(&world, "attach", NIC, at, true);
         world.qemu.model().restart();
-        eventually("the lease has ended", || world.leases() == 0);
+        until("the lease has ended", || world.leases() == 0);
         world.is_free(NIC);
     }
 }

@@ -11,7 +11,7 @@ mod killed;
 mod qemu;
 mod usual;
 
-use common::{Daemon, SOON, Setup, eventually};
+use common::{Daemon, SOON, Setup, until};
 use qemu::Qemu;
 use std::path::Path;
 use std::time::Duration;

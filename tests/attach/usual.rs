@@ -241,7 +241,7 @@ fn the_end_of_qemu_is_the_end_of_the_lease() {
     let world = World::start();
     world.attach(&nic()).unwrap();
     world.qemu.model().restart();
-    eventually("the lease has ended", || world.leases() == 0);
+    until("the lease has ended", || world.leases() == 0);
     world.is_free(NIC);
 }
 

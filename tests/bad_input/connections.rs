@@ -2,7 +2,7 @@
 
 use crate::DEVICE;
 use crate::common::raw::{bytes, call};
-use crate::common::{Daemon, Held, Setup, beside, eventually, policy};
+use crate::common::{Daemon, Held, Setup, beside, policy, until};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -73,7 +73,7 @@ fn a_reader_that_never_reads() {
         let request = call(name, &json!({ "interface": "org.vfiobroker.Broker" }));
         client.stream.set_nonblocking(true).unwrap();
         // Asks until the daemon has stopped to read and hung up.
-        eventually("the daemon hangs up", || {
+        until("the daemon hangs up", || {
             loop {
                 match client.send_with(&request, &[]) {
                     Ok(()) => {}
@@ -100,7 +100,7 @@ fn fds_that_nobody_takes_out_of_the_queue() {
         let request = call("GetFds", &lease.key());
         let greedy = daemon.connect();
         greedy.stream.set_nonblocking(true).unwrap();
-        eventually("the daemon hangs up", || {
+        until("the daemon hangs up", || {
             loop {
                 match greedy.send_with(&request, &[]) {
                     Ok(()) => {}
@@ -123,7 +123,7 @@ fn a_watcher_that_never_reads() {
         })));
         // The neighbour's leases are events: sooner or later they fill its queue.
         let stuck = "does not read what it asked for";
-        eventually("the watcher is dropped", || daemon.log().contains(stuck));
+        until("the watcher is dropped", || daemon.log().contains(stuck));
         watcher.hangs_up();
     });
 }

@@ -1,7 +1,7 @@
 //! Open files where they do not belong.
 
 use crate::common::raw::{Raw, call};
-use crate::common::{Daemon, Held, Setup, beside, eventually, policy};
+use crate::common::{Daemon, Held, Setup, beside, policy, until};
 use crate::{DEVICE, PAGE, is_free, map, memory, unread};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
@@ -42,7 +42,7 @@ fn fds_where_none_are_taken() {
         let (head, tail) = (b"{\"method\":", b"\"x\"}\0");
         client.send(head);
         // Its own read, so that the kernel can't hand both parts over as one.
-        eventually("the head is read", || unread(&client) == 0);
+        until("the head is read", || unread(&client) == 0);
         let _ = client.send_with(tail, &[memory.as_fd()]);
         client.hangs_up();
     });
@@ -88,7 +88,7 @@ fn more_than_16_fds() {
             client.hangs_up();
             drop(lease);
             let mut client = daemon.connect();
-            eventually("the device is free again", || is_free(&mut client, DEVICE));
+            until("the device is free again", || is_free(&mut client, DEVICE));
         }
     });
 }
@@ -204,7 +204,7 @@ fn files_whose_closes_wait_for_each_other() {
         let files: Vec<_> = readers.into_iter().chain([copy]).chain(senders).collect();
         send_and_forget(&daemon.connect(), b"half a message", files);
         drop(lease);
-        eventually("the device is free again", || is_free(&mut client, DEVICE));
+        until("the device is free again", || is_free(&mut client, DEVICE));
     });
 }
 

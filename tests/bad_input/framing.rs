@@ -1,7 +1,7 @@
 //! Bytes that are no messages.
 
 use crate::common::raw::call;
-use crate::common::{Daemon, Setup, beside, eventually};
+use crate::common::{Daemon, Setup, beside, until};
 use serde_json::json;
 
 #[test]
@@ -50,7 +50,7 @@ fn half_a_message_byte_by_byte_gets_no_longer() {
     beside(&daemon, || {
         let mut client = daemon.connect();
         client.stream.set_nonblocking(true).unwrap();
-        eventually("it is disconnected", || {
+        until("it is disconnected", || {
             client.send(b" ");
             let mut byte = [0];
             match std::io::Read::read(&mut client.stream, &mut byte) {

@@ -171,7 +171,7 @@ fn it_is_the_process_that_connected_whose_limit_is_raised_and_never_lowered() {
     with_lease(&daemon, |_, lease| {
         let words = ["--memlock=8388608:8388608", "sleep", "600"];
         let (mut client, mut child) = connected_by(&daemon, "prlimit", &words);
-        crate::common::eventually("its limit is low", || {
+        crate::common::until("its limit is low", || {
             limits(&child) == json!(["8388608", "8388608"])
         });
         let mut set = |bytes: u64| client.call("SetMemlock", lease.with(json!({ "bytes": bytes })));

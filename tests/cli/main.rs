@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)] // tests
 
 mod broker;
+#[path = "../common/until.rs"]
+mod until;
 
 use broker::Broker;
 use nix::sys::signal::{Signal, kill};
@@ -11,6 +13,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use until::until;
 
 const NIC: &str = "0000:03:00.0";
 const DISK: &str = "0000:06:00.0";
@@ -355,7 +358,7 @@ fn nothing_is_left_of_a_demonstration_or_a_broker_that_is_ended() {
         story.read_line(&mut String::new()).unwrap();
         kill(Pid::from_raw(demo.id() as i32), signal).unwrap();
         demo.wait().unwrap();
-        eventually("the demonstration's directory is gone", || left() == 0);
+        until("the demonstration's directory is gone", || left() == 0);
     }
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         let directory = tempfile::tempdir().unwrap();
@@ -363,14 +366,6 @@ fn nothing_is_left_of_a_demonstration_or_a_broker_that_is_ended() {
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
         broker.end(signal);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
-    }
-}
-
-fn eventually(what: &str, mut so: impl FnMut() -> bool) {
-    let start = std::time::Instant::now();
-    while !so() {
-        assert!(start.elapsed() < std::time::Duration::from_secs(60), "still not: {what}");
-        std::thread::sleep(std::time::Duration::from_millis(5));
     }
 }
 

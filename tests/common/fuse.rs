@@ -70,7 +70,7 @@ impl Fuse {
     /// Waits until one of them waits for an answer; returns the threads that do.
     pub fn waiting(&self) -> Vec<u32> {
         let waiting = || self.state.lock().unwrap().waiting.clone();
-        super::eventually("somebody waits for the file system", || !waiting().is_empty());
+        super::until("somebody waits for the file system", || !waiting().is_empty());
         waiting().into_iter().collect()
     }
 

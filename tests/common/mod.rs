@@ -7,6 +7,7 @@
 
 pub mod fuse;
 pub mod raw;
+mod until;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -18,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
+pub use until::until;
 
 /// How long something may take that is bound to happen: never a measure of speed.
 pub const SOON: Duration = Duration::from_secs(60);
@@ -170,7 +172,7 @@ impl Daemon {
     /// Stops it; SIGCONT lets it go on.
     pub fn pause(&self) {
         self.signal(Signal::SIGSTOP);
-        eventually("the daemon has stopped", || {
+        until("the daemon has stopped", || {
             let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
             let stats =
                 tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")));
@@ -181,7 +183,7 @@ impl Daemon {
     /// Waits for its end.
     pub fn wait(&mut self) -> ExitStatus {
         let mut ended = None;
-        eventually("the daemon ends", || {
+        until("the daemon ends", || {
             ended = self.child.try_wait().unwrap();
             ended.is_some()
         });
@@ -199,7 +201,7 @@ impl Daemon {
         cycle(&mut self.connect(), NEIGHBOURS_DEVICE);
         let mut last = 0;
         let mut same = 0;
-        eventually("the daemon's open files settle", || {
+        until("the daemon's open files settle", || {
             let now = self.open_fds();
             same = if now == last { same + 1 } else { 0 };
             last = now;
@@ -251,15 +253,6 @@ pub fn command(directory: &Path, setup: &Setup) -> Command {
     command
 }
 
-/// Polls until it is so.
-pub fn eventually(what: &str, mut so: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !so() {
-        assert!(start.elapsed() < SOON, "still not: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
 /// Acquires a device, gets its fds again and releases it, checking each answer.
 pub fn cycle(client: &mut Raw, device: &str) {
     let lease = Held::acquire(client, device, "container");
@@ -280,7 +273,7 @@ pub fn cycle(client: &mut Raw, device: &str) {
         raw::Reply::Ok(..) => {}
         raw::Reply::Error(name, _) => assert!(name.ends_with(".NoSuchLease"), "{name}"),
     }
-    eventually("the device is free again", || {
+    until("the device is free again", || {
         let (topology, _) = client.call("Topology", json!({})).ok();
         let groups = topology["groups"].as_array().unwrap();
         let has = |group: &&Value| {
@@ -334,7 +327,7 @@ pub fn beside<T>(daemon: &Daemon, something: impl FnOnce() -> T) -> T {
         let stopper = Stopper(&stop);
         let a_whole_cycle = |what: &str| {
             let before = cycles.load(Ordering::SeqCst);
-            eventually(what, || {
+            until(what, || {
                 assert!(!neighbour.is_finished(), "the neighbour noticed something");
                 cycles.load(Ordering::SeqCst) > before + 1
             });

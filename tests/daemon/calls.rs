@@ -2,7 +2,7 @@
 
 use crate::DEVICE;
 use crate::common::raw::{Raw, Reply, bytes, call};
-use crate::common::{Daemon, Held, Setup, beside, cycle, eventually};
+use crate::common::{Daemon, Held, Setup, beside, cycle, until};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use serde_json::{Value, json};
 use std::os::fd::{AsFd, OwnedFd};
@@ -106,7 +106,7 @@ fn watch(daemon: &Daemon, parameters: Value) -> Raw {
 /// Begins to watch, and makes sure that it has begun: an event that it caused came.
 fn watching(daemon: &Daemon, client: &mut Raw) -> Raw {
     let watcher = watch(daemon, json!({}));
-    eventually("the watcher gets events", || {
+    until("the watcher gets events", || {
         cycle(client, DEVICE);
         let mut poll = [PollFd::new(watcher.stream.as_fd(), PollFlags::POLLIN)];
         nix::poll::poll(&mut poll, PollTimeout::ZERO).unwrap() == 1
@@ -162,7 +162,7 @@ fn a_kernel_that_never_answers_is_waited_for_until_the_deadline() {
     sim.fault(&Fault::never("VFIO_SET_IOMMU")).unwrap();
     let request = json!({ "vm": "a", "devices": [DEVICE] });
     client.send(&call("Acquire", &request));
-    eventually("the call is in the kernel", || sim.stats().unwrap().held == 1);
+    until("the call is in the kernel", || sim.stats().unwrap().held == 1);
     // Meanwhile others are served.
     let mut other = daemon.connect();
     let (leases, _) = other.call("Leases", json!({})).ok();
@@ -175,7 +175,7 @@ fn a_kernel_that_never_answers_is_waited_for_until_the_deadline() {
     assert!(matches!(again, Reply::Error(..)), "{again:?}");
     // What it did in the end is undone, since nobody waits for it.
     sim.clear_faults().unwrap();
-    eventually("the device can be had again", || {
+    until("the device can be had again", || {
         matches!(client.call("Acquire", request.clone()), Reply::Ok(..))
     });
 }
@@ -194,7 +194,7 @@ fn stuck_requests_of_a_tenant_are_limited() {
             client
         })
         .into();
-    eventually("both calls are in the kernel", || sim.stats().unwrap().held == 2);
+    until("both calls are in the kernel", || sim.stats().unwrap().held == 2);
     for mut client in stuck {
         client.reply().error("Kernel");
     }
@@ -204,9 +204,7 @@ fn stuck_requests_of_a_tenant_are_limited() {
     // What needs no worker is served.
     client.call("Leases", json!({})).ok();
     sim.clear_faults().unwrap();
-    eventually("there is room again", || {
-        matches!(client.call("Topology", json!({})), Reply::Ok(..))
-    });
+    until("there is room again", || matches!(client.call("Topology", json!({})), Reply::Ok(..)));
 }
 
 #[test]
@@ -281,7 +279,7 @@ fn a_device_that_is_added_too_late_is_given_back() {
 /// Acquires as soon as that works.
 fn eventually_gets(client: &mut Raw, request: &Value) -> Vec<OwnedFd> {
     let mut files = Vec::new();
-    eventually("it can be had", || match client.call("Acquire", request.clone()) {
+    until("it can be had", || match client.call("Acquire", request.clone()) {
         Reply::Ok(_, fds) => {
             files = fds;
             true
@@ -305,7 +303,7 @@ fn a_mapping_that_comes_too_late_is_undone() {
     let error = client.call_with("MapDma", map, &[memory.as_fd()]).error("Kernel");
     assert_eq!(error["name"], "ETIMEDOUT");
     sim.clear_faults().unwrap();
-    eventually("the mapping is gone", || {
+    until("the mapping is gone", || {
         let (leases, _) = client.call("Leases", json!({})).ok();
         leases["leases"][0]["mappings"] == 0
     });

@@ -2,7 +2,7 @@
 
 use crate::DEVICE;
 use crate::common::raw::{Raw, Reply};
-use crate::common::{Daemon, Setup, beside, eventually};
+use crate::common::{Daemon, Setup, beside, until};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
@@ -71,7 +71,7 @@ fn the_holder_binds_attaches_maps_and_dies() {
             let mine = leases["leases"].as_array().unwrap().iter().find(lease_of).unwrap();
             assert_eq!(mine["backend"], "iommufd");
             drop((lease, lifeline, device, second, iommufd));
-            eventually("the lease is over", || {
+            until("the lease is over", || {
                 let (leases, _) = client.call("Leases", json!({})).ok();
                 leases["leases"].as_array().unwrap().iter().find(lease_of).is_none()
             });

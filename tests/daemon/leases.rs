@@ -2,7 +2,7 @@
 
 use crate::DEVICE;
 use crate::common::raw::{Raw, call};
-use crate::common::{Daemon, Held, beside, eventually};
+use crate::common::{Daemon, Held, beside, until};
 use serde_json::{Value, json};
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Command, Stdio};
@@ -62,7 +62,7 @@ fn connections_mean_nothing_to_a_lease() {
         }
         other.call("GetFds", lease.key()).ok();
         drop(lease);
-        eventually("the device is free", || is_free(&mut other, DEVICE));
+        until("the device is free", || is_free(&mut other, DEVICE));
     });
 }
 
@@ -83,7 +83,7 @@ fn a_child_that_inherits_the_lease_fd_keeps_the_lease() {
         assert!(child.try_wait().unwrap().is_none(), "cat reads until the lease ends");
         child.kill().unwrap();
         child.wait().unwrap();
-        eventually("the device is free", || is_free(&mut client, DEVICE));
+        until("the device is free", || is_free(&mut client, DEVICE));
     });
 }
 
@@ -99,7 +99,7 @@ fn the_holder_sees_the_end_of_its_lease() {
             Command::new("cat").stdin(Stdio::from(fd)).stdout(Stdio::null()).spawn().unwrap();
         client.call("Release", key).ok();
         assert!(child.wait().unwrap().success(), "it read end-of-file");
-        eventually("the device is free", || is_free(&mut client, DEVICE));
+        until("the device is free", || is_free(&mut client, DEVICE));
     });
 }
 
@@ -120,7 +120,7 @@ fn either_lease_fd_keeps_the_lease() {
                 assert!(is_held(&mut client, &id));
             }
             drop(stays);
-            eventually("the device is free", || is_free(&mut client, DEVICE));
+            until("the device is free", || is_free(&mut client, DEVICE));
         }
     });
 }
@@ -150,7 +150,7 @@ fn a_client_that_goes_at_any_moment_of_an_acquire_leaves_nothing() {
             // Either the call is reached and hangs, or the acquire gets through without it.
             let mut answered = false;
             let stream = client.stream.try_clone().unwrap();
-            eventually("the acquire hangs or is answered", || {
+            until("the acquire hangs or is answered", || {
                 let mut poll =
                     [nix::poll::PollFd::new(stream.as_fd(), nix::poll::PollFlags::POLLIN)];
                 answered = nix::poll::poll(&mut poll, nix::poll::PollTimeout::ZERO).unwrap() == 1;
@@ -165,7 +165,7 @@ fn a_client_that_goes_at_any_moment_of_an_acquire_leaves_nothing() {
             // Others are served while it hangs.
             other.call("Leases", json!({})).ok();
             sim.clear_faults().unwrap();
-            eventually("the device is free", || is_free(&mut other, DEVICE));
+            until("the device is free", || is_free(&mut other, DEVICE));
         }
     }
     // The moments were there: before, amid and after the kernel's part.
@@ -174,7 +174,7 @@ fn a_client_that_goes_at_any_moment_of_an_acquire_leaves_nothing() {
     }
     drop(other);
     daemon.settles_at(fds);
-    eventually("nothing is open in the kernel", || {
+    until("nothing is open in the kernel", || {
         let now = sim.stats().unwrap();
         (now.containers, now.groups, now.devices) == (idle.containers, idle.groups, idle.devices)
     });
@@ -192,7 +192,7 @@ fn a_client_that_goes_with_its_reply_unread_leaves_nothing() {
             // Its own cycle says that the daemon has gone on meanwhile, however far.
             is_free(&mut other, DEVICE);
             drop(client);
-            eventually("the device is free", || is_free(&mut other, DEVICE));
+            until("the device is free", || is_free(&mut other, DEVICE));
         }
     });
 }

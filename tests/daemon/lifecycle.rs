@@ -1,7 +1,7 @@
 //! Start, readiness, socket activation, the end, and starts that can't work.
 
 use crate::common::raw::Raw;
-use crate::common::{Daemon, SOON, Setup, command, eventually, read_all};
+use crate::common::{Daemon, SOON, Setup, command, read_all, until};
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -63,7 +63,7 @@ fn a_call_that_never_returns_does_not_hold_up_the_end() {
     let client = daemon.connect();
     let request = json!({ "vm": "a", "devices": [crate::DEVICE] });
     client.send(&crate::common::raw::call("Acquire", &request));
-    eventually("the call is in the kernel", || sim.stats().unwrap().held == 1);
+    until("the call is in the kernel", || sim.stats().unwrap().held == 1);
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.wait().code(), Some(0));
 }

@@ -2,7 +2,7 @@
 
 use crate::DEVICE;
 use crate::common::raw::{Raw, call};
-use crate::common::{self, Daemon, Held, Setup, as_uid, cycle, eventually, policy};
+use crate::common::{self, Daemon, Held, Setup, as_uid, cycle, policy, until};
 use serde_json::json;
 use std::process::{Command, Stdio};
 use vfio_broker::sim::Fault;
@@ -36,7 +36,7 @@ fn who_has_no_tenant_may_ask_what_this_is() {
             each.call("org.varlink.service.GetInfo", json!({})).ok();
         }
         drop(more);
-        eventually("there is room again", || {
+        until("there is room again", || {
             let mut client = connect().unwrap();
             let info = call("org.varlink.service.GetInfo", &json!({}));
             client.send(&info);
@@ -137,8 +137,8 @@ fn calls_that_are_stuck_do_not_hold_up_a_reclaim() {
     for client in &clients {
         client.send(&call("Topology", &json!({})));
     }
-    eventually("every worker is stuck", || sim.stats().unwrap().held >= 256);
+    until("every worker is stuck", || sim.stats().unwrap().held >= 256);
     assert_eq!(sim.stats().unwrap().groups, 1);
     drop(held);
-    eventually("the group is taken back", || sim.stats().unwrap().groups == 0);
+    until("the group is taken back", || sim.stats().unwrap().groups == 0);
 }

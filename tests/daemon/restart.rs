@@ -3,7 +3,7 @@
 
 use crate::DEVICE;
 use crate::common::raw::{Raw, Reply};
-use crate::common::{Daemon, as_uid, eventually, read_all};
+use crate::common::{Daemon, as_uid, read_all, until};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::fs::Permissions;
@@ -95,7 +95,7 @@ fn acquire(client: &mut Raw) -> Reply {
 /// Acquires it as soon as it has been taken back; iommufd and device, the lease's pipe closed.
 fn acquired(daemon: &Daemon) -> (Iommufd, Device) {
     let mut got = None;
-    eventually("it can be acquired", || match acquire(&mut daemon.connect()) {
+    until("it can be acquired", || match acquire(&mut daemon.connect()) {
         Reply::Ok(_, fds) => {
             got = Some(fds);
             true
@@ -120,7 +120,7 @@ fn end(mut daemon: Daemon, signal: Signal) {
 fn others_refusal(daemon: &Daemon) -> Option<String> {
     as_uid(OTHER, || {
         let mut reason = String::new();
-        eventually("the kernel has been asked", || {
+        until("the kernel has been asked", || {
             let parameters = acquire(&mut daemon.connect()).error("Quarantined");
             reason = parameters["reason"].as_str().unwrap().to_owned();
             !reason.contains("just ended")
@@ -174,11 +174,11 @@ fn a_lease_that_is_alive_is_taken_back_by_the_next_daemon() {
         let (topology, _) = client.call("Topology", json!({})).ok();
         topology["groups"][0]["state"].clone()
     };
-    eventually("it is seen to be in use", || state() == "quarantined");
+    until("it is seen to be in use", || state() == "quarantined");
     acquire(&mut daemon.connect()).error("Quarantined");
     drop((iommufd, device));
     drop(acquired(&daemon));
-    eventually("it is its tenant's alone", || state() == "free");
+    until("it is its tenant's alone", || state() == "free");
     assert!(daemon.log().contains("may be open since before the restart"), "{}", daemon.log());
 }
 
@@ -191,7 +191,7 @@ fn a_tenant_that_means_somebody_else_has_nothing_of_it() {
     machine.write_policy(&format!("user = [{}, {}]", nix::unistd::geteuid(), OTHER + 1));
     let daemon = machine.daemon();
     let mut reason = Value::Null;
-    eventually("the kernel has been asked", || {
+    until("the kernel has been asked", || {
         let parameters = acquire(&mut daemon.connect()).error("Quarantined");
         reason = parameters["reason"].clone();
         !reason.as_str().unwrap().contains("just ended")

@@ -2,7 +2,7 @@
 
 use crate::DEVICE;
 use crate::common::raw::{Raw, bytes, call};
-use crate::common::{Daemon, Held, Setup, as_uid, cycle, eventually};
+use crate::common::{Daemon, Held, Setup, as_uid, cycle, until};
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
 
@@ -71,7 +71,7 @@ fn no_lease_outlives_its_holder_in_a_socket_sent_over_itself() {
     let acquire = json!({ "vm": "ghost", "devices": [DEVICE], "handout": "devices" });
     client.send(&call("Acquire", &acquire));
     let mut other = daemon.connect();
-    eventually("the lease is there", || {
+    until("the lease is there", || {
         let (leases, _) = other.call("Leases", json!({})).ok();
         leases["leases"].as_array().is_some_and(|leases| leases.len() == 1)
     });

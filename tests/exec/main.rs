@@ -8,11 +8,13 @@ mod broker;
 mod inherit;
 mod interpose;
 mod memlock;
+#[path = "../common/until.rs"]
+mod until;
 
 use broker::Broker;
 use serde_json::Value;
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use until::until;
 
 const NIC: &str = "0000:03:00.0";
 const GPU: &str = "0000:01:00.0";
@@ -50,13 +52,5 @@ fn leases(broker: &Broker) -> Vec<Value> {
 
 /// Waits for what the broker learns from a pipe that hangs up.
 fn no_lease_is_left(broker: &Broker) {
-    eventually("no lease is left", || leases(broker).is_empty());
-}
-
-fn eventually(what: &str, mut so: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !so() {
-        assert!(start.elapsed() < Duration::from_secs(60), "still not: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    until("no lease is left", || leases(broker).is_empty());
 }
