@@ -2,30 +2,22 @@
 
 use super::authority::{JUST_ENDED, quota};
 use super::books::{Books, Entry, Files};
-use super::cdev::Cdev;
 use super::fds::{Named, list};
-use super::given::{Before, cdevs_of};
+use super::form::gives_container;
+use super::given::Before;
 use super::key::new_lease_id;
+use super::open::Opened;
 use super::plan::{Chosen, Plan};
 use super::{
     Broker, Caller, Grant, container_name, devices, event, lifeline, no_such_lease, now, space,
 };
 use crate::host;
-use crate::kernel::{Device, Group, IommuType, Iommufd, Node};
+use crate::kernel::IommuType;
 use crate::ledger::{self, Effect, GroupState, Lease, LeaseId, Refusal, Request, Space};
 use crate::policy::{Tenant, Verb};
-use crate::protocol::{Acquire, Acquired, Bdf, DeviceSpec, Error, EventKind, FdKind, Handout};
+use crate::protocol::{Acquire, Acquired, DeviceSpec, Error, EventKind, FdKind, Handout};
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Instant;
-
-/// What the kernel has given so far, in its order.
-#[derive(Default)]
-pub(super) struct Opened {
-    groups: Vec<(u32, Group)>,
-    devices: Vec<(Bdf, Device)>,
-    iommufd: Option<Iommufd>,
-    pub(super) cdevs: Vec<(Bdf, Cdev)>,
-}
 
 impl Broker {
     /// Gives devices to a new lease, or adds them to one; all or nothing.
@@ -235,85 +227,16 @@ impl Broker {
         let done = self
             .open(entry, &files, effects, &chosen, &mut opened)
             .and_then(|()| if awaited() { Ok(()) } else { Err(too_late(entry.id)) })
-            .and_then(|()| self.remember(entry.id, &cdevs_of(&opened, &chosen)))
+            .and_then(|()| self.remember(entry.id, &opened.registrations(&chosen)))
             .map(|was| before = was)
             .and_then(|()| self.hand_over(entry, &mut files, &chosen, &mut opened, kind));
         if done.is_err() {
-            undo(entry, opened);
+            opened.undo(entry);
             self.forget(before);
             // The ledger knows this lease and that it is being acquired; it can't refuse.
             let _ = self.books().ledger.apply(Request::Abort { lease: entry.id });
         }
         done
-    }
-
-    fn open(
-        &self,
-        entry: &Entry,
-        files: &Files,
-        effects: &[Effect],
-        chosen: &Chosen,
-        opened: &mut Opened,
-    ) -> Result<(), Error> {
-        let mut space = entry.space.as_ref().map(|space| space.lock());
-        for effect in effects {
-            match *effect {
-                Effect::OpenSpace => {
-                    if let Some(space) = space.as_deref_mut() {
-                        space::open(space, &self.kernel)?;
-                    }
-                }
-                Effect::OpenIommufd => opened.iommufd = Some(self.open_iommufd()?),
-                // An open group would keep its devices from being bound.
-                Effect::CheckGroup(id) => drop(self.open_group(id, chosen)?),
-                Effect::OpenCdev(_, bdf) => opened.cdevs.push((bdf, self.open_cdev(bdf)?)),
-                Effect::OpenGroup(id) => opened.groups.push((id, self.open_group(id, chosen)?)),
-                Effect::Attach(id) => {
-                    let group = opened.groups.iter().find(|(number, _)| *number == id);
-                    if let (Some(space), Some((_, group))) = (space.as_deref_mut(), group) {
-                        space::enter(space, id, group, no_iommu(id, chosen))?;
-                    }
-                }
-                Effect::OpenDevice(id, bdf) => {
-                    // Opening can reset the device; nobody else's container need wait for that.
-                    drop(space.take());
-                    let fresh = opened.groups.iter().find(|(number, _)| *number == id);
-                    let group = fresh.map(|(_, group)| group).or_else(|| files.group(id));
-                    if let Some(group) = group {
-                        let name = chosen.names.get(&bdf).cloned();
-                        let name = name.unwrap_or_else(|| bdf.to_string());
-                        opened.devices.push((bdf, group.device(&name)?));
-                    }
-                }
-                Effect::Map { .. }
-                | Effect::Unmap { .. }
-                | Effect::UnmapAll
-                | Effect::Detach(_)
-                | Effect::Prove(_)
-                | Effect::ProveUnbound(_) => {}
-            }
-        }
-        Ok(())
-    }
-
-    fn open_group(&self, id: u32, chosen: &Chosen) -> Result<Group, Error> {
-        let node = match no_iommu(id, chosen) {
-            true => Node::NoIommuGroup(id),
-            false => Node::Group(id),
-        };
-        let group = Group::open(Arc::clone(&self.kernel), node)
-            .map_err(|error| self.group_error(id, chosen, error))?;
-        if group.status()?.viable {
-            return Ok(group);
-        }
-        let now = host::Group::scan(&*self.kernel, id)?;
-        let blockers = now.map_or(Vec::new(), |group| group.blockers(|_| false));
-        if blockers.is_empty() {
-            let why = "the kernel calls it not viable although no driver of the host has a device \
-                       of it: something else owns its DMA";
-            return Err(Error::Conflict { what: format!("group {id}"), why: why.into() });
-        }
-        Err(Error::NotViable { group: id, blockers })
     }
 
     /// Everything is open: what can still fail comes first, then the lease is its holder's.
@@ -396,38 +319,6 @@ fn standing(books: &Books, groups: &[u32]) -> Vec<Standing> {
 /// Told to nobody: whoever asked has left.
 fn too_late(id: LeaseId) -> Error {
     Error::Conflict { what: id.to_string(), why: "nobody waits for its devices any more".into() }
-}
-
-/// Closes what was opened, the last first. Nobody else has a copy yet, so closing a group takes it
-/// out of its container too, and nothing of this can fail.
-fn undo(entry: &Entry, opened: Opened) {
-    for cdev in opened.cdevs.into_iter().rev() {
-        drop(cdev);
-    }
-    drop(opened.iommufd);
-    for device in opened.devices.into_iter().rev() {
-        drop(device);
-    }
-    let mut space = entry.space.as_ref().map(|space| space.lock());
-    for (id, group) in opened.groups.into_iter().rev() {
-        drop(group);
-        if let Some(space) = space.as_deref_mut() {
-            space::leave(space, id);
-        }
-    }
-    if let Some(space) = space.as_deref_mut() {
-        space::close_if_empty(space);
-    }
-}
-
-/// Whether the holder gets the container itself.
-pub(super) fn gives_container(lease: &Lease) -> bool {
-    let mutual = matches!(lease.space, Space::Shared { trust: ledger::Trust::Mutual, .. });
-    lease.handout == Handout::Container || mutual
-}
-
-fn no_iommu(id: u32, chosen: &Chosen) -> bool {
-    chosen.groups.iter().any(|group| group.id == id && group.noiommu)
 }
 
 fn iommu_name(kind: Option<IommuType>) -> &'static str {

@@ -1,12 +1,11 @@
 //! Leases by iommufd: opening what is handed out, and what shows that a device's own node is closed
 //! everywhere.
 
-use super::plan::Chosen;
-use super::{Broker, fds::Named};
+use super::{Broker, fds::Named, lacks};
 use crate::host;
-use crate::kernel::{self, Device, Iommufd};
+use crate::kernel::{Device, Iommufd};
 use crate::ledger::{Request, Unproved};
-use crate::protocol::{Bdf, Error, FdKind, Holder};
+use crate::protocol::{Bdf, Error, FdKind};
 use nix::errno::Errno;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -34,7 +33,7 @@ impl Broker {
     /// A new iommufd that charges each process for what it pins itself, not all of a user's
     /// together.
     pub(super) fn open_iommufd(&self) -> Result<Iommufd, Error> {
-        let iommufd = Iommufd::open(Arc::clone(&self.kernel)).map_err(lacks_iommufd)?;
+        let iommufd = Iommufd::open(Arc::clone(&self.kernel)).map_err(lacks::iommufd)?;
         match iommufd.set_rlimit_mode(true) {
             // A kernel that has no such option.
             Err(error) if matches!(error.errno, Errno::EOPNOTSUPP | Errno::ENOTTY) => {}
@@ -46,7 +45,7 @@ impl Broker {
     /// Opens a device by its own node, unbound.
     pub(super) fn open_cdev(&self, bdf: Bdf) -> Result<Cdev, Error> {
         let kernel = &*self.kernel;
-        let number = host::cdev(kernel, bdf)?.ok_or_else(|| lacks_cdev(bdf))?;
+        let number = host::cdev(kernel, bdf)?.ok_or_else(|| lacks::cdev(bdf))?;
         let name = bdf.to_string();
         let device = Device::open_cdev(Arc::clone(&self.kernel), number, &name)?;
         // A node's number can be another device's by now. From here on this one has its own, and its
@@ -84,51 +83,5 @@ impl Broker {
         if proved {
             self.forget_proved();
         }
-    }
-
-    /// EBUSY of a group that nobody has: it is whoever had it last by iommufd, if there is one.
-    pub(super) fn group_error(&self, id: u32, chosen: &Chosen, error: kernel::Error) -> Error {
-        if error.errno != Errno::EBUSY {
-            return error.into();
-        }
-        let books = self.books();
-        let Some(last) = books.ledger.unproved_group(id) else { return error.into() };
-        let device = chosen.devices.iter().find(|(_, group)| *group == id);
-        // Only the tenant that had it gets here.
-        Error::Busy {
-            device: device.map_or(format!("group {id}"), |(bdf, _)| bdf.to_string()),
-            holder: Some(Holder {
-                lease: last.lease.to_string(),
-                vm: last.vm.clone(),
-                tenant: last.tenant.clone(),
-                uid: last.uid,
-                pid: last.pid,
-            }),
-            since: Some(last.since),
-        }
-    }
-}
-
-/// A failed open of `/dev/iommu`: a host without iommufd is named as such.
-pub(super) fn lacks_iommufd(error: kernel::Error) -> Error {
-    match error.errno {
-        Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => Error::Unsupported {
-            what: "backend iommufd".into(),
-            why: "this host has no /dev/iommu: modprobe iommufd, or run a kernel with \
-                  CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV, Linux 6.6 or later"
-                .into(),
-        },
-        _ => error.into(),
-    }
-}
-
-/// That a device can't be opened without its group.
-pub(super) fn lacks_cdev(bdf: Bdf) -> Error {
-    Error::Unsupported {
-        what: "backend iommufd".into(),
-        why: format!(
-            "{bdf} has no node of its own under /dev/vfio/devices: the kernel is built without \
-             CONFIG_VFIO_DEVICE_CDEV (Linux 6.6 or later), or no IOMMU is behind the device"
-        ),
     }
 }

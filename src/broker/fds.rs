@@ -1,7 +1,7 @@
 //! GetFds, and the list that describes open files.
 
-use super::acquire::gives_container;
 use super::books::{Books, Entry, Files, Lifeline};
+use super::form::gives_container;
 use super::{Broker, Caller, LifelineId, SentFd, lifeline, no_such_lease};
 use crate::host;
 use crate::kernel::{Container, Group, Node};

@@ -1,13 +1,11 @@
 //! In which form a new lease is given: through which backend, as which handout, in which address
 //! space.
 
-use super::Broker;
-use super::cdev::{lacks_cdev, lacks_iommufd};
-use crate::kernel::{self, Container, Iommufd};
+use super::{Broker, lacks};
+use crate::kernel::{Container, Iommufd};
 use crate::ledger::{Lease, Space, Trust};
 use crate::policy::{self, Tenant};
 use crate::protocol::{Acquire, Backend, Bdf, Error, Handout};
-use nix::errno::Errno;
 use std::sync::Arc;
 
 /// What the devices that are asked for have to do with it.
@@ -90,17 +88,11 @@ impl Broker {
         match backend {
             Backend::Type1 => match Container::open(Arc::clone(&self.kernel)) {
                 Ok(_) => Ok(()),
-                Err(error) if is_missing(&error) => Err(Error::Unsupported {
-                    what: "backend type1".into(),
-                    why: "this host has no /dev/vfio/vfio: modprobe vfio_iommu_type1, or run a \
-                          kernel with CONFIG_VFIO_GROUP"
-                        .into(),
-                }),
-                Err(error) => Err(error.into()),
+                Err(error) => Err(lacks::type1(error)),
             },
             Backend::Iommufd => {
-                Iommufd::open(Arc::clone(&self.kernel)).map_err(lacks_iommufd)?;
-                given.without_cdev.map_or(Ok(()), |bdf| Err(lacks_cdev(bdf)))
+                Iommufd::open(Arc::clone(&self.kernel)).map_err(lacks::iommufd)?;
+                given.without_cdev.map_or(Ok(()), |bdf| Err(lacks::cdev(bdf)))
             }
         }
     }
@@ -133,8 +125,10 @@ fn agree(request: &Acquire, given: &Given) -> Result<(), Error> {
     Ok(())
 }
 
-fn is_missing(error: &kernel::Error) -> bool {
-    matches!(error.errno, Errno::ENOENT | Errno::ENODEV | Errno::ENXIO)
+/// Whether the holder gets the container itself.
+pub(super) fn gives_container(lease: &Lease) -> bool {
+    let mutual = matches!(lease.space, Space::Shared { trust: Trust::Mutual, .. });
+    lease.handout == Handout::Container || mutual
 }
 
 /// What is added to a lease comes in the lease's own form; naming another one is a mistake that is

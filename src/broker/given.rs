@@ -1,9 +1,7 @@
 //! Who was given which devices by their own nodes, beyond the end of this process: whoever has such a
 //! node open keeps it when the broker ends, and the kernel does not show it to the next one.
 
-use super::acquire::Opened;
 use super::books::Entry;
-use super::plan::Chosen;
 use super::{Broker, no_such_lease, now};
 use crate::kernel;
 use crate::ledger::{LeaseId, Member, Request, Restored};
@@ -218,11 +216,4 @@ impl Broker {
     fn given(&self) -> MutexGuard<'_, AllGiven> {
         self.given.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// The nodes that were opened, with their groups and registrations.
-pub(super) fn cdevs_of(opened: &Opened, chosen: &Chosen) -> Vec<(Bdf, u32, u64)> {
-    let group = |bdf: Bdf| chosen.devices.iter().find(|(device, _)| *device == bdf);
-    let each = opened.cdevs.iter();
-    each.filter_map(|(bdf, cdev)| Some((*bdf, group(*bdf)?.1, cdev.registration))).collect()
 }

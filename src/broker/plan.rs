@@ -1,9 +1,8 @@
 //! From what an Acquire asks for to devices and groups, as far as the policy and the machine allow.
 
 use super::books::{Books, Entry as LeaseEntry};
-use super::cdev::lacks_cdev;
 use super::form::{Given, same_form};
-use super::{Broker, Caller};
+use super::{Broker, Caller, lacks};
 use crate::host::{self, Device, Group, Host, Place};
 use crate::ledger::{Lease, Member, Space, WantedGroup};
 use crate::policy::{Risk, Tenant};
@@ -199,7 +198,7 @@ impl Broker {
             return Err(Error::NotViable { group: group.id, blockers });
         }
         if used && handout == Handout::Iommufd && device.cdev.is_none() {
-            return Err(lacks_cdev(device.bdf()));
+            return Err(lacks::cdev(device.bdf()));
         }
         Ok(())
     }

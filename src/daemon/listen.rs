@@ -1,6 +1,6 @@
 //! The listening socket: the service manager's, or one of our own.
 
-use super::start::StartError;
+use super::start_error::StartError;
 use super::trust;
 use crate::kernel::inherited;
 use nix::errno::Errno;

@@ -26,6 +26,7 @@ mod rebinder;
 mod reclaim;
 mod record;
 mod start;
+mod start_error;
 mod trust;
 mod watch;
 mod workers;
@@ -34,7 +35,8 @@ pub use log::LogFormat;
 pub use options::Options;
 pub use porter::be_one_if_asked as be_porter_if_asked;
 pub use rebinder::be_one_if_asked as be_rebinder_if_asked;
-pub use start::{StartError, run};
+pub use start::run;
+pub use start_error::StartError;
 
 use crate::broker::Broker;
 use crate::policy::Peer;

@@ -2,7 +2,7 @@
 //! started after this one.
 
 use super::listen::beside;
-use super::start::StartError;
+use super::start_error::StartError;
 use super::trust;
 use crate::broker::{Given, Record};
 use crate::kernel;

@@ -5,12 +5,13 @@ use super::observer::DaemonObserver;
 use super::options::Options;
 use super::rebinder::{DaemonRebinder, Processes};
 use super::record::RecordFile;
+use super::start_error::StartError;
 use super::{Daemon, accept, log, reclaim, trust, workers};
 use crate::broker::{Broker, Given};
 use crate::host::Host;
 use crate::kernel::readiness::watch;
 use crate::kernel::{Kernel, Linux};
-use crate::policy::{POLICY_PATH, Policy, Problems};
+use crate::policy::{POLICY_PATH, Policy};
 use crate::protocol::Lease;
 use crate::sim::{Sim, Topology, Wire};
 use crate::users::SystemUsers;
@@ -27,126 +28,6 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::{LocalSet, spawn_local};
 use tracing::{info, warn};
-
-/// Why the daemon did not start, and what to do about it.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// There is no policy file.
-    #[error(
-        "there is no policy at {0}: nobody may have anything without one. A first one:\n\n{EXAMPLE}"
-    )]
-    NoPolicy(PathBuf),
-    /// The policy can't be read.
-    #[error("can't read the policy {path}: {source}")]
-    UnreadablePolicy {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// Others could give themselves devices.
-    #[error(
-        "others than root and you can write to the policy {0}: \"chown root {0}; chmod go-w {0}\" \
-         once you have read what it says now"
-    )]
-    UnsafePolicy(PathBuf),
-    /// The policy is wrong.
-    #[error("{0}")]
-    Policy(Problems),
-    /// The kernel has no VFIO.
-    #[error("there is no /dev/vfio/vfio: load VFIO with \"modprobe vfio-pci\", or try --sim")]
-    NoVfio,
-    /// The simulated kernel could not be made.
-    #[error("{0}")]
-    Sim(String),
-    /// Another daemon listens there.
-    #[error("{0} is being served already: stop that vfio-brokerd first, or name another --socket")]
-    Live(PathBuf),
-    /// Something else is at the socket's path.
-    #[error("{0} is there and is not a socket: remove it, or name another --socket")]
-    NotASocket(PathBuf),
-    /// Somebody else's socket is at the socket's path.
-    #[error("{path} belongs to uid {uid}: remove it, or name another --socket")]
-    OthersSocket {
-        /// The socket.
-        path: PathBuf,
-        /// Whose it is.
-        uid: u32,
-    },
-    /// Others could put their own socket in place of the daemon's.
-    #[error(
-        "others can replace files in {0}: \"chown root {0}; chmod go-w {0}\", or name a --socket in \
-         a directory of yours"
-    )]
-    UnsafeDirectory(PathBuf),
-    /// Another daemon is starting there.
-    #[error(
-        "another vfio-brokerd that is starting holds {0}: try again once it is done; \"fuser -v {0}\" \
-         shows which one it is"
-    )]
-    Locked(PathBuf),
-    /// Others could hold up the start.
-    #[error("{0} is not a file that only vfio-brokerd can open: remove it")]
-    UnsafeLock(PathBuf),
-    /// The lock file could not be made or locked.
-    #[error("can't lock {path}: {source}; {}", next_step(.source, "if it is not vfio-brokerd's, remove it"))]
-    Lock {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The socket could not be made.
-    #[error("can't listen on {path}: {source}; {}", next_step(.source, "name another --socket"))]
-    Socket {
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// Nobody knows who may have devices open.
-    #[error(
-        "can't read {path}, in which is written down who may have devices open by their own nodes: \
-         {why}; remove it once no program runs any more that was given a device by iommufd (\"fuser -v \
-         /dev/vfio/devices/*\"), or when the machine has been started since"
-    )]
-    Record {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        why: String,
-    },
-    /// What the service manager passed is of no use.
-    #[error("socket activation: {0}")]
-    Activation(String),
-    /// The system lacks something basic.
-    #[error("can't set up {what}: {source}")]
-    SetUp {
-        /// What it was needed for.
-        what: &'static str,
-        /// Why.
-        source: std::io::Error,
-    },
-}
-
-/// What to do about a file that can't be made.
-fn next_step(source: &std::io::Error, otherwise: &'static str) -> &'static str {
-    match source.kind() {
-        std::io::ErrorKind::PermissionDenied => {
-            "run it as root, or name a --socket in a directory of yours"
-        }
-        _ => otherwise,
-    }
-}
-
-/// The start of a policy, for those who have none.
-const EXAMPLE: &str = include_str!("example.policy.toml");
-
-impl StartError {
-    fn set_up<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
-        move |error| Self::SetUp { what, source: error.into() }
-    }
-}
 
 /// Runs the daemon until SIGTERM, SIGINT or SIGHUP.
 ///

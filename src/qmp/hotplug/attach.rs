@@ -3,11 +3,12 @@
 use super::check::{arguments, check};
 use super::detach::{Unplugged, unplug};
 use super::state::{
-    OURS, Record, State, close, delete, device_name, iommufd_name, is_id, lease_name, record_name,
+    OURS, Record, State, close, delete, device_name, full_name, iommufd_name, is_id, lease_name,
+    record_name,
 };
 use super::{Error, Result};
 use crate::client::{self, Acquire, Client, Files, Lease};
-use crate::protocol::{self, Backend, Bdf, FdKind};
+use crate::protocol::{self, Backend, FdKind};
 use crate::qmp::{self, Monitor};
 use serde_json::{Map, Value, json};
 use std::os::fd::OwnedFd;
@@ -130,11 +131,6 @@ fn refuse(request: &Attach, state: &State) -> Result<()> {
         Some((id, _)) => Err(Error::AlreadyThere { device, id: id.clone() }),
         None => Ok(()),
     }
-}
-
-/// An address with its domain, as the broker writes it.
-pub(super) fn full_name(device: &str) -> String {
-    Bdf::typed(device).map_or_else(|_| device.to_owned(), |bdf| bdf.to_string())
 }
 
 /// What the broker gave: the device, and the lease that it is in.

@@ -1,7 +1,6 @@
 //! A device out of a running QEMU.
 
-use super::attach::full_name;
-use super::state::{State, devices};
+use super::state::{State, devices, full_name};
 use super::{Error, Result};
 use crate::client::Client;
 use crate::qmp::{self, Event, Monitor};

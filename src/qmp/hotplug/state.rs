@@ -2,6 +2,7 @@
 
 use super::{Error, Result};
 use crate::client::{self, Client};
+use crate::protocol::Bdf;
 use crate::qmp::{self, Monitor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -56,6 +57,11 @@ pub(super) fn device_name(id: &str) -> String {
 /// The iommufd's name in the monitor, until QEMU uses it.
 pub(super) fn iommufd_name() -> String {
     format!("{OURS}.iommufd")
+}
+
+/// An address with its domain, as the broker writes it.
+pub(super) fn full_name(device: &str) -> String {
+    Bdf::typed(device).map_or_else(|_| device.to_owned(), |bdf| bdf.to_string())
 }
 
 /// What a QEMU has.
