@@ -2,7 +2,9 @@
 
 use crate::relay::Relay;
 use crate::world::*;
-use std::process::Stdio;
+use serde_json::Value;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 
 pub fn no_other_way(world: &World) {
     for node in ["/dev/vfio/vfio", "/dev/iommu", "/dev/vfio/1", "/dev/vfio/devices/vfio0"] {
@@ -95,10 +97,73 @@ pub fn qemu_is_killed(world: &World) {
     println!("    the daemon has {files} open files, as before");
 }
 
+/// A QEMU that takes no open files is told so, and nothing is touched.
+pub fn too_old(world: &World) {
+    let Ok(program) = std::env::var("VFIO_OLD_QEMU") else {
+        println!("    SKIPPED: VFIO_OLD_QEMU is not set");
+        return;
+    };
+    let qemu = Qemu::start_as(world, &program);
+    let objects = crate::examples::query(&qemu.monitor, "/objects");
+    let monitor = qemu.monitor.to_str().unwrap();
+    for (verb, says) in [("attach", "QEMU 9.0.0 or newer"), ("detach", "was not attached to web1")]
+    {
+        let words = [verb, "--vm", "web1", "--qmp", monitor, "--device", NIC];
+        let output = world.vfio_broker(&words).output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        print!("    {verb}: {error}");
+        assert!(!output.status.success() && error.contains(says), "{error}");
+    }
+    assert_eq!(crate::examples::query(&qemu.monitor, "/objects"), objects);
+    let acquired = world.broker().topology().unwrap().iter().any(|group| group.unproved.is_some());
+    assert!(!acquired, "no device was asked for");
+}
+
+/// The driver is told to let go of a device that the broker and QEMU have open, and that QEMU does not
+/// use yet. The kernel waits for both then.
+pub fn device_goes(world: &World) {
+    let relayed = world.own().join("relay");
+    let relay = Relay::listen(&relayed, ALICE);
+    let qemu = Qemu::start(world);
+    let files = world.settled_files();
+    let client = start_attach(world, relayed.to_str().unwrap());
+    let mut session = relay.accept(&qemu.monitor);
+    let is_device = |call: &Value| {
+        let name = call["arguments"]["fdname"].as_str().unwrap_or_default();
+        name.starts_with("vfio-broker.device.")
+    };
+    assert!(session.until(is_device).is_some(), "QEMU is given the device");
+    let driver = PathBuf::from(format!("/sys/bus/pci/devices/{NIC}/driver"));
+    let unbind = driver.join("unbind");
+    let going = std::thread::spawn(|| std::fs::write(unbind, NIC));
+    until("its driver begins to go", || !driver.exists());
+    assert!(session.until(|_| false).is_none());
+    drop(session);
+    let output = client.wait_with_output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    print!("    {error}");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(error.contains("device_add failed") && error.contains("error bind device"), "{error}");
+    // All of it is undone: else the driver would wait for ever.
+    until("its driver has gone", || going.is_finished());
+    going.join().unwrap().unwrap();
+    assert_eq!(qemu.vfio_files(), ["/dev/iommu"], "the one that QEMU never closes");
+    let objects = crate::examples::query(&qemu.monitor, "/objects");
+    assert!(!objects.contains("vfio-broker"), "{objects}");
+    world.is_clean();
+    until("the daemon's files are as before", || world.daemon_files() <= files);
+    let output = attach_command(world, &qemu, NIC, "port1").output().unwrap();
+    print!("    {}", String::from_utf8_lossy(&output.stderr));
+    assert!(!output.status.success(), "it has no driver");
+    std::fs::write("/sys/bus/pci/drivers_probe", NIC).unwrap();
+    say(attach(world, &qemu, NIC, "port1"));
+    say(detach(world, &qemu, NIC));
+}
+
 fn start_attach(world: &World, monitor: &str) -> std::process::Child {
     let words = ["attach", "--vm", "web1", "--qmp", monitor, "--device", NIC, "--bus", "port1"];
     let mut command = world.vfio_broker(&words);
-    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 fn qemu_has_device(qemu: &Qemu) -> bool {
@@ -107,9 +172,13 @@ fn qemu_has_device(qemu: &Qemu) -> bool {
 }
 
 fn attach(world: &World, qemu: &Qemu, device: &str, port: &str) -> String {
+    well(attach_command(world, qemu, device, port).output().unwrap())
+}
+
+fn attach_command(world: &World, qemu: &Qemu, device: &str, port: &str) -> Command {
     let monitor = qemu.monitor.to_str().unwrap();
     let words = ["attach", "--vm", "web1", "--qmp", monitor, "--device", device, "--bus", port];
-    well(world.vfio_broker(&words).output().unwrap())
+    world.vfio_broker(&words)
 }
 
 fn detach(world: &World, qemu: &Qemu, device: &str) -> String {

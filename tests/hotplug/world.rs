@@ -1,5 +1,6 @@
 //! The broker as root, and QEMU and `vfio-broker` as a user.
 
+pub use crate::until::until;
 use nix::sys::resource::{Resource, setrlimit};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -7,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use vfio_broker::client::Client;
 use vfio_broker::protocol::{Group, GroupState};
 
@@ -204,14 +205,4 @@ pub fn well(output: Output) -> String {
     let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
     assert!(output.status.success(), "{}: {said}", output.status);
     said
-}
-
-/// Waits for something that happens by itself, and says what if it does not.
-#[track_caller]
-pub fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while !done() {
-        assert!(Instant::now() < deadline, "in two minutes it was not so: {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
