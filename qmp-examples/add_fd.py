@@ -30,9 +30,9 @@ qemu("device_del", id="nic")
 qemu.wait("DEVICE_DELETED", "nic")
 qemu("object-del", id="iommufd0")
 print("# the object is deleted;", machine.open_files("iommu"), "iommufd open")
-qemu("remove-fd", fdset_id=1)
-# A stopped QEMU closes it when it goes on.
+# A stopped QEMU would close it later: when it goes on, or (9.0) when it ends.
 qemu("cont")
+qemu("remove-fd", fdset_id=1)
 qemu("query-fdsets")
 print("# the set is removed;", machine.open_files("iommu"), "iommufd open")
 qemu("closefd", fdname="lease")
