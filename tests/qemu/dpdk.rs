@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 pub fn sends(world: &World) {
     let Some(testpmd) = std::env::var_os("VFIO_TESTPMD") else {
-        println!("    not without VFIO_TESTPMD: see tests/lab/dpdk");
+        println!("    SKIPPED: VFIO_TESTPMD is not set: see tests/lab/dpdk");
         return;
     };
     let command = |handout| {
