@@ -174,15 +174,8 @@ impl Qemu {
         self.child.wait().unwrap();
     }
 
-    /// Its open files that have to do with VFIO.
     pub fn vfio_files(&self) -> Vec<String> {
-        let fds = fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
-        let links = fds.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok());
-        let names = links.map(|link| link.to_string_lossy().into_owned());
-        let mut names: Vec<String> =
-            names.filter(|name| name.contains("vfio/") || name.contains("/dev/iommu")).collect();
-        names.sort();
-        names
+        vfio_files(self.child.id())
     }
 
     pub fn status(&self, field: &str) -> String {
@@ -197,6 +190,17 @@ impl Drop for Qemu {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A process's open files that have to do with VFIO.
+pub fn vfio_files(pid: u32) -> Vec<String> {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let links = fds.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok());
+    let names = links.map(|link| link.to_string_lossy().into_owned());
+    let mut names: Vec<String> =
+        names.filter(|name| name.contains("vfio/") || name.contains("/dev/iommu")).collect();
+    names.sort();
+    names
 }
 
 /// What a program said, which must have ended well.
