@@ -14,7 +14,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    if let Some(ended) = daemon::be_porter_if_asked().or_else(daemon::be_rebinder_if_asked) {
+    if let Some(ended) = daemon::be_process_if_asked() {
         return ended;
     }
     match daemon::run(&Arguments::parse().options) {

@@ -12,7 +12,7 @@ use super::{
     Broker, Caller, Grant, container_name, devices, event, lifeline, no_such_lease, now, space,
 };
 use crate::host;
-use crate::kernel::IommuType;
+use crate::kernel::{Group, IommuType};
 use crate::ledger::{self, Effect, GroupState, Lease, LeaseId, Refusal, Request, Space};
 use crate::policy::{Tenant, Verb};
 use crate::protocol::{Acquire, Acquired, DeviceSpec, Error, EventKind, FdKind, Handout};
@@ -59,7 +59,7 @@ impl Broker {
     ) -> Result<Grant, Error> {
         let plan = self.plan_patiently(tenant, request, None)?;
         let (id, at) = (new_lease_id()?, now());
-        let entry = Entry::new(id, &tenant.name, self.space(&plan))?;
+        let entry = Entry::new(id, &tenant.name, self.space(&plan), self.contested())?;
         let (effects, chosen) = self.enter(caller, &entry, &plan, |chosen| {
             Request::Acquire(ledger::Acquire {
                 lease: id,
@@ -263,6 +263,10 @@ impl Broker {
                 }
             }
         }
+        let is_shared = gives_container(&lease);
+        if let Some(space) = entry.space.as_ref().filter(|_| is_shared) {
+            space.share(&entry.contested)?;
+        }
         let (theirs, lease) = self.open_lifeline(entry, |books| {
             books.ledger.apply(Request::Commit { lease: entry.id })?;
             books.entries.insert(entry.id, Arc::clone(entry));
@@ -272,7 +276,11 @@ impl Broker {
             let groups = opened.groups.drain(..);
             fds.extend(groups.map(|(id, group)| Named::group(id, group.into())));
         }
-        files.groups.extend(opened.groups.drain(..).map(|(id, group)| (id, Arc::new(group))));
+        let kept = |group: Group| match is_shared {
+            true => group.through(&entry.contested),
+            false => group,
+        };
+        files.groups.extend(opened.groups.drain(..).map(|(id, group)| (id, Arc::new(kept(group)))));
         files.names.extend(chosen.names.clone());
         let given = opened.devices.drain(..);
         fds.extend(given.map(|(bdf, device)| Named::device(bdf, device.into())));

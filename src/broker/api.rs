@@ -1,6 +1,6 @@
 //! What the broker takes from and gives to the daemon.
 
-use crate::kernel::{Container, Group};
+use crate::kernel::{Container, Group, Kernel};
 use crate::policy::Peer;
 use crate::protocol::{Acquired, Event};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -73,6 +73,17 @@ pub trait Observer: Send + Sync {
     /// Something happened to a lease, for Watch. Who may know is what
     /// [`Broker::may_see`](super::Broker::may_see) says.
     fn event(&self, event: &Event);
+}
+
+/// Gives each lease a kernel for what its holder can have open too: a container that it was given, and
+/// its groups.
+///
+/// A holder can keep a call on these from ever returning, and nothing can interrupt it. A kernel of
+/// this kind makes the calls where that holds up nobody. It answers with ETIMEDOUT where one takes too
+/// long, and to all that follow until that one has come to its end.
+pub trait Contested: Send + Sync {
+    /// The kernel of one more lease.
+    fn kernel(&self) -> Arc<dyn Kernel>;
 }
 
 /// An observer that takes no interest; leases then end by Release alone.

@@ -5,7 +5,7 @@ use super::LifelineId;
 use super::key::Key;
 use super::lifeline::has_hung_up;
 use super::space::Space;
-use crate::kernel::Group;
+use crate::kernel::{Group, Kernel};
 use crate::ledger::{Lease, LeaseId, Ledger};
 use crate::protocol::{Bdf, Error};
 use std::collections::{BTreeMap, HashMap};
@@ -37,6 +37,8 @@ pub(super) struct Entry {
     pub(super) key: Key,
     /// `None` where its holder brings a container.
     pub(super) space: Option<Arc<Space>>,
+    /// For calls on what the holder can have open too.
+    pub(super) contested: Arc<dyn Kernel>,
     files: Mutex<Files>,
 }
 
@@ -54,9 +56,14 @@ pub(super) struct Files {
 }
 
 impl Entry {
-    pub(super) fn new(id: LeaseId, tenant: &str, space: Option<Arc<Space>>) -> Result<Self, Error> {
+    pub(super) fn new(
+        id: LeaseId,
+        tenant: &str,
+        space: Option<Arc<Space>>,
+        contested: Arc<dyn Kernel>,
+    ) -> Result<Self, Error> {
         let (tenant, files) = (tenant.to_owned(), Mutex::default());
-        Ok(Self { id, tenant, key: Key::new()?, space, files })
+        Ok(Self { id, tenant, key: Key::new()?, space, contested, files })
     }
 
     pub(super) fn files(&self) -> MutexGuard<'_, Files> {

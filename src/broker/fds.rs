@@ -70,7 +70,7 @@ impl Broker {
                 for id in
                     groups.into_iter().filter(|id| request.wants(FdKind::Group, &id.to_string()))
                 {
-                    let group = Group::open(Arc::clone(&self.kernel), Node::Group(id))?;
+                    let group = Group::open(Arc::clone(&entry.contested), Node::Group(id))?;
                     self.check_members(&lease, id)?;
                     fds.push(Named::group(id, group.into()));
                 }
@@ -132,6 +132,25 @@ impl Broker {
             return None;
         }
         Some(self.with_lifeline(&entry, request, kept(&lease, &entry, &files, request)))
+    }
+
+    /// Copies of what holders have open too, as far as nobody works on it. Closing the last copy of
+    /// one can take as long as its holder likes.
+    pub fn contested_files(&self) -> Vec<OwnedFd> {
+        let entries: Vec<_> = self.books().entries.values().cloned().collect();
+        let mut copies = Vec::new();
+        for entry in entries {
+            let Some(container) = entry.space.as_ref().and_then(|space| space.shared_now()) else {
+                continue;
+            };
+            copies.extend(lifeline::copy(&*container));
+            if let Some(files) = entry.files_now() {
+                copies.extend(
+                    files.groups.values().filter_map(|group| lifeline::copy(&**group).ok()),
+                );
+            }
+        }
+        copies
     }
 
     /// Whether what was opened anew is what the lease has: numbers and addresses pass to others as a

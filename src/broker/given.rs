@@ -109,7 +109,7 @@ impl Broker {
             // Nobody's: no tenant can have such a name.
             _ => format!("{} (as it was before the restart)", last.tenant),
         };
-        let entry = Entry::new(id, &tenant, None)?;
+        let entry = Entry::new(id, &tenant, None, self.contested())?;
         entry.files().registrations = all().map(|each| (each.device, each.registration)).collect();
         let member = |&(bdf, physfn): &(Bdf, Option<Bdf>)| Member { bdf, physfn };
         let restored = groups.iter().map(|(id, here)| {

@@ -28,7 +28,7 @@ mod rebind;
 mod reclaim;
 mod space;
 
-pub use api::{Caller, Ended, Grant, LifelineId, Nobody, Observer, SentFd};
+pub use api::{Caller, Contested, Ended, Grant, LifelineId, Nobody, Observer, SentFd};
 pub use given::{Given, Record};
 pub use memory::check_memory;
 pub use rebind::Rebinder;
@@ -57,6 +57,7 @@ pub struct Broker {
     observer: Arc<dyn Observer>,
     patience: Vec<Duration>,
     rebinder: OnceLock<Arc<dyn Rebinder>>,
+    contested: OnceLock<Box<dyn Contested>>,
     given: Mutex<AllGiven>,
     books: Mutex<Books>,
     /// Something has been reclaimed, or can't be yet.
@@ -81,9 +82,29 @@ impl Broker {
         observer: Arc<dyn Observer>,
         patience: Vec<Duration>,
     ) -> Arc<Self> {
-        let (rebinder, changed) = (OnceLock::new(), Condvar::new());
-        let (given, books) = (Mutex::default(), Mutex::default());
-        Arc::new(Self { kernel, policy, observer, patience, rebinder, given, books, changed })
+        Arc::new(Self {
+            kernel,
+            policy,
+            observer,
+            patience,
+            rebinder: OnceLock::new(),
+            contested: OnceLock::new(),
+            given: Mutex::default(),
+            books: Mutex::default(),
+            changed: Condvar::new(),
+        })
+    }
+
+    /// Has calls on what holders have open too made through these kernels; once, before anything is
+    /// acquired. Without it they are made as all others.
+    pub fn set_contested(&self, kernels: Box<dyn Contested>) {
+        let _ = self.contested.set(kernels);
+    }
+
+    /// A kernel for what the holder of one lease has open too.
+    fn contested(&self) -> Arc<dyn Kernel> {
+        let kernels = self.contested.get();
+        kernels.map_or_else(|| Arc::clone(&self.kernel), |kernels| kernels.kernel())
     }
 
     /// The policy it goes by.

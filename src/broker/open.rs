@@ -41,6 +41,10 @@ impl Opened {
         }
         let mut space = entry.space.as_ref().map(|space| space.lock());
         for (id, group) in self.groups.into_iter().rev() {
+            if space::is_shared(space.as_deref()) {
+                // Members of that container can hold up what leaves it; a close would wait here.
+                let _ = group.unset_container();
+            }
             drop(group);
             if let Some(space) = space.as_deref_mut() {
                 space::leave(space, id);
@@ -74,7 +78,14 @@ impl Broker {
                 // An open group would keep its devices from being bound.
                 Effect::CheckGroup(id) => drop(self.open_group(id, chosen)?),
                 Effect::OpenCdev(_, bdf) => opened.cdevs.push((bdf, self.open_cdev(bdf)?)),
-                Effect::OpenGroup(id) => opened.groups.push((id, self.open_group(id, chosen)?)),
+                Effect::OpenGroup(id) => {
+                    let group = self.open_group(id, chosen)?;
+                    let group = match space::is_shared(space.as_deref()) {
+                        true => group.through(&entry.contested),
+                        false => group,
+                    };
+                    opened.groups.push((id, group));
+                }
                 Effect::Attach(id) => {
                     let group = opened.groups.iter().find(|(number, _)| *number == id);
                     if let (Some(space), Some((_, group))) = (space.as_deref_mut(), group) {

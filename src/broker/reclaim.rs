@@ -63,17 +63,24 @@ impl Broker {
         self.books().ledger.has_ending()
     }
 
-    /// Tries once more to reclaim what could not be reclaimed yet, without waiting for anybody.
-    pub fn retry_reclaims(&self) {
-        let books = self.books();
-        let ending = books.ledger.ending().filter_map(|id| books.entries.get(&id).cloned());
-        let ending: Vec<_> = ending.collect();
-        drop(books);
-        for entry in ending {
-            if let Some(files) = entry.files_now() {
-                self.take_back(&entry, files, &[]);
-            }
+    /// The leases that could not be reclaimed yet, for [`retry`](Self::retry). Never blocks.
+    pub fn pending_reclaims(&self) -> Vec<Ended> {
+        self.books().ledger.ending().map(Ended).collect()
+    }
+
+    /// Tries once more to reclaim one, without waiting for anybody; not where somebody is at it.
+    pub fn retry(&self, ended: Ended) {
+        let entry = self.books().entries.get(&ended.0).cloned();
+        if let Some(entry) = entry
+            && let Some(files) = entry.files_now()
+        {
+            self.take_back(&entry, files, &[]);
         }
+    }
+
+    /// Tries once more to reclaim each that could not be reclaimed yet.
+    pub fn retry_reclaims(&self) {
+        self.pending_reclaims().into_iter().for_each(|ended| self.retry(ended));
     }
 
     /// From here on nobody can use the lease. Whether it was live.
@@ -103,11 +110,15 @@ impl Broker {
             let (Some(before), Ok(effects)) = (before, effects) else { return };
             (before, known, effects)
         };
-        let mut kept = None;
+        let (mut kept, mut blocked) = (None, None);
         for effect in effects {
             match effect {
                 Effect::Unmap { iova, size } => self.unmap_own(entry, iova, size),
-                Effect::UnmapAll => unmap_all(entry),
+                Effect::UnmapAll => blocked = unmap_all(entry).err(),
+                Effect::Detach(id) if let Some(error) = &blocked => {
+                    kept = Some(id);
+                    self.stuck(id, error);
+                }
                 Effect::Detach(id) => match detach(entry, &mut files, id, &mut patience) {
                     Ok(()) => self.report(Request::Detached { group: id }),
                     Err(error) => {
@@ -117,16 +128,14 @@ impl Broker {
                 },
                 // While our own copy is open, opening it again shows nothing.
                 Effect::Prove(id) if kept == Some(id) => {}
-                Effect::Prove(id) => match prove(&self.kernel, node(id, &before), &mut patience) {
+                Effect::Prove(id) => match prove(entry, node(id, &before), &mut patience) {
                     Ok(()) => self.report(Request::Freed { group: id }),
                     Err(error) => self.stuck(id, &error),
                 },
-                Effect::ProveUnbound(id) => {
-                    match prove(&self.kernel, node(id, &before), &mut patience) {
-                        Ok(()) => self.settle(id, &before, &files, &mut patience),
-                        Err(error) => self.stuck(id, &error),
-                    }
-                }
+                Effect::ProveUnbound(id) => match prove(entry, node(id, &before), &mut patience) {
+                    Ok(()) => self.settle(id, &before, &files, &mut patience),
+                    Err(error) => self.stuck(id, &error),
+                },
                 Effect::OpenSpace
                 | Effect::OpenIommufd
                 | Effect::CheckGroup(_)
@@ -156,6 +165,11 @@ impl Broker {
             ("driver bind", Errno::EBUSY) => {
                 format!("{} was let go of, and its driver is still binding it again", error.object)
             }
+            (_, Errno::ETIMEDOUT) => format!(
+                "the kernel does not answer for {}: some process of the holder's is in the middle of a \
+                 call on it, such as mapping memory",
+                error.object
+            ),
             ("open", Errno::EBUSY) => format!("some process still has {} open", error.object),
             (_, Errno::EBUSY) => {
                 format!("some process still has a device of {} open", error.object)
@@ -215,10 +229,14 @@ fn node(id: u32, lease: &Lease) -> Node {
 }
 
 /// Frees memory at once, where a holder that is still there could otherwise keep it pinned. What
-/// fails here is undone by the kernel when the last group leaves.
-fn unmap_all(entry: &Entry) {
-    if let Some(container) = entry.space.as_ref().and_then(|space| space.container()) {
-        let _ = container.unmap(&Unmap { flags: UnmapFlags::ALL, iova: 0, size: 0 });
+/// fails here is undone by the kernel when the last group leaves; ETIMEDOUT where nothing else on this
+/// container would be answered either.
+fn unmap_all(entry: &Entry) -> kernel::Result<()> {
+    let container = entry.space.as_ref().and_then(|space| space.container());
+    let all = Unmap { flags: UnmapFlags::ALL, iova: 0, size: 0 };
+    match container.map(|container| container.unmap(&all)) {
+        Some(Err(error)) if error.errno == Errno::ETIMEDOUT => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -249,12 +267,8 @@ fn detach(
 }
 
 /// Opens a group afresh: it works only while nobody has it open.
-fn prove(
-    kernel: &Arc<dyn kernel::Kernel>,
-    node: Node,
-    patience: &mut Iter<'_, Duration>,
-) -> kernel::Result<()> {
-    patiently(patience, || match Group::open(Arc::clone(kernel), node.clone()) {
+fn prove(entry: &Entry, node: Node, patience: &mut Iter<'_, Duration>) -> kernel::Result<()> {
+    patiently(patience, || match Group::open(Arc::clone(&entry.contested), node.clone()) {
         Ok(group) => {
             drop(group);
             Ok(())

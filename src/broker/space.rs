@@ -1,11 +1,11 @@
 //! An address space: a container and the groups in it. Its lock is held while groups enter and
 //! leave, so that making it, attaching and giving it up never cross; mapping goes on beside that.
 
-use super::hint;
+use super::{hint, lifeline};
 use crate::kernel::{Container, Extension, Group, IommuInfo, IommuType, Kernel};
 use crate::protocol::Error;
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// A place for a container: empty until the first group comes, and again after the last has left.
 #[derive(Debug, Default)]
@@ -15,6 +15,8 @@ pub(super) struct Space(Mutex<Option<Open>>);
 #[derive(Debug)]
 pub(super) struct Open {
     container: Arc<Container>,
+    /// Holders have it open too.
+    shared: bool,
     iommu: Option<IommuType>,
     attached: BTreeSet<u32>,
     /// What the IOMMU can map; groups that enter or leave change it.
@@ -29,6 +31,26 @@ impl Space {
     /// The container, if there is one.
     pub(super) fn container(&self) -> Option<Arc<Container>> {
         self.lock().as_ref().map(|open| Arc::clone(&open.container))
+    }
+
+    /// The container, if holders have it too and nobody works on it.
+    pub(super) fn shared_now(&self) -> Option<Arc<Container>> {
+        let guard = match self.0.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        guard.as_ref().filter(|open| open.shared).map(|open| Arc::clone(&open.container))
+    }
+
+    /// A holder is about to have it too: calls on it are made through this kernel from now on.
+    pub(super) fn share(&self, contested: &Arc<dyn Kernel>) -> Result<(), Error> {
+        if let Some(open) = self.lock().as_mut().filter(|open| !open.shared) {
+            let copy = lifeline::copy(&*open.container)?;
+            open.container = Arc::new(Container::from_fd(Arc::clone(contested), copy));
+            open.shared = true;
+        }
+        Ok(())
     }
 
     /// The IOMMU type in use.
@@ -51,9 +73,20 @@ impl Space {
 pub(super) fn open(space: &mut Option<Open>, kernel: &Arc<dyn Kernel>) -> Result<(), Error> {
     if space.is_none() {
         let container = Arc::new(Container::open(Arc::clone(kernel))?);
-        *space = Some(Open { container, iommu: None, attached: BTreeSet::new(), info: None });
+        *space = Some(Open {
+            container,
+            shared: false,
+            iommu: None,
+            attached: BTreeSet::new(),
+            info: None,
+        });
     }
     Ok(())
+}
+
+/// Whether holders have the container open too.
+pub(super) fn is_shared(space: Option<&Option<Open>>) -> bool {
+    space.and_then(Option::as_ref).is_some_and(|open| open.shared)
 }
 
 /// Attaches a group; the first one decides the IOMMU type. What of this fails is undone by

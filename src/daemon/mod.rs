@@ -22,6 +22,7 @@ mod options;
 mod outgoing;
 mod peer;
 mod porter;
+mod proxy;
 mod rebinder;
 mod reclaim;
 mod record;
@@ -33,8 +34,12 @@ mod workers;
 
 pub use log::LogFormat;
 pub use options::Options;
-pub use porter::be_one_if_asked as be_porter_if_asked;
-pub use rebinder::be_one_if_asked as be_rebinder_if_asked;
+/// Does what one of the daemon's own processes is for, if this program was started as one: call it
+/// first of all in `main`.
+pub fn be_process_if_asked() -> Option<std::process::ExitCode> {
+    porter::be_one_if_asked().or_else(rebinder::be_one_if_asked).or_else(proxy::be_one_if_asked)
+}
+
 pub use start::run;
 pub use start_error::StartError;
 

@@ -11,7 +11,7 @@
 mod errand;
 mod sink;
 
-pub use errand::be_one_if_asked;
+pub(super) use errand::be_one_if_asked;
 pub(super) use sink::{Sink, Waiting};
 
 use super::account::Account;

@@ -100,7 +100,7 @@ fn simulate(sim: &Wire, device: Bdf, driver: Option<&str>) -> Result<(), Errno> 
 }
 
 /// Rebinds a device if this program was started for that: call it first of all in `main`.
-pub fn be_one_if_asked() -> Option<ExitCode> {
+pub(super) fn be_one_if_asked() -> Option<ExitCode> {
     let mut args = std::env::args_os();
     if args.next().is_none_or(|name| name != NAME) {
         return None;

@@ -8,6 +8,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::unix::AsyncFd;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tracing::error;
 
 /// The most threads, stuck ones included. They are reclaims' own: the workers can all be stuck in calls
@@ -44,8 +46,8 @@ pub(super) async fn on_hang_up(daemon: Rc<Daemon>, hang_ups: AsyncFd<OwnedFd>) {
     }
 }
 
-/// Retries, each time after twice the pause, while anything is pending. One retry at a time: while
-/// the kernel does not answer, there is no point in asking again.
+/// Retries, each time after twice the pause, while anything is pending. Each lease by itself: where the
+/// kernel does not answer for one, the others need not wait, and that one is not asked for again.
 pub(super) async fn retry(daemon: Rc<Daemon>) {
     let mut pause = FIRST_PAUSE;
     loop {
@@ -64,8 +66,12 @@ pub(super) async fn retry(daemon: Rc<Daemon>) {
             () = daemon.wanted.notified() => tokio::time::sleep(WANTED_PAUSE).await,
             () = tokio::time::sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
         }
-        let broker = Arc::clone(&daemon.broker);
-        // An error is a panic there, which has been written to the log.
-        let _ = daemon.reclaims.spawn_blocking(move || broker.retry_reclaims()).await;
+        let mut retries = JoinSet::new();
+        for ended in daemon.broker.pending_reclaims() {
+            let broker = Arc::clone(&daemon.broker);
+            retries.spawn_blocking_on(move || broker.retry(ended), &daemon.reclaims);
+        }
+        // Those that have begun come to their end without being waited for.
+        let _ = timeout(WANTED_PAUSE, retries.join_all()).await;
     }
 }

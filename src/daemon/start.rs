@@ -3,6 +3,7 @@
 use super::listen::{self, Listening, make_directory};
 use super::observer::DaemonObserver;
 use super::options::Options;
+use super::proxy::{Machine, Proxy};
 use super::rebinder::{DaemonRebinder, Processes};
 use super::record::RecordFile;
 use super::start_error::StartError;
@@ -38,12 +39,15 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let passed = listen::passed()?;
     let files = raise_file_limit().map_err(StartError::set_up("the limit of open files"))?;
     // The simulation ends when this does.
-    let (kernel, processes, _sim) = kernel(options)?;
+    let (kernel, processes, machine, _sim) = kernel(options)?;
     let policy = Arc::new(policy(options, &*kernel)?);
     let observer = DaemonObserver::new().map_err(StartError::set_up("epoll for lease pipes"))?;
     let observer = Arc::new(observer);
+    let proxy = Proxy::new(Arc::clone(&kernel), machine, options.call_deadline / 3);
     let broker = Broker::new(kernel, policy, observer.clone());
     broker.set_rebinder(Arc::new(DaemonRebinder::new(processes)));
+    broker.set_contested(Box::new(Arc::clone(&proxy)));
+    let kept = Arc::clone(&broker);
     let activated = passed.is_some();
     let listening = Listening::new(passed, &options.socket)?;
     // Now no other daemon is there.
@@ -62,6 +66,8 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let tasks = LocalSet::new();
     let served = tasks.block_on(&runtime, serve(Rc::new(daemon), &listening));
     listening.remove_file();
+    // Their close can hang, and this process with it, and all other files with that.
+    proxy.close(kept.contested_files());
     // A worker may be stuck in the kernel: it ends with the process. So do the connections: what
     // peers sent and nobody has read must not be closed here, where that can block.
     std::mem::forget(tasks);
@@ -202,22 +208,24 @@ fn sim_policy(kernel: &dyn Kernel) -> Result<String, StartError> {
     ))
 }
 
-/// A kernel, what rebinds devices there, and the simulation if it is one of ours.
-type Machine = (Arc<dyn Kernel>, Processes, Option<Sim>);
+/// A kernel, what rebinds devices there, where a proxy finds it, and the simulation if it is ours.
+type Served = (Arc<dyn Kernel>, Processes, Machine, Option<Sim>);
 
-fn kernel(options: &Options) -> Result<Machine, StartError> {
+fn kernel(options: &Options) -> Result<Served, StartError> {
     if let Some(topology) = &options.sim {
         let sim = simulated(topology, options.sim_control.as_deref())?;
-        return Ok((sim.kernel(), Processes::Simulated(sim.wire()), Some(sim)));
+        let machine = Machine::Simulated(sim.control_path().to_owned());
+        return Ok((sim.kernel(), Processes::Simulated(sim.wire()), machine, Some(sim)));
     }
     if let Some(socket) = &options.sim_at {
         let wire = Wire::connect(socket)
             .map_err(|error| StartError::Sim(format!("{}: {error}", socket.display())))?;
         let wire = Arc::new(wire);
-        return Ok((wire.clone(), Processes::Simulated(wire), None));
+        let machine = Machine::Simulated(socket.clone());
+        return Ok((wire.clone(), Processes::Simulated(wire), machine, None));
     }
     match Path::new("/dev/vfio/vfio").exists() {
-        true => Ok((Arc::new(Linux), Processes::Linux, None)),
+        true => Ok((Arc::new(Linux), Processes::Linux, Machine::Linux, None)),
         false => Err(StartError::NoVfio),
     }
 }

@@ -36,6 +36,10 @@ impl OpenFile {
         Self { kernel, fd, name: name.to_owned() }
     }
 
+    pub(super) fn through(self, kernel: &Arc<dyn Kernel>) -> Self {
+        Self { kernel: Arc::clone(kernel), ..self }
+    }
+
     /// What a failed call on it is told as.
     pub(super) fn failed(&self, call: &'static str) -> impl Fn(Errno) -> Error {
         let name = self.name.clone();

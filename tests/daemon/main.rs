@@ -5,6 +5,7 @@
 mod calls;
 #[path = "../common/mod.rs"]
 mod common;
+mod contested;
 mod iommufd;
 mod leases;
 mod lifecycle;

@@ -94,7 +94,7 @@ impl Report {
 }
 
 /// Does an errand if this program was started as a porter: call it first of all in `main`.
-pub fn be_one_if_asked() -> Option<ExitCode> {
+pub(in super::super) fn be_one_if_asked() -> Option<ExitCode> {
     let mut args = std::env::args_os();
     if args.next().is_none_or(|name| name != NAME) {
         return None;

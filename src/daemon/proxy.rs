@@ -1,0 +1,246 @@
+//! Kernel calls on what a holder has open too.
+//!
+//! A holder can keep such a call in the kernel for ever: type1 pins pages under the lock that every call
+//! on the container takes, and a page can be one that a file system of the holder's own never brings. A
+//! process in such a call can't be killed, and what it has open stays open. So they are made by a
+//! *proxy*: this program again, in a process of its own ([`process`]) that has no files but those of the
+//! calls under way, each in a thread of its own. An answer is waited for no longer than a deadline; of
+//! each lease one call is under way at a time.
+
+mod process;
+
+pub(super) use process::be_one_if_asked;
+
+use crate::broker::Contested;
+use crate::fdpass;
+use crate::kernel::{Arg, Ioctl, Kernel, Node, Reply};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
+pub(super) use process::Machine;
+use process::{Answer, Argument, Call, NAME};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// How long the process may take to say that it has taken a call. One that takes longer is no more.
+const TAKEN: Duration = Duration::from_secs(5);
+
+/// The way to the process that makes the calls, and what of this kernel needs none.
+#[derive(Debug)]
+pub(super) struct Proxy {
+    kernel: Arc<dyn Kernel>,
+    machine: Machine,
+    patience: Duration,
+    process: Mutex<Process>,
+}
+
+/// The process, and those before it that have not ended yet.
+#[derive(Debug, Default)]
+struct Process {
+    now: Option<(Child, OwnedFd)>,
+    before: Vec<Child>,
+}
+
+/// The kernel of one lease.
+#[derive(Debug)]
+struct ProxyKernel {
+    proxy: Arc<Proxy>,
+    /// Where the answer comes to a call that was not answered in time.
+    late: Mutex<Option<OwnedFd>>,
+}
+
+impl Proxy {
+    /// One for this machine's kernel, or a simulated one's; `patience` is for each call.
+    pub(super) fn new(kernel: Arc<dyn Kernel>, machine: Machine, patience: Duration) -> Arc<Self> {
+        Arc::new(Self { kernel, machine, patience, process: Mutex::default() })
+    }
+
+    /// Has these closed, each by itself: one that hangs keeps no other open.
+    pub(super) fn close(&self, files: Vec<OwnedFd>) {
+        for file in files {
+            // Where there is no process it is closed here.
+            let _ = self.begin(&Call::Close, &[file.as_fd()]);
+        }
+    }
+
+    /// Has a call made; returns where its answer comes.
+    fn begin(&self, call: &Call, files: &[BorrowedFd<'_>]) -> Result<OwnedFd, Errno> {
+        let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        // The second try is with a process that was started just now.
+        match self.give(&mut process, call, files) {
+            Ok(answer) => Ok(answer),
+            Err(_) => {
+                process.give_up();
+                self.give(&mut process, call, files)
+            }
+        }
+    }
+
+    fn give(
+        &self,
+        process: &mut Process,
+        call: &Call,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<OwnedFd, Errno> {
+        let (answer, theirs) = pair()?;
+        let bytes = serde_json::to_vec(call).map_err(|_| Errno::EINVAL)?;
+        let all: Vec<_> = [theirs.as_fd()].into_iter().chain(files.iter().copied()).collect();
+        let flags = MsgFlags::MSG_DONTWAIT;
+        fdpass::send(process.started(&self.machine)?, &bytes, &all, flags)?;
+        drop(theirs);
+        if !is_ready(&answer, TAKEN)? {
+            return Err(Errno::ETIMEDOUT);
+        }
+        match fdpass::receive(answer.as_fd(), &mut [0; 1], 0, flags) {
+            Ok(taken) if taken.len == 1 => Ok(answer),
+            _ => Err(Errno::EPIPE),
+        }
+    }
+}
+
+impl Process {
+    /// The way to it; starts one where there is none.
+    fn started(&mut self, machine: &Machine) -> Result<BorrowedFd<'_>, Errno> {
+        if self.now.is_none() {
+            let (socket, theirs) = pair()?;
+            let mut command = Command::new("/proc/self/exe");
+            command.arg0(NAME).args(machine.arguments()).env_clear().current_dir("/");
+            // Signals to the daemon's group are not for it: what it is at, it finishes.
+            command.stdin(theirs).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+            let child = command.spawn().map_err(|error| {
+                Errno::from_raw(error.raw_os_error().unwrap_or(nix::libc::EAGAIN))
+            })?;
+            self.now = Some((child, socket));
+        }
+        self.before.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        self.now.as_ref().map(|(_, socket)| socket.as_fd()).ok_or(Errno::ECHILD)
+    }
+
+    fn give_up(&mut self) {
+        if let Some((mut child, _)) = self.now.take() {
+            let _ = child.kill();
+            self.before.push(child);
+        }
+    }
+}
+
+impl Contested for Arc<Proxy> {
+    fn kernel(&self) -> Arc<dyn Kernel> {
+        Arc::new(ProxyKernel { proxy: Arc::clone(self), late: Mutex::default() })
+    }
+}
+
+impl ProxyKernel {
+    fn call(
+        &self,
+        call: &Call,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(Answer, Option<OwnedFd>), Errno> {
+        let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = &*late {
+            if !is_ready(before, Duration::ZERO)? {
+                return Err(Errno::ETIMEDOUT);
+            }
+            // Whatever it was: what is done now is done on what it left.
+            *late = None;
+        }
+        let socket = self.proxy.begin(call, files)?;
+        if !is_ready(&socket, self.proxy.patience)? {
+            *late = Some(socket);
+            return Err(Errno::ETIMEDOUT);
+        }
+        let mut bytes = vec![0; process::MOST_BYTES];
+        let received = fdpass::receive(socket.as_fd(), &mut bytes, 1, MsgFlags::MSG_DONTWAIT);
+        let mut received = received.map_err(|_| Errno::EIO)?;
+        let answer: Answer =
+            serde_json::from_slice(&bytes[..received.len]).map_err(|_| Errno::EIO)?;
+        match answer.errno {
+            0 => Ok((answer, received.fds.pop())),
+            errno => Err(Errno::from_raw(errno)),
+        }
+    }
+}
+
+impl Kernel for ProxyKernel {
+    fn open(&self, node: &Node) -> Result<OwnedFd, Errno> {
+        let call = match *node {
+            Node::Group(group) => Call::OpenGroup { group, noiommu: false },
+            Node::NoIommuGroup(group) => Call::OpenGroup { group, noiommu: true },
+            // Nobody else has these.
+            Node::Container | Node::Iommu | Node::Cdev(_) => return self.proxy.kernel.open(node),
+        };
+        let (_, file) = self.call(&call, &[])?;
+        file.ok_or(Errno::EIO)
+    }
+
+    fn ioctl(&self, fd: BorrowedFd<'_>, call: Ioctl<'_>) -> Result<Reply, Errno> {
+        let Ioctl { request, arg } = call;
+        let (number, returns_fd) = (request.number, request.returns_fd);
+        let ioctl = |argument| Call::Ioctl { number, returns_fd, argument };
+        match arg {
+            Arg::Value(value) => self.reply(&ioctl(Argument::Value(value)), &[fd]),
+            Arg::Text(text) => self.reply(&ioctl(Argument::Text(text.to_owned())), &[fd]),
+            Arg::Fd(named) => self.reply(&ioctl(Argument::Fd), &[fd, named]),
+            Arg::Struct { bytes, fds: [], out: None } => {
+                let (answer, file) = self.call(&ioctl(Argument::Struct(bytes.to_vec())), &[fd])?;
+                if answer.bytes.len() != bytes.len() {
+                    return Err(Errno::EIO);
+                }
+                bytes.copy_from_slice(&answer.bytes);
+                Ok(Reply { value: answer.value, fd: file })
+            }
+            // Not one of those that the broker makes on a holder's files.
+            arg => self.proxy.kernel.ioctl(fd, Ioctl { request, arg }),
+        }
+    }
+
+    fn pread(&self, fd: BorrowedFd<'_>, buf: &mut [u8], offset: u64) -> Result<usize, Errno> {
+        self.proxy.kernel.pread(fd, buf, offset)
+    }
+
+    fn pwrite(&self, fd: BorrowedFd<'_>, buf: &[u8], offset: u64) -> Result<usize, Errno> {
+        self.proxy.kernel.pwrite(fd, buf, offset)
+    }
+
+    fn sysfs_read(&self, path: &str) -> Result<Vec<u8>, Errno> {
+        self.proxy.kernel.sysfs_read(path)
+    }
+
+    fn sysfs_list(&self, path: &str) -> Result<Vec<String>, Errno> {
+        self.proxy.kernel.sysfs_list(path)
+    }
+
+    fn sysfs_link(&self, path: &str) -> Result<String, Errno> {
+        self.proxy.kernel.sysfs_link(path)
+    }
+
+    fn sysfs_inode(&self, path: &str) -> Result<u64, Errno> {
+        self.proxy.kernel.sysfs_inode(path)
+    }
+}
+
+impl ProxyKernel {
+    fn reply(&self, call: &Call, files: &[BorrowedFd<'_>]) -> Result<Reply, Errno> {
+        let (answer, fd) = self.call(call, files)?;
+        Ok(Reply { value: answer.value, fd })
+    }
+}
+
+fn pair() -> Result<(OwnedFd, OwnedFd), Errno> {
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+}
+
+/// Whether something comes there within that time: a message, or the end.
+fn is_ready(socket: &OwnedFd, within: Duration) -> Result<bool, Errno> {
+    let within = PollTimeout::try_from(within).unwrap_or(PollTimeout::MAX);
+    loop {
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, within) {
+            Err(Errno::EINTR) => {}
+            ready => return Ok(ready? > 0),
+        }
+    }
+}
