@@ -76,10 +76,10 @@ impl Broker {
                 }
                 Effect::OpenIommufd => opened.iommufd = Some(self.open_iommufd()?),
                 // An open group would keep its devices from being bound.
-                Effect::CheckGroup(id) => drop(self.open_group(id, chosen)?),
+                Effect::CheckGroup(id) => drop(self.open_group(entry, id, chosen)?),
                 Effect::OpenCdev(_, bdf) => opened.cdevs.push((bdf, self.open_cdev(bdf)?)),
                 Effect::OpenGroup(id) => {
-                    let group = self.open_group(id, chosen)?;
+                    let group = self.open_group(entry, id, chosen)?;
                     let group = match space::is_shared(space.as_deref()) {
                         true => group.through(&entry.contested),
                         false => group,
@@ -114,13 +114,15 @@ impl Broker {
         Ok(())
     }
 
-    fn open_group(&self, id: u32, chosen: &Chosen) -> Result<Group, Error> {
+    fn open_group(&self, entry: &Entry, id: u32, chosen: &Chosen) -> Result<Group, Error> {
         let node = match no_iommu(id, chosen) {
             true => Node::NoIommuGroup(id),
             false => Node::Group(id),
         };
-        let group = Group::open(Arc::clone(&self.kernel), node)
+        // Nobody has it by us, but somebody may have it all the same.
+        let group = Group::open(Arc::clone(&entry.contested), node)
             .map_err(|error| self.group_error(id, chosen, error))?;
+        let group = group.through(&self.kernel);
         if group.status()?.viable {
             return Ok(group);
         }
