@@ -7,13 +7,15 @@ use super::outgoing::{Answer, SendError};
 use super::porter::NotTaken;
 use crate::broker::Caller;
 use crate::fdpass::{self, ReceiveError};
+use crate::kernel::peer::unread;
 use crate::policy::Peer;
 use crate::protocol::{Error, Memlock, Oversize, Request, SetMemlock};
 use nix::errno::Errno;
-use nix::sys::socket::MsgFlags;
-use std::os::fd::{AsFd, OwnedFd};
+use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
@@ -77,9 +79,11 @@ impl Connection {
         if let Err(reason) = ended {
             debug!(uid = peer.uid, pid = peer.pid, %reason, "disconnected");
         }
-        let Self { seat, socket, .. } = self;
-        let sink = Rc::clone(&seat.account.sink);
-        sink.close(socket.into_inner(), Some(seat));
+        let Self { daemon, seat, socket, .. } = self;
+        let (sink, socket) = (Rc::clone(&seat.account.sink), socket.into_inner());
+        // Boxed, so that the task of an idle connection stays small.
+        Box::pin(all_read(&daemon, &seat, peer.uid, &socket)).await;
+        sink.close(socket, Some(seat));
     }
 
     /// One call at a time, as Varlink has it. What can take long is boxed, so that the task of an
@@ -251,4 +255,46 @@ fn receive(
     }
     incoming.push(&buffer[..len], Sent::default())?;
     Ok(Got::Bytes)
+}
+
+/// How often at the most it is looked whether a peer has read all it was sent.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Waits until the peer has read all, or is gone. What it leaves unread, open files in it, stays in the
+/// kernel at our cost when our end is closed; so until then the connection keeps its place in the limits.
+async fn all_read(daemon: &Daemon, seat: &Seat, uid: u32, socket: &OwnedFd) {
+    // It sees the end behind what there is, and sends no more.
+    let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+    let mut pause = Duration::from_millis(1);
+    let mut is_emptied = false;
+    while unread(socket.as_fd()).is_ok_and(|bytes| bytes > 0) {
+        // What it has sent could be its own end, which nobody else has.
+        if !std::mem::replace(&mut is_emptied, true)
+            && empty(daemon, seat, uid, socket).await.is_err()
+        {
+            return;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LOOK_AGAIN);
+    }
+}
+
+/// Takes out what a peer has sent and nobody will read.
+async fn empty(daemon: &Daemon, seat: &Seat, uid: u32, socket: &OwnedFd) -> Result<(), Lost> {
+    let mut buffer = [0; 4096];
+    loop {
+        match fdpass::peek(socket.as_fd(), &mut buffer) {
+            Ok(next) if next.len == 0 => return Ok(()),
+            Ok(next) if next.fds => {
+                let taken = daemon.porters.take(&seat.account, uid, socket).await?;
+                seat.account.lane.close(taken.files.into_iter().flatten());
+            }
+            Ok(next) => {
+                let bytes = &mut buffer[..next.len];
+                fdpass::receive(socket.as_fd(), bytes, 0, MsgFlags::MSG_DONTWAIT)?;
+            }
+            Err(Errno::EAGAIN) => return Ok(()),
+            Err(errno) => return Err(Lost::Receive(errno)),
+        }
+    }
 }

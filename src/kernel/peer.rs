@@ -72,6 +72,25 @@ pub fn pidfd(socket: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
     }
 }
 
+nix::ioctl_read_bad!(
+    /// SIOCOUTQ of unix(7).
+    unread_bytes,
+    libc::TIOCOUTQ,
+    libc::c_int
+);
+
+/// How much of what was sent the peer has not read yet, in bytes of the kernel's memory, which the
+/// sender is charged; 0 too once the peer has closed the socket everywhere.
+///
+/// # Errors
+/// See unix(7), SIOCOUTQ.
+pub fn unread(socket: BorrowedFd<'_>) -> Result<usize, Errno> {
+    let mut bytes = 0;
+    // SAFETY: the kernel writes one int, which lives through the call.
+    unsafe { unread_bytes(socket.as_raw_fd(), &raw mut bytes) }?;
+    Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
 /// Whether a pidfd's process has not ended: the pidfd is readable once it has.
 ///
 /// # Errors

@@ -6,7 +6,9 @@ use crate::common::{Daemon, Held, Setup, beside, policy, until};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use serde_json::json;
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 
 #[test]
 fn ten_thousand_connections_from_one_uid() {
@@ -125,5 +127,38 @@ fn a_watcher_that_never_reads() {
         let stuck = "does not read what it asked for";
         until("the watcher is dropped", || daemon.log().contains(stuck));
         watcher.hangs_up();
+    });
+}
+
+/// What a client leaves unread stays in the kernel at the daemon's cost, so it keeps its place.
+#[test]
+fn a_client_that_reads_nothing_keeps_its_place_until_it_has() {
+    let daemon = Daemon::with(Setup::policy(policy("connections = 4")));
+    beside(&daemon, || {
+        let unread: Vec<_> = (0..3)
+            .map(|_| {
+                let mut client = UnixStream::connect(&daemon.socket).unwrap();
+                let call = b"{\"method\":\"org.varlink.service.GetInfo\"}\0".repeat(50);
+                client.write_all(&call).unwrap();
+                client.shutdown(std::net::Shutdown::Write).unwrap();
+                client
+            })
+            .collect();
+        // The neighbour is the fourth.
+        let more = || {
+            let mut client = UnixStream::connect(&daemon.socket).unwrap();
+            let mut said = String::new();
+            let _ = client.shutdown(std::net::Shutdown::Write);
+            client.read_to_string(&mut said).unwrap();
+            said
+        };
+        until("nobody else is let in", || more().contains("OverLimit"));
+        for mut client in unread {
+            // All it was sent, and then the end.
+            let mut said = Vec::new();
+            client.read_to_end(&mut said).unwrap();
+            assert_eq!(said.iter().filter(|byte| **byte == 0).count(), 50);
+        }
+        until("others are let in again", || more().is_empty());
     });
 }
