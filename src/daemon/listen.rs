@@ -126,6 +126,16 @@ pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
     path.into()
 }
 
+/// Keeps other daemons from serving the same kernel for as long as it is held: only the one that has
+/// handed a device out knows who may have it. The record of that is beside `socket`.
+pub(super) fn be_the_only_one(socket: &Path) -> Result<Flock<File>, StartError> {
+    make_directory(socket)?;
+    lock(&beside(socket, ".given"), LOCK_DEADLINE).map_err(|error| match error {
+        StartError::Locked(path) => StartError::Another(path),
+        error => error,
+    })
+}
+
 /// Keeps other daemons from starting at this path. Only who can open a file can lock it, for which
 /// it takes no right to write: so it is a file that only root and we can open. It stays, since
 /// somebody may wait for the lock of the one that would be removed.

@@ -145,7 +145,15 @@ fn write(device: Bdf, registration: u64, driver: Option<&str>) -> Result<(), Str
                     "{device} has no driver, and its driver_override names no VFIO one"
                 ));
             }
-            write("/sys/bus/pci/drivers_probe".into())
+            write("/sys/bus/pci/drivers_probe".into())?;
+            // The kernel says nothing where an earlier unbind is still under way.
+            match host::registration(&Linux, device) {
+                Ok(Some(_)) => Ok(()),
+                Ok(None) => {
+                    Err(format!("{device} is not on a driver yet: some process has it open"))
+                }
+                Err(error) => Err(error.to_string()),
+            }
         }
     }
 }

@@ -45,7 +45,7 @@ pub(super) struct RecordFile {
 }
 
 impl RecordFile {
-    /// The one of the daemon that listens at `socket`.
+    /// The one in the directory of `socket`, by its name.
     pub(super) fn of(socket: &Path) -> Result<Self, StartError> {
         let boot = std::fs::read_to_string(BOOT_ID).map_err(|source| StartError::SetUp {
             what: "the record of who was given devices (/proc/sys/kernel/random/boot_id)",

@@ -1,6 +1,6 @@
 //! From the command line to the first connection, and from SIGTERM to the end.
 
-use super::listen::{self, Listening, make_directory};
+use super::listen::{self, Listening};
 use super::observer::DaemonObserver;
 use super::options::Options;
 use super::proxy::{Machine, Proxy};
@@ -17,6 +17,7 @@ use crate::protocol::Lease;
 use crate::sim::{Sim, Topology, Wire};
 use crate::users::SystemUsers;
 use nix::errno::Errno;
+use nix::fcntl::Flock;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use std::fs::File;
@@ -51,10 +52,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let activated = passed.is_some();
     let listening = Listening::new(passed, &options.socket)?;
     // Now no other daemon is there.
-    if let Err(error) = take_over(&broker, options) {
-        listening.remove_file();
-        return Err(error);
-    }
+    let only = take_over(&broker, options).inspect_err(|_| listening.remove_file())?;
     tell_the_start(options, activated);
     let runtime = with_workers(workers::MOST_THREADS, Builder::new_current_thread().enable_all());
     let runtime = runtime.map_err(StartError::set_up("the event loop"))?;
@@ -66,6 +64,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let tasks = LocalSet::new();
     let served = tasks.block_on(&runtime, serve(Rc::new(daemon), &listening));
     listening.remove_file();
+    drop(only);
     // Their close can hang, and this process with it, and all other files with that.
     proxy.close(kept.contested_files());
     // A worker may be stuck in the kernel: it ends with the process. So do the connections: what
@@ -76,20 +75,27 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     served
 }
 
-/// Takes over what the last daemon here has left. A simulated machine that ends with its daemon leaves
-/// nothing.
-fn take_over(broker: &Broker, options: &Options) -> Result<(), StartError> {
+/// Takes over what the last daemon of this kernel has left, and keeps others from doing so. A simulated
+/// machine that ends with its daemon leaves nothing.
+fn take_over(broker: &Broker, options: &Options) -> Result<Option<Flock<File>>, StartError> {
     if options.sim.is_some() {
-        return Ok(());
+        return Ok(None);
     }
-    make_directory(&options.socket)?;
-    let record = RecordFile::of(&options.socket)?;
+    // Wherever this one listens: what was handed out is the same.
+    let place = match options.sim_at.is_none() && nix::unistd::geteuid().is_root() {
+        true => Path::new(crate::protocol::SOCKET_PATH),
+        false => &options.socket,
+    };
+    let only = listen::be_the_only_one(place)?;
+    let record = RecordFile::of(place)?;
     let given = record.read()?;
     for Given { device, lease, vm, tenant, .. } in &given {
         info!(%device, lease, vm, tenant, "may be open since before the restart");
     }
     let unusable = record.unusable();
-    broker.set_record(Arc::new(record), given).map_err(|error| unusable(error.to_string()))
+    let taken = broker.set_record(Arc::new(record), given);
+    taken.map_err(|error| unusable(error.to_string()))?;
+    Ok(Some(only))
 }
 
 /// A runtime with a worker thread that is always there. While there is none and the kernel can't start

@@ -54,6 +54,12 @@ pub enum StartError {
          a directory of yours"
     )]
     UnsafeDirectory(PathBuf),
+    /// Another daemon serves the same devices.
+    #[error(
+        "another vfio-brokerd serves this machine's devices, and only one can know who has which: stop \
+         it first; \"fuser -v {0}\" shows which one it is"
+    )]
+    Another(PathBuf),
     /// Another daemon is starting there.
     #[error(
         "another vfio-brokerd that is starting holds {0}: try again once it is done; \"fuser -v {0}\" \

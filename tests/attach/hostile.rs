@@ -83,3 +83,16 @@ fn a_record_that_is_none_is_told_to_nobody() {
         world.qemu.model().restart();
     }
 }
+
+#[test]
+fn records_without_end_are_not_gone_through() {
+    let world = World::start();
+    for number in 0..300 {
+        let record = json!({ "vm": "web1", "device": NIC, "lease": "l", "key": "k" });
+        let object = ("secret".to_owned(), record.to_string().into());
+        world.qemu.model().objects.insert(format!("vfio-broker.x{number}"), object);
+    }
+    let error = world.attach(&nic()).unwrap_err().to_string();
+    assert!(error.contains("more of them than devices"), "{error}");
+    assert_eq!(world.leases(), 0);
+}

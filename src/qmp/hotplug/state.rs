@@ -7,9 +7,14 @@ use crate::qmp::{self, Monitor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 /// QEMU's iommufd object, which all attached devices share, and what names of others begin with.
 pub(super) const OURS: &str = "vfio-broker";
+
+/// The most devices that a QEMU can have been given here, and the longest it may take to say them.
+const MOST_RECORDS: usize = 256;
+const MOST_TIME: Duration = Duration::from_secs(60);
 
 /// What is remembered of a device: who has to be told when it goes, and the secret for it. It is an
 /// object of QEMU's type `secret`, which is QEMU's way to be given text.
@@ -81,12 +86,17 @@ impl State {
         let objects = children(&qemu.execute("qom-list", json!({ "path": "/objects" }))?);
         let devices = devices(qemu)?;
         let mut records = BTreeMap::new();
+        let began = Instant::now();
         for (name, kind) in &objects {
             let Some(id) = name.strip_prefix(OURS).and_then(|rest| rest.strip_prefix('.')) else {
                 continue;
             };
             if kind != "secret" || !is_id(id) {
                 continue;
+            }
+            // Whoever made up more of them means to keep us.
+            if records.len() == MOST_RECORDS || began.elapsed() > MOST_TIME {
+                return Err(too_many());
             }
             let arguments = json!({ "path": format!("/objects/{name}"), "property": "data" });
             let text = match qemu.execute("qom-get", arguments) {
@@ -114,7 +124,11 @@ impl State {
     pub(super) fn clear(&mut self, qemu: &mut Monitor, broker: &mut Client) -> Result<()> {
         let is_left = |id: &&String| !self.devices.contains(*id);
         let left: Vec<String> = self.records.keys().filter(is_left).cloned().collect();
+        let began = Instant::now();
         for id in left {
+            if began.elapsed() > MOST_TIME {
+                return Err(too_many());
+            }
             self.give_back(qemu, broker, &id)?;
         }
         Ok(())
@@ -142,6 +156,11 @@ impl State {
         delete(qemu, &record_name(id))?;
         Ok(released?)
     }
+}
+
+fn too_many() -> Error {
+    let why = "it has more of them than devices, or takes too long over them";
+    Error::bad("this QEMU's objects vfio-broker.*", why)
 }
 
 /// Ends a record's lease. One that has ended by itself is being taken back, and nothing is known.
