@@ -16,6 +16,7 @@ use crate::kernel::{Group, IommuType};
 use crate::ledger::{self, Effect, GroupState, Lease, LeaseId, Refusal, Request, Space};
 use crate::policy::{Tenant, Verb};
 use crate::protocol::{Acquire, Acquired, DeviceSpec, Error, EventKind, FdKind, Handout};
+use std::collections::BTreeMap;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -112,24 +113,27 @@ impl Broker {
         lease: Option<&Lease>,
     ) -> Result<Plan, Error> {
         let deadline = Instant::now() + self.patience.iter().sum();
-        let named = self.named_groups(request)?;
         let mut seen_free = false;
         loop {
-            let before = standing(&self.books(), &named);
+            let before = standing(&self.books());
             let result = self.plan(tenant, request, lease);
+            let named = match &result {
+                Ok(plan) => plan.named_groups(),
+                Err(_) => self.named_groups(request)?,
+            };
             let books = self.books();
             let left = deadline.saturating_duration_since(Instant::now());
             // While it is bound again a device looks as if this host had no cdevs.
             let doubtful =
                 matches!(result, Ok(_) | Err(Error::NotViable { .. } | Error::Unsupported { .. }));
-            let now = standing(&books, &named);
+            let now = standing(&books);
             if doubtful && !left.is_zero() {
-                if now.contains(&Standing::Reclaiming) {
+                if named.iter().any(|id| now.get(id) == Some(&Standing::Reclaiming)) {
                     drop(self.changed.wait_timeout(books, left));
                     continue;
                 }
                 // It came to an end while the machine was looked at.
-                if now != before {
+                if named.iter().any(|id| now.get(id) != before.get(id)) {
                     continue;
                 }
             }
@@ -307,21 +311,20 @@ impl Broker {
     }
 }
 
-/// How a group stands, as far as that says whether what is seen of its devices can be relied on.
+/// How a group that is not free stands, as far as that says whether what is seen of its devices can be
+/// relied on.
 #[derive(PartialEq, Eq)]
 enum Standing {
-    Free,
     Reclaiming,
     Of(LeaseId),
 }
 
-fn standing(books: &Books, groups: &[u32]) -> Vec<Standing> {
-    let of = |id: &u32| match books.ledger.group(*id) {
-        None => Standing::Free,
-        Some(group) if matches!(group.state, GroupState::Reclaiming { .. }) => Standing::Reclaiming,
-        Some(group) => Standing::Of(group.lease),
+fn standing(books: &Books) -> BTreeMap<u32, Standing> {
+    let of = |group: &ledger::Group| match group.state {
+        GroupState::Reclaiming { .. } => Standing::Reclaiming,
+        _ => Standing::Of(group.lease),
     };
-    groups.iter().map(of).collect()
+    books.ledger.groups().map(|(id, group)| (id, of(group))).collect()
 }
 
 /// Told to nobody: whoever asked has left.

@@ -244,6 +244,15 @@ impl Broker {
 }
 
 impl Plan {
+    /// The groups of the devices that are named by their addresses.
+    pub(super) fn named_groups(&self) -> Vec<u32> {
+        let used = self.slots.iter().filter_map(|slot| match slot {
+            Slot::This(_, id) => Some(*id),
+            Slot::AnyOf(..) => None,
+        });
+        used.chain(self.withhold.iter().map(|(_, id)| *id)).collect()
+    }
+
     /// Whether a group might be in it.
     pub(super) fn concerns(&self, group: u32) -> bool {
         self.slots.iter().any(|slot| match slot {
