@@ -56,10 +56,14 @@ impl Fuse {
         Some(Self { directory, state })
     }
 
+    /// Where its one file is.
+    pub fn file(&self) -> std::path::PathBuf {
+        self.directory.path().join("file")
+    }
+
     /// Opens its one file.
     pub fn open(&self) -> OwnedFd {
-        let path = self.directory.path().join("file");
-        open(&path, OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).unwrap()
+        open(&self.file(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).unwrap()
     }
 
     /// From now on, nothing that this process or a child of it asks is answered.

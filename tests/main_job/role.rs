@@ -30,6 +30,8 @@ pub enum Role {
     Iommufd,
     /// `stale BDF`: gets a device by iommufd and starts a process that keeps it open.
     Stale,
+    /// `busy BDF FILE`: gets container and group, closes the lease fd, and has a page of that file pinned.
+    Busy,
     /// `huge CONTAINER BDF`: joins an enforced container with memory of huge pages.
     Huge,
 }
@@ -43,6 +45,7 @@ impl Role {
             Role::Iommufd => "iommufd",
             Role::Stale => "stale",
             Role::Huge => "huge",
+            Role::Busy => "busy",
         }
     }
 }
@@ -60,6 +63,7 @@ pub fn play(words: Vec<String>) -> ExitCode {
         ["iommufd", bdf, ref more @ ..] => iommufd(bdf, more),
         ["stale", bdf] => stale(bdf),
         ["huge", container, bdf] => huge(container, bdf),
+        ["busy", bdf, file] => busy(bdf, file),
         _ => panic!("no such role: {words:?}"),
     };
     match done {
@@ -162,6 +166,25 @@ fn stale(bdf: &str) -> Done {
     let cdev = lease.copy(FdKind::Cdev, Some(bdf))?;
     let keeper = Command::new("sleep").arg("600").stdin(cdev).stdout(Stdio::null()).spawn()?;
     println!("kept by {}", keeper.id());
+    wait();
+    Ok(())
+}
+
+fn busy(bdf: &str, file: &str) -> Done {
+    let mut broker = Client::connect()?;
+    let lease = broker.acquire(Acquire::new("busy").device(bdf).handout(Handout::Container))?;
+    let container = lease.container()?;
+    let page = Mapped::file(fs::File::open(file)?.as_fd(), 0, 4096, false)?;
+    println!("got lease");
+    wait();
+    let map = DmaMap { flags: DmaMap::READ, vaddr: page.vaddr(), iova: 0x10_0000, size: 4096 };
+    let mapping = std::thread::spawn(move || container.map(&map).map_err(|error| error.errno));
+    wait();
+    let (lifeline, files) = lease.into_parts();
+    drop(lifeline);
+    println!("closed the lease fd");
+    println!("mapping: {:?}", mapping.join());
+    drop(files);
     wait();
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! The story, step by step. Each step starts with nothing leased and ends so.
 
+use crate::fuse::Fuse;
 use crate::role::Role;
 use crate::world::*;
 use nix::sys::signal::{Signal, kill};
@@ -13,7 +14,7 @@ const DEFAULT_MEMLOCK: u64 = 8 * MIB;
 
 type Step = fn(&World);
 
-pub const STEPS: [(&str, Step); 10] = [
+pub const STEPS: [(&str, Step); 11] = [
     ("an ordinary user does what a VMM does", a_vmm_without_rights),
     ("the default memlock is too small, and the error says so", too_little_memlock),
     ("others are refused, and are told what they may know", others_are_refused),
@@ -23,6 +24,7 @@ pub const STEPS: [(&str, Step); 10] = [
     ("an iommufd and cdevs, again for one tenant and for no other", by_iommufd),
     ("a device is proved free by its driver, once nobody has it open", rebound),
     ("a daemon that was killed and started again knows what may be open", restarted),
+    ("a holder that keeps the kernel busy holds up nobody else", busy),
     ("everything is as it was", nothing_is_left),
 ];
 
@@ -276,6 +278,49 @@ fn restarted(world: &World) {
     for (uid, device) in [(FRANK, EDU0), (CAROL, NIC), (FRANK, PAIR[1])] {
         is_had(world, uid, device);
     }
+}
+
+/// While a page is waited for that never comes, the kernel answers no call on that container, and who
+/// makes one can't even be killed.
+fn busy(world: &World) {
+    if !world.real {
+        println!("    a simulated kernel pins nothing: tests/daemon has one that does not answer");
+        return;
+    }
+    let _ = std::process::Command::new("modprobe").arg("fuse").status();
+    let fuse = Fuse::mount().unwrap();
+    let file = fuse.file();
+    let mut frank =
+        world.client(FRANK, DEFAULT_MEMLOCK, Role::Busy, &[EDU0, file.to_str().unwrap()]);
+    frank.expect(&["got lease"]);
+    // Somebody else's lease ends when the daemon does, and must not be stuck with it.
+    let mut carol = world.client(CAROL, 80 * MIB, Role::Vmm, &[NIC, &MIB.to_string()]);
+    carol.expect(&["uid 2003"]);
+    carol.expect(&["got lease"]);
+    fuse.stop_answering(frank.pid() as u32);
+    frank.go_on();
+    println!("    a page is waited for by {:?}", fuse.waiting());
+    frank.go_on();
+    frank.expect(&["closed the lease fd"]);
+    until("it can't be taken back", || state(world, EDU0) == GroupState::Quarantined);
+    is_refused(world, FRANK, EDU0, "the kernel does not answer for");
+    is_had(world, FRANK, EDU1);
+    world.end();
+    println!("    the daemon has ended");
+    carol.kill();
+    world.start_again();
+    is_had(world, CAROL, NIC);
+    is_refused(world, FRANK, EDU0, "a process has the group open already");
+    fuse.end();
+    println!("    {}", frank.says());
+    frank.kill();
+    until("the kernel has let go of it", || {
+        let mut other = world.client(FRANK, DEFAULT_MEMLOCK, Role::Ask, &[EDU0]);
+        let said = other.says();
+        other.ends();
+        said.contains("got lease")
+    });
+    until("its group is free", || group_is_free(world, EDU0));
 }
 
 fn is_had(world: &World, uid: u32, device: &str) {

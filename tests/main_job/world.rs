@@ -142,8 +142,14 @@ impl World {
         let mut daemon = self.daemon.borrow_mut();
         daemon.kill().unwrap();
         daemon.wait().unwrap();
-        *daemon = self.command.borrow_mut().spawn().unwrap();
         drop(daemon);
+        self.start_again();
+    }
+
+    /// Starts it after it has ended.
+    pub fn start_again(&self) {
+        let daemon = self.command.borrow_mut().spawn().unwrap();
+        drop(self.daemon.replace(daemon));
         self.wait_for_the_daemon();
     }
 
