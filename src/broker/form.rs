@@ -24,6 +24,10 @@ impl Broker {
         request: &Acquire,
         given: &Given,
     ) -> Result<(Handout, Space), Error> {
+        agree(request, given)?;
+        if let Some(name) = &request.container {
+            self.policy.container(tenant, name)?;
+        }
         let handout = self.new_handout(tenant, request, given)?;
         if handout == Handout::Iommufd {
             self.can(Backend::Iommufd, given)?;
@@ -49,7 +53,6 @@ impl Broker {
         request: &Acquire,
         given: &Given,
     ) -> Result<Handout, Error> {
-        agree(request, given)?;
         let only_devices = given.noiommu || request.container.is_some();
         if let Some(asked) = request.handout.or(only_devices.then_some(Handout::Devices)) {
             self.policy.backend(tenant, Some(asked.backend()))?;

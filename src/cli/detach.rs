@@ -63,7 +63,7 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<(), Failure> {
     }
     let state = match proved {
         Some(true) => "the kernel has shown that it is free",
-        Some(false) => "its tenant can have it again, others once the kernel has shown it free",
+        Some(false) => "its tenant can have it again; `vfio-broker topology` says when others can",
         None => "its lease goes on, for another device of its group",
     };
     let line = printable(&format!("{device} is out of {}: {state}", args.vm));

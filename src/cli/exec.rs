@@ -102,12 +102,8 @@ pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure
         None if lease.handout() == Handout::Devices => {}
         None => exec_memlock::warn(&path, &args.program),
     }
-    if let Some(device) = without_id(&args.program) {
-        let device = printable(device);
-        complain(&format!(
-            "vfio-broker: -device {device} has no id=, and QEMU 11.1 crashes on that\n  -> give it \
-             one: id=NAME\n"
-        ));
+    for (what, advice) in slips(&args.program, !interposed) {
+        complain(&format!("vfio-broker: {}\n  -> {advice}\n", printable(&what)));
     }
     let given = if interposed { Given::lifeline(&lease) } else { Given::all(&lease) };
     let groups = groups(&mut broker, &lease, &arguments)?;
@@ -131,17 +127,55 @@ pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure
     Err(vmm::Error::Program { program: program.into(), errno }.into())
 }
 
-/// QEMU's `-device` of a vfio-pci with an open file and no id.
-fn without_id(arguments: &[OsString]) -> Option<&str> {
-    let pairs = arguments.iter().zip(arguments.iter().skip(1));
-    let mut devices = pairs.filter(|(option, _)| *option == "-device" || *option == "--device");
-    devices.find_map(|(_, device)| {
-        let device = device.to_str()?;
-        let has = |name: &str| device.split(',').any(|part| part.starts_with(name));
-        let first = device.split(',').next()?;
-        let vfio = ["vfio-pci", "driver=vfio-pci"].contains(&first);
-        (vfio && has("fd=") && !has("id=")).then_some(device)
-    })
+/// What QEMU would fail at without a word that helps, with what to do about it; `by_number`: it is given
+/// open files by number alone.
+fn slips(arguments: &[OsString], by_number: bool) -> Vec<(String, &'static str)> {
+    let values = |option: &'static str, kinds: &'static [&'static str]| {
+        let pairs = arguments.iter().zip(arguments.iter().skip(1));
+        let those = pairs.filter(move |(name, _)| {
+            // Both -device and --device are QEMU's.
+            name.to_str()
+                .is_some_and(|name| name == option || name.strip_prefix('-') == Some(option))
+        });
+        let texts = those.filter_map(|(_, value)| value.to_str());
+        texts.filter(move |value| value.split(',').next().is_some_and(|kind| kinds.contains(&kind)))
+    };
+    let has = |value: &str, start: &str| value.split(',').any(|part| part.starts_with(start));
+    let (devices, objects) = (
+        values("-device", &["vfio-pci", "driver=vfio-pci"]),
+        values("-object", &["iommufd", "qom-type=iommufd"]),
+    );
+    let mut slips = Vec::new();
+    for device in devices {
+        let mut slip = |why: &str, advice| slips.push((format!("-device {device} {why}"), advice));
+        if has(device, "fd=") && !has(device, "id=") {
+            slip("has no id=, and QEMU 11.1 crashes on that", "give it one: id=NAME");
+        }
+        if has(device, "fd=") && !has(device, "iommufd=") {
+            let advice = "add -object iommufd,id=iommufd0,fd={iommufd}, and iommufd=iommufd0 there";
+            slip("has an open file and no iommufd, which it goes together with", advice);
+        }
+        if has(device, "fd={iommufd}") {
+            slip("has the iommufd's file in its device's place", "it is fd={cdev:DEVICE} there");
+        }
+        if by_number && has(device, "host=") {
+            let why = "opens its device by itself, and gets no file: with an open file's number in the \
+                       arguments, opens are not answered";
+            slip(why, "name all by number, as fd={cdev:DEVICE}, or none");
+        }
+    }
+    for object in objects.filter(|_| by_number) {
+        let mut slip = |why: &str, advice| slips.push((format!("-object {object} {why}"), advice));
+        if !has(object, "fd=") {
+            let why = "opens /dev/iommu by itself, and gets no file: with an open file's number in the \
+                       arguments, opens are not answered";
+            slip(why, "give it one: fd={iommufd}");
+        }
+        if has(object, "fd={cdev:") {
+            slip("has a device's file in the iommufd's place", "it is fd={iommufd} there");
+        }
+    }
+    slips
 }
 
 impl Args {
@@ -197,7 +231,8 @@ impl Args {
         match possible.next() {
             None => Err(Failure::new("no handout has an open file for each of these placeholders")
                 .detail(list(arguments))
-                .advise("name files of one backend: see `vfio-broker exec --help`")),
+                .advise("name files of one backend: see `vfio-broker exec --help`")
+                .code(2)),
             // A group alone is in two handouts: the policy decides. In a shared container there is
             // but one.
             Some(_) if !named || self.container.is_some() => Ok(None),
@@ -213,7 +248,8 @@ fn list(arguments: &Arguments) -> String {
 
 fn not_in(placeholder: &Placeholder, handout: Handout) -> Failure {
     let handout = format!("{handout:?}").to_lowercase();
-    vmm::Error::NotInLease { placeholder: placeholder.to_string(), handout }.into()
+    let error = vmm::Error::NotInLease { placeholder: placeholder.to_string(), handout };
+    Failure::from(error).advise("leave out --handout, or name another one").code(2)
 }
 
 /// The groups of the host, where the arguments name a group and the lease has several.
@@ -262,14 +298,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_without_an_id_is_found() {
-        let found = |device: &str| {
-            let arguments: Vec<OsString> = ["-m", "4G", "-device", device].map(Into::into).into();
-            without_id(&arguments).is_some()
+    fn slips_of_the_pen_are_found_before_qemu_stumbles() {
+        let found = |option: &str, value: &str, by_number: bool| {
+            let arguments: Vec<OsString> = ["-m", "4G", option, value].map(Into::into).into();
+            slips(&arguments, by_number).into_iter().map(|(what, _)| what).collect::<Vec<_>>()
         };
-        assert!(found("vfio-pci,iommufd=iommufd0,fd={cdev:65:00.0}"));
-        assert!(!found("vfio-pci,id=nic,iommufd=iommufd0,fd={cdev:65:00.0}"));
-        assert!(!found("vfio-pci,host=0000:65:00.0"), "that one does not crash");
-        assert!(!found("virtio-net-pci,fd=3"));
+        let is = |option: &str, value: &str, by_number: bool, word: &str| {
+            let found = found(option, value, by_number);
+            assert!(found.len() == 1 && found[0].contains(word), "{value}: {found:?}");
+        };
+        is("-device", "vfio-pci,iommufd=iommufd0,fd={cdev:65:00.0}", true, "has no id=");
+        is("--device", "vfio-pci,id=n,fd={cdev:65:00.0}", true, "no iommufd");
+        is("-device", "vfio-pci,id=n,iommufd=i,fd={iommufd}", true, "in its device's place");
+        is("-device", "vfio-pci,host=0000:65:00.0", true, "by itself");
+        is("-object", "iommufd,id=iommufd0", true, "by itself");
+        is("-object", "iommufd,id=iommufd0,fd={cdev:65:00.0}", true, "in the iommufd's place");
+        for (option, value, by_number) in [
+            ("-device", "vfio-pci,id=nic,iommufd=iommufd0,fd={cdev:65:00.0}", true),
+            ("-device", "vfio-pci,host=0000:65:00.0", false),
+            ("-object", "iommufd,id=iommufd0,fd={iommufd}", true),
+            ("-object", "iommufd,id=iommufd0", false),
+            ("-device", "virtio-net-pci,fd=3", true),
+        ] {
+            assert_eq!(found(option, value, by_number), [""; 0], "{value}");
+        }
     }
 }

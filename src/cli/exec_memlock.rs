@@ -47,10 +47,15 @@ impl Memlock {
             Self::Auto => {
                 let need = guest_memory(program, arguments).ok_or_else(|| {
                     let program = program.display();
-                    let what = "-m of QEMU or --memory of cloud-hypervisor";
-                    Failure::new(format!("the arguments of {program} have no {what} to go by"))
-                        .advise("say how much is to be locked: --memlock 4G, for example")
-                        .code(2)
+                    let what = "-m of a QEMU, or --memory of a cloud-hypervisor,";
+                    Failure::new(format!(
+                        "{program} has no {what} that says how much memory it needs"
+                    ))
+                    .advise(
+                        "say how much is to be locked: --memlock 4G, for example; a program that \
+                             starts another one can be put before vfio-broker instead",
+                    )
+                    .code(2)
                 })?;
                 Ok(Wanted {
                     bytes: need.bytes(),
@@ -88,7 +93,8 @@ impl Wanted {
                     ),
                     _ => format!("allowed now: {} (RLIMIT_MEMLOCK, hard)", limit(hard)),
                 };
-                Err(Failure::from(error).detail(format!("needed: {}", self.why)).detail(allowed))
+                let failure = Failure::from(error).about(lease.devices());
+                Err(failure.detail(format!("needed: {}", self.why)).detail(allowed))
             }
         }
     }
@@ -106,7 +112,8 @@ pub(super) fn warn(program: &Path, arguments: &[OsString]) {
     if guest > soft && !may_lock_all() {
         complain(&format!(
             "vfio-broker: the guest has {} ({said}), and the program may lock {} for its devices \
-             (RLIMIT_MEMLOCK): it will fail to map them\n  -> --memlock auto\n",
+             (RLIMIT_MEMLOCK): it will fail to map them\n  -> --memlock auto, where the policy has \
+             memlock for the tenant\n",
             limit(guest),
             limit(soft)
         ));

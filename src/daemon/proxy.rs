@@ -165,6 +165,10 @@ impl ProxyKernel {
 }
 
 impl Kernel for ProxyKernel {
+    fn is_simulated(&self) -> bool {
+        self.proxy.kernel.is_simulated()
+    }
+
     fn open(&self, node: &Node) -> Result<OwnedFd, Errno> {
         let call = match *node {
             Node::Group(group) => Call::OpenGroup { group, noiommu: false },

@@ -20,6 +20,8 @@ pub struct Device {
     pub sriov: bool,
     /// Whether it is the display that the firmware started on: the host's console is there.
     pub console: bool,
+    /// It is on a simulated kernel.
+    pub(super) simulated: bool,
 }
 
 /// Drivers under which a device leaves its group viable although they are not VFIO's: they never
@@ -67,7 +69,8 @@ impl Device {
         let console = facts.class >> 16 == DISPLAY
             && gone_is_none(read(kernel, &format!("{path}/boot_vga")))?
                 .is_some_and(|text| text.trim() == "1");
-        Ok(Some(Self { facts, driver, on_vfio, cdev, sriov, console }))
+        let simulated = kernel.is_simulated();
+        Ok(Some(Self { facts, driver, on_vfio, cdev, sriov, console, simulated }))
     }
 
     /// Reads its serial number, which costs accesses to the device itself: only where a policy
@@ -110,6 +113,9 @@ impl Device {
     pub fn fix(&self) -> Option<String> {
         if self.on_vfio || self.is_bridge() || self.console {
             return None;
+        }
+        if self.simulated {
+            return Some("simulated: give it driver = \"vfio-pci\" in the topology's file".into());
         }
         let bdf = self.bdf();
         let device = format!("/sys/bus/pci/devices/{bdf}");

@@ -66,8 +66,12 @@ fn a_vfio_driver_is_known_by_what_it_registers_not_by_its_name() {
 #[test]
 fn a_bridge_and_a_driverless_function_block_nothing() {
     let sim = machine();
-    let group = Group::scan(&*sim.kernel(), 1).unwrap().unwrap();
+    let mut group = Group::scan(&*sim.kernel(), 1).unwrap().unwrap();
     assert!(group.devices[0].is_bridge());
+    let fix = group.blockers(|_| true)[0].fix.clone().unwrap();
+    assert!(fix.starts_with("simulated:"), "no advice to take a device of this machine: {fix}");
+    // As on a real one.
+    group.devices.iter_mut().for_each(|device| device.simulated = false);
     let blockers = group.blockers(|_| true);
     assert_eq!(blockers.len(), 1);
     assert_eq!(blockers[0].to_string(), "0000:01:00.1 is on snd_hda_intel");
@@ -80,6 +84,9 @@ fn a_bridge_and_a_driverless_function_block_nothing() {
         )
     );
     assert_eq!(group.blockers(|_| false)[0].fix, None);
+    let driverless = group.devices.iter().find(|device| device.driver.is_none()).unwrap();
+    let fix = driverless.fix().unwrap();
+    assert!(fix.contains("drivers_probe") && !fix.contains("unbind"), "{fix}");
     sim.set_driver("0000:01:00.1", None).unwrap();
     assert!(Group::scan(&*sim.kernel(), 1).unwrap().unwrap().is_viable());
 }

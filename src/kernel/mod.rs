@@ -91,6 +91,11 @@ pub trait Kernel: Debug + Send + Sync {
     /// The target of a symbolic link of sysfs, as readlink(2) gives it.
     fn sysfs_link(&self, path: &str) -> std::result::Result<String, Errno>;
 
+    /// Whether it is none of a machine's own, so that what is told of it is no advice for one.
+    fn is_simulated(&self) -> bool {
+        false
+    }
+
     /// The number of a file or directory of sysfs, which is never used again for another one.
     fn sysfs_inode(&self, path: &str) -> std::result::Result<u64, Errno>;
 }

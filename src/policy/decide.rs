@@ -73,7 +73,10 @@ impl Policy {
             let Tenant { name, line, .. } = tenant;
             return Err(Error::Denied {
                 rule: format!("tenant {name:?} without memlock, {}:{line}", self.file),
-                reason: format!("the memlock limit of processes of {name:?} is not raised"),
+                reason: format!(
+                    "the memlock limit of processes of {name:?} is not raised; its tenant would need \
+                     memlock = \"SIZE\" in the policy"
+                ),
             });
         }
         if bytes > tenant.memlock {
@@ -191,9 +194,14 @@ impl Policy {
                 let may: Vec<_> = list.values.iter().map(|value| show(*value)).collect();
                 let (name, may) = (&tenant.name, may.join(", "));
                 let asked = choice.map_or("none", show);
+                // Backends that are not written down are those of the handouts.
+                let cure = match key == "backends" && list.line.is_none() {
+                    true => format!("; `handouts` of its tenant would need one of {asked}"),
+                    false => String::new(),
+                };
                 Err(Refusal {
                     rule: self.rule(tenant, key, list.line),
-                    reason: format!("tenant {name:?} may have {key} {may}, not {asked}"),
+                    reason: format!("tenant {name:?} may have {key} {may}, not {asked}{cure}"),
                 })
             }
         }

@@ -103,6 +103,10 @@ pub(super) fn unconnected() -> io::Result<OwnedFd> {
 }
 
 impl Kernel for Wire {
+    fn is_simulated(&self) -> bool {
+        true
+    }
+
     fn open(&self, node: &Node) -> Result<OwnedFd, Errno> {
         let (_, fd) = self.control_call(&Request::with_text(Op::Open, &node.to_string()))?;
         fd.ok_or(Errno::EPROTO)

@@ -45,7 +45,12 @@ pub fn guest_memory(program: &Path, arguments: &[OsString]) -> Option<Need> {
     }
     let text: Vec<_> = arguments.iter().filter_map(|argument| argument.to_str()).collect();
     let at = text.iter().rposition(|argument| options.contains(argument));
+    // Said in another way: as an object's size, or in a file.
+    let elsewhere = |argument: &&str| {
+        argument.contains("memory-backend=") || argument.trim_start_matches('-') == "readconfig"
+    };
     match at {
+        None if qemu && text.iter().any(elsewhere) => None,
         // QEMU's own default.
         None if qemu => Some(Need { guest: 128 << 20, said: "QEMU without -m".into() }),
         None => None,
@@ -84,10 +89,21 @@ fn of_cloud_hypervisor(value: &str) -> Option<u64> {
     (sum > 0).then_some(sum)
 }
 
-/// A size: digits, and K, M, G or T, with or without `iB`; without a letter in units of `1 << unit`.
+/// A size: digits, and K, M, G or T, with or without `iB`; without a letter in units of `1 << unit`. There
+/// may be a fraction of such a unit, of which whole bytes are taken.
 pub fn size_of(text: &str, unit: u32) -> Option<u64> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (count, suffix) = text.split_at_checked(digits)?;
+    let (count, rest) = text.split_at_checked(digits)?;
+    let (tenths, suffix) = match rest.strip_prefix('.') {
+        Some(rest) => {
+            let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+            rest.split_at_checked(digits)?
+        }
+        None => ("", rest),
+    };
+    if rest.starts_with('.') && (tenths.is_empty() || tenths.len() > 6) {
+        return None;
+    }
     let shift = match suffix.trim_start() {
         "" => unit,
         "B" | "b" => 0,
@@ -97,7 +113,12 @@ pub fn size_of(text: &str, unit: u32) -> Option<u64> {
         "T" | "t" | "TiB" => 40,
         _ => return None,
     };
-    count.parse::<u64>().ok()?.checked_mul(1 << shift)
+    let whole = count.parse::<u64>().ok()?.checked_mul(1 << shift)?;
+    if tenths.is_empty() {
+        return Some(whole);
+    }
+    let parts = tenths.parse::<u64>().ok()?.checked_mul(1 << shift)?;
+    whole.checked_add(parts / 10_u64.pow(tenths.len() as u32))
 }
 
 #[cfg(test)]
@@ -122,6 +143,9 @@ mod tests {
             (&["-m"], None),
             (&["-m", "lots"], None),
             (&["-m", "99999999999999T"], None),
+            (&["-m", "1.5G"], Some(1536)),
+            (&["-machine", "q35,memory-backend=m"], None),
+            (&["-readconfig", "vm.cfg"], None),
         ] {
             assert_eq!(mib(qemu, arguments), expected, "{arguments:?}");
         }
@@ -143,10 +167,11 @@ mod tests {
             ("1K", Some(1024)),
             ("2 GiB", Some(2 << 30)),
             ("1TiB", Some(1 << 40)),
+            ("1.5G", Some(3 << 29)),
         ] {
             assert_eq!(size_of(text, 0), bytes, "{text}");
         }
-        for text in ["", "G", "1P", "-1", "1.5G", "16777216T"] {
+        for text in ["", "G", "1P", "-1", "1.G", "1.5.5G", "16777216T"] {
             assert_eq!(size_of(text, 0), None, "{text}");
         }
     }

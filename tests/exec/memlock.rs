@@ -118,7 +118,7 @@ fn without_it_a_guest_that_does_not_fit_is_warned_of() {
     assert_eq!(error.contains("-> --memlock auto"), !unlimited, "{error}");
     let (code, _, error) = run(exec_with_8_mib(&broker, &["--memlock", "auto"]).arg("true"));
     assert_eq!(code, 2, "{error}");
-    assert!(error.contains("true have no -m of QEMU"), "{error}");
+    assert!(error.contains("true has no -m of a QEMU"), "{error}");
     let (code, ..) = run(exec(&broker, &["--memlock", "lots"]).arg("true"));
     assert_eq!(code, 2);
 }
