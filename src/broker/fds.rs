@@ -134,20 +134,26 @@ impl Broker {
         Some(self.with_lifeline(&entry, request, kept(&lease, &entry, &files, request)))
     }
 
-    /// Copies of what holders have open too, as far as nobody works on it. Closing the last copy of
-    /// one can take as long as its holder likes.
-    pub fn contested_files(&self) -> Vec<OwnedFd> {
+    /// Lets go of what holders have open too, and gives the last copies of it that are here. Closing
+    /// them can take as long as the holders like. What somebody works on just now is not among them.
+    pub fn leave_contested(&self) -> Vec<OwnedFd> {
         let entries: Vec<_> = self.books().entries.values().cloned().collect();
+        let spaces = entries.iter().filter_map(|entry| Some((entry, entry.space.as_ref()?)));
+        let shared = spaces.filter_map(|(entry, space)| Some((entry, space, space.shared_now()?)));
+        let shared: Vec<_> = shared.collect();
         let mut copies = Vec::new();
-        for entry in entries {
-            let Some(container) = entry.space.as_ref().and_then(|space| space.shared_now()) else {
-                continue;
-            };
-            copies.extend(lifeline::copy(&*container));
-            if let Some(files) = entry.files_now() {
-                copies.extend(
-                    files.groups.values().filter_map(|group| lifeline::copy(&**group).ok()),
-                );
+        for (entry, space, container) in shared {
+            let Some(mut files) = entry.files_now() else { continue };
+            files.groups.retain(|_, group| match lifeline::copy(&**group) {
+                Ok(copy) => {
+                    copies.push(copy);
+                    false
+                }
+                Err(_) => true,
+            });
+            if let Ok(copy) = lifeline::copy(&*container) {
+                copies.push(copy);
+                space.leave();
             }
         }
         copies

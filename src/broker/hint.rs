@@ -29,6 +29,11 @@ fn hint(error: &kernel::Error) -> String {
         (_, Errno::EMFILE | Errno::ENFILE) => {
             "the broker has no open files left: raise LimitNOFILE= of its service".into()
         }
+        (_, Errno::ETIMEDOUT) => {
+            "whoever has it open is in the middle of a call that does not end, such as mapping memory: \
+             try again later, or see who that is (fuser -v /dev/vfio/*)"
+                .into()
+        }
         ("create" | "write" | "fsync" | "rename", _) => {
             "who may have devices open by their own nodes is written there before they are handed \
              out: give the broker room and rights in that directory, or name another --socket"

@@ -43,6 +43,11 @@ impl Space {
         guard.as_ref().filter(|open| open.shared).map(|open| Arc::clone(&open.container))
     }
 
+    /// Closes the copy that is here.
+    pub(super) fn leave(&self) {
+        *self.lock() = None;
+    }
+
     /// A holder is about to have it too: calls on it are made through this kernel from now on.
     pub(super) fn share(&self, contested: &Arc<dyn Kernel>) -> Result<(), Error> {
         if let Some(open) = self.lock().as_mut().filter(|open| !open.shared) {

@@ -58,11 +58,11 @@ impl Proxy {
         Arc::new(Self { kernel, machine, patience, process: Mutex::default() })
     }
 
-    /// Has these closed, each by itself: one that hangs keeps no other open.
-    pub(super) fn close(&self, files: Vec<OwnedFd>) {
+    /// Has these closed when this process has ended, each by itself: one that hangs keeps no other open.
+    pub(super) fn close_at_the_end(&self, files: Vec<OwnedFd>) {
         for file in files {
-            // Where there is no process it is closed here.
-            let _ = self.begin(&Call::Close, &[file.as_fd()]);
+            // From here on it has a copy, and ours is not the last one.
+            let _ = self.begin(&Call::Keep, &[file.as_fd()]);
         }
     }
 

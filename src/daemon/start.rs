@@ -66,7 +66,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     listening.remove_file();
     drop(only);
     // Their close can hang, and this process with it, and all other files with that.
-    proxy.close(kept.contested_files());
+    proxy.close_at_the_end(kept.leave_contested());
     // A worker may be stuck in the kernel: it ends with the process. So do the connections: what
     // peers sent and nobody has read must not be closed here, where that can block.
     std::mem::forget(tasks);

@@ -30,7 +30,7 @@ pub enum Role {
     Iommufd,
     /// `stale BDF`: gets a device by iommufd and starts a process that keeps it open.
     Stale,
-    /// `busy BDF FILE`: gets container and group, closes the lease fd, and has a page of that file pinned.
+    /// `busy BDF FILE`: gets container and group, has a page of that file pinned, and closes all it has.
     Busy,
     /// `huge CONTAINER BDF`: joins an enforced container with memory of huge pages.
     Huge,
@@ -180,11 +180,10 @@ fn busy(bdf: &str, file: &str) -> Done {
     let map = DmaMap { flags: DmaMap::READ, vaddr: page.vaddr(), iova: 0x10_0000, size: 4096 };
     let mapping = std::thread::spawn(move || container.map(&map).map_err(|error| error.errno));
     wait();
-    let (lifeline, files) = lease.into_parts();
-    drop(lifeline);
-    println!("closed the lease fd");
+    // The group too: then who takes it back has it alone.
+    drop(lease);
+    println!("closed all");
     println!("mapping: {:?}", mapping.join());
-    drop(files);
     wait();
     Ok(())
 }

@@ -301,7 +301,7 @@ fn busy(world: &World) {
     frank.go_on();
     println!("    a page is waited for by {:?}", fuse.waiting());
     frank.go_on();
-    frank.expect(&["closed the lease fd"]);
+    frank.expect(&["closed all"]);
     until("it can't be taken back", || state(world, EDU0) == GroupState::Quarantined);
     is_refused(world, FRANK, EDU0, "the kernel does not answer for");
     is_had(world, FRANK, EDU1);
@@ -310,7 +310,7 @@ fn busy(world: &World) {
     carol.kill();
     world.start_again();
     is_had(world, CAROL, NIC);
-    is_refused(world, FRANK, EDU0, "a process has the group open already");
+    is_refused(world, FRANK, EDU0, "whoever has it open");
     fuse.end();
     println!("    {}", frank.says());
     frank.kill();

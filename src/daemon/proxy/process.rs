@@ -30,8 +30,8 @@ pub(super) enum Call {
     OpenGroup { group: u32, noiommu: bool },
     /// An ioctl.
     Ioctl { number: u32, returns_fd: bool, argument: Argument },
-    /// Nothing: the file is only to be closed.
-    Close,
+    /// Close the file when no more calls come.
+    Keep,
 }
 
 /// The third argument of ioctl(2).
@@ -91,26 +91,37 @@ pub(in super::super) fn be_one_if_asked() -> Option<ExitCode> {
 fn serve(kernel: &Arc<dyn Kernel>) {
     let (stdin, none) = (std::io::stdin(), MsgFlags::empty());
     let mut bytes = vec![0; MOST_BYTES];
-    let mut threads = Vec::new();
+    let (mut threads, mut kept) = (Vec::new(), Vec::new());
     while let Ok(received) = fdpass::receive(stdin.as_fd(), &mut bytes, 3, none)
         && received.len > 0
     {
         let mut files = received.fds.into_iter();
         let call = serde_json::from_slice::<Call>(&bytes[..received.len]);
         let (Ok(call), Some(answer)) = (call, files.next()) else { continue };
+        if let Call::Keep = call {
+            kept.extend(files);
+            let _ = fdpass::send(answer.as_fd(), TAKEN, &[], none);
+            continue;
+        }
         let (kernel, files) = (Arc::clone(kernel), files.collect());
         // It counts as taken when there is somebody to make it.
         let thread = Builder::new().stack_size(STACK).spawn(move || {
-            let _ = fdpass::send(answer.as_fd(), b"t", &[], none);
+            let _ = fdpass::send(answer.as_fd(), TAKEN, &[], none);
             make(&*kernel, call, files, &answer);
         });
         threads.retain(|thread: &std::thread::JoinHandle<()>| !thread.is_finished());
         threads.extend(thread);
     }
+    for file in kept {
+        threads.extend(Builder::new().stack_size(STACK).spawn(move || drop(file)));
+    }
     for thread in threads {
         let _ = thread.join();
     }
 }
+
+/// What is said of a call before it is made.
+const TAKEN: &[u8] = b"t";
 
 fn make(kernel: &dyn Kernel, call: Call, files: Vec<OwnedFd>, socket: &OwnedFd) {
     let mut answer = Answer::default();
@@ -124,7 +135,7 @@ fn make(kernel: &dyn Kernel, call: Call, files: Vec<OwnedFd>, socket: &OwnedFd) 
             let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
             ioctl(kernel, request, argument, &files, &mut answer.bytes)
         }
-        Call::Close => Ok(Reply::default()),
+        Call::Keep => Ok(Reply::default()),
     };
     // What may have been the last copy is closed before anybody hears of the answer.
     drop(files);
