@@ -2,6 +2,7 @@
 
 use super::books::{Books, Entry, Files, Lifeline};
 use super::form::gives_container;
+use super::space::Space;
 use super::{Broker, Caller, LifelineId, SentFd, lifeline, no_such_lease};
 use crate::host;
 use crate::kernel::{Container, Group, Node};
@@ -9,6 +10,7 @@ use crate::ledger::{Lease, Refusal};
 use crate::protocol::{Bdf, Error, Fd, FdKind, Fds, GetFds, Handout};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// An open file and what it is.
 pub(super) struct Named<F = OwnedFd> {
@@ -135,9 +137,19 @@ impl Broker {
     }
 
     /// Lets go of what holders have open too, and gives the last copies of it that are here. Closing
-    /// them can take as long as the holders like. What somebody works on just now is not among them.
-    pub fn leave_contested(&self) -> Vec<OwnedFd> {
+    /// them can take as long as the holders like. What somebody works on is not among them.
+    /// Where that is so it is waited for, at most `patience`.
+    pub fn leave_contested(&self, patience: Duration) -> Vec<OwnedFd> {
+        let until = Instant::now() + patience;
         let entries: Vec<_> = self.books().entries.values().cloned().collect();
+        // Calls that have begun come to their end, answered or not.
+        let is_busy = |entry: &Arc<Entry>| {
+            let free = |space: &Arc<Space>| space.is_free();
+            entry.files_now().is_none() || !entry.space.as_ref().is_none_or(free)
+        };
+        while entries.iter().any(is_busy) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(20));
+        }
         let spaces = entries.iter().filter_map(|entry| Some((entry, entry.space.as_ref()?)));
         let shared = spaces.filter_map(|(entry, space)| Some((entry, space, space.shared_now()?)));
         let shared: Vec<_> = shared.collect();

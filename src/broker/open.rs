@@ -42,10 +42,12 @@ impl Opened {
         let mut space = entry.space.as_ref().map(|space| space.lock());
         for (id, group) in self.groups.into_iter().rev() {
             if space::is_shared(space.as_deref()) {
-                // Members of that container can hold up what leaves it; a close would wait here.
+                // Its members can hold up what leaves that container.
+                let group = group.through(&entry.contested);
                 let _ = group.unset_container();
+            } else {
+                drop(group);
             }
-            drop(group);
             if let Some(space) = space.as_deref_mut() {
                 space::leave(space, id);
             }

@@ -8,6 +8,7 @@ use crate::kernel::{self, Group, Node, Unmap, UnmapFlags};
 use crate::ledger::{Effect, Lease, LeaseId, Request};
 use crate::protocol::{Error, EventKind, Release, Released};
 use nix::errno::Errno;
+use std::os::fd::OwnedFd;
 use std::slice::Iter;
 use std::sync::{Arc, MutexGuard};
 use std::time::Duration;
@@ -270,7 +271,8 @@ fn detach(
 fn prove(entry: &Entry, node: Node, patience: &mut Iter<'_, Duration>) -> kernel::Result<()> {
     patiently(patience, || match Group::open(Arc::clone(&entry.contested), node.clone()) {
         Ok(group) => {
-            drop(group);
+            // Nobody else has it: its close waits for nobody.
+            drop(OwnedFd::from(group));
             Ok(())
         }
         // No device of it is on a VFIO driver any more: whatever somebody had is dead.

@@ -43,6 +43,11 @@ impl Space {
         guard.as_ref().filter(|open| open.shared).map(|open| Arc::clone(&open.container))
     }
 
+    /// Whether nobody works on it just now.
+    pub(super) fn is_free(&self) -> bool {
+        !matches!(self.0.try_lock(), Err(TryLockError::WouldBlock))
+    }
+
     /// Closes the copy that is here.
     pub(super) fn leave(&self) {
         *self.lock() = None;

@@ -19,11 +19,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
 pub(super) use process::Machine;
 use process::{Answer, Argument, Call, NAME};
+use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tracing::error;
 
 /// How long the process may take to say that it has taken a call. One that takes longer is no more.
 const TAKEN: Duration = Duration::from_secs(5);
@@ -35,6 +37,8 @@ pub(super) struct Proxy {
     machine: Machine,
     patience: Duration,
     process: Mutex<Process>,
+    /// Where the answers come to opens that were not answered in time, by group.
+    opening: Mutex<HashMap<u32, OwnedFd>>,
 }
 
 /// The process, and those before it that have not ended yet.
@@ -43,6 +47,9 @@ struct Process {
     now: Option<(Child, OwnedFd)>,
     before: Vec<Child>,
 }
+
+/// What came of a call, with the file that it made; else where that will come to.
+type Answered = Result<(Answer, Option<OwnedFd>), OwnedFd>;
 
 /// The kernel of one lease.
 #[derive(Debug)]
@@ -55,7 +62,8 @@ struct ProxyKernel {
 impl Proxy {
     /// One for this machine's kernel, or a simulated one's; `patience` is for each call.
     pub(super) fn new(kernel: Arc<dyn Kernel>, machine: Machine, patience: Duration) -> Arc<Self> {
-        Arc::new(Self { kernel, machine, patience, process: Mutex::default() })
+        let (process, opening) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { kernel, machine, patience, process, opening })
     }
 
     /// Has these closed when this process has ended, each by itself: one that hangs keeps no other open.
@@ -71,11 +79,64 @@ impl Proxy {
         let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
         // The second try is with a process that was started just now.
         match self.give(&mut process, call, files) {
-            Ok(answer) => Ok(answer),
-            Err(_) => {
+            Err(Errno::EPIPE | Errno::ECONNRESET | Errno::EAGAIN | Errno::ETIMEDOUT) => {
                 process.give_up();
                 self.give(&mut process, call, files)
             }
+            given => given,
+        }
+    }
+
+    /// Closes a file that may be the last copy: here it is not.
+    fn close(&self, file: OwnedFd) {
+        match self.begin(&Call::Close, &[file.as_fd()]) {
+            Ok(told) => {
+                // It closes its copy when it has been told that ours is closed.
+                drop(file);
+                drop(told);
+            }
+            Err(errno) => {
+                error!(%errno, "no process can be had to close a file that its holder can keep open");
+                // Open for ever, rather than in the way of all others.
+                std::mem::forget(file);
+            }
+        }
+    }
+
+    /// Has a group opened, unless an earlier open of it has not come to its end.
+    fn open(&self, group: u32, noiommu: bool) -> Result<OwnedFd, Errno> {
+        let opening = || self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = opening().get(&group)
+            && !is_ready(before, Duration::ZERO)?
+        {
+            return Err(Errno::ETIMEDOUT);
+        }
+        opening().remove(&group);
+        match self.answer(&Call::OpenGroup { group, noiommu }, &[])? {
+            Ok((_, file)) => file.ok_or(Errno::EIO),
+            Err(late) => {
+                opening().insert(group, late);
+                Err(Errno::ETIMEDOUT)
+            }
+        }
+    }
+
+    /// Has a call made; what came of it, or where that will come to.
+    fn answer(&self, call: &Call, files: &[BorrowedFd<'_>]) -> Result<Answered, Errno> {
+        let socket = self.begin(call, files)?;
+        if !is_ready(&socket, self.patience)? {
+            return Ok(Err(socket));
+        }
+        let mut bytes = vec![0; process::MOST_BYTES];
+        let received = fdpass::receive(socket.as_fd(), &mut bytes, 1, MsgFlags::MSG_DONTWAIT);
+        let mut received = received.map_err(|_| Errno::EIO)?;
+        let answer: Answer =
+            serde_json::from_slice(&bytes[..received.len]).map_err(|_| Errno::EIO)?;
+        // Its end says that no copy of anything is left there.
+        let _ = is_ready(&socket, TAKEN)?;
+        match answer.errno {
+            0 => Ok(Ok((answer, received.fds.pop()))),
+            errno => Err(Errno::from_raw(errno)),
         }
     }
 
@@ -120,10 +181,8 @@ impl Process {
     }
 
     fn give_up(&mut self) {
-        if let Some((mut child, _)) = self.now.take() {
-            let _ = child.kill();
-            self.before.push(child);
-        }
+        // It ends when what it is at has come to its end.
+        self.before.extend(self.now.take().map(|(child, _)| child));
     }
 }
 
@@ -147,20 +206,10 @@ impl ProxyKernel {
             // Whatever it was: what is done now is done on what it left.
             *late = None;
         }
-        let socket = self.proxy.begin(call, files)?;
-        if !is_ready(&socket, self.proxy.patience)? {
+        self.proxy.answer(call, files)?.map_err(|socket| {
             *late = Some(socket);
-            return Err(Errno::ETIMEDOUT);
-        }
-        let mut bytes = vec![0; process::MOST_BYTES];
-        let received = fdpass::receive(socket.as_fd(), &mut bytes, 1, MsgFlags::MSG_DONTWAIT);
-        let mut received = received.map_err(|_| Errno::EIO)?;
-        let answer: Answer =
-            serde_json::from_slice(&bytes[..received.len]).map_err(|_| Errno::EIO)?;
-        match answer.errno {
-            0 => Ok((answer, received.fds.pop())),
-            errno => Err(Errno::from_raw(errno)),
-        }
+            Errno::ETIMEDOUT
+        })
     }
 }
 
@@ -170,14 +219,16 @@ impl Kernel for ProxyKernel {
     }
 
     fn open(&self, node: &Node) -> Result<OwnedFd, Errno> {
-        let call = match *node {
-            Node::Group(group) => Call::OpenGroup { group, noiommu: false },
-            Node::NoIommuGroup(group) => Call::OpenGroup { group, noiommu: true },
+        match *node {
+            Node::Group(group) => self.proxy.open(group, false),
+            Node::NoIommuGroup(group) => self.proxy.open(group, true),
             // Nobody else has these.
-            Node::Container | Node::Iommu | Node::Cdev(_) => return self.proxy.kernel.open(node),
-        };
-        let (_, file) = self.call(&call, &[])?;
-        file.ok_or(Errno::EIO)
+            Node::Container | Node::Iommu | Node::Cdev(_) => self.proxy.kernel.open(node),
+        }
+    }
+
+    fn close(&self, fd: OwnedFd) {
+        self.proxy.close(fd);
     }
 
     fn ioctl(&self, fd: BorrowedFd<'_>, call: Ioctl<'_>) -> Result<Reply, Errno> {

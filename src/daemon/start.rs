@@ -64,9 +64,9 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let tasks = LocalSet::new();
     let served = tasks.block_on(&runtime, serve(Rc::new(daemon), &listening));
     listening.remove_file();
-    drop(only);
     // Their close can hang, and this process with it, and all other files with that.
-    proxy.close_at_the_end(kept.leave_contested());
+    proxy.close_at_the_end(kept.leave_contested(options.call_deadline));
+    drop(only);
     // A worker may be stuck in the kernel: it ends with the process. So do the connections: what
     // peers sent and nobody has read must not be closed here, where that can block.
     std::mem::forget(tasks);

@@ -64,6 +64,41 @@ fn a_lease_that_the_kernel_does_not_answer_for_holds_up_nobody_else() {
     }
 }
 
+/// While the kernel is asked, what the lease has is with who asks.
+#[test]
+fn a_daemon_ends_in_the_middle_of_a_call_that_is_not_answered() {
+    for (call, object) in CALLS {
+        let mut daemon = daemon();
+        let mut client = daemon.connect();
+        let lease = Held::acquire(&mut client, DEVICE, "container");
+        let never = Fault::never(call);
+        daemon.sim().fault(&object.map_or(never.clone(), |object| never.on(object))).unwrap();
+        drop(lease);
+        until("its lease has ended", || state(&mut client, DEVICE) != "held");
+        daemon.signal(Signal::SIGTERM);
+        assert!(daemon.wait().success(), "{call}");
+    }
+}
+
+/// A group that is opened again and again while an earlier open is not answered.
+#[test]
+fn an_open_that_is_not_answered_is_not_made_again() {
+    let daemon = daemon();
+    let mut client = daemon.connect();
+    cycle(&mut client, DEVICE);
+    daemon.sim().fault(&Fault::never("open").on("/dev/vfio/26").times(1)).unwrap();
+    let wanted = json!({ "vm": "test", "devices": [DEVICE], "handout": "container" });
+    for _ in 0..5 {
+        let parameters = client.call("Acquire", wanted.clone()).error("Kernel");
+        assert_eq!(parameters["errno"], nix::libc::ETIMEDOUT, "{parameters}");
+    }
+    daemon.sim().clear_faults().unwrap();
+    until("it can be had", || {
+        let answer = client.call("Acquire", wanted.clone());
+        matches!(answer, crate::common::raw::Reply::Ok(..))
+    });
+}
+
 #[test]
 fn a_daemon_ends_whatever_the_kernel_does_not_answer() {
     for (call, object) in CALLS {

@@ -5,6 +5,8 @@ use crate::fdpass;
 use crate::kernel::{Arg, Ioctl, Kernel, Linux, Node, Reply, Request};
 use crate::sim::Wire;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::MsgFlags;
 use serde::{Deserialize, Serialize};
 use std::ffi::{CString, OsString};
@@ -30,6 +32,8 @@ pub(super) enum Call {
     OpenGroup { group: u32, noiommu: bool },
     /// An ioctl.
     Ioctl { number: u32, returns_fd: bool, argument: Argument },
+    /// Close the file when whoever asks has closed the way for the answer: its own copy is closed then.
+    Close,
     /// Close the file when no more calls come.
     Keep,
 }
@@ -84,6 +88,11 @@ pub(in super::super) fn be_one_if_asked() -> Option<ExitCode> {
             Err(_) => return Some(ExitCode::FAILURE),
         },
     };
+    // Whoever ends a service ends what it is at as well, and that is not to be left half done.
+    let _ = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]
+        .into_iter()
+        .collect::<SigSet>()
+        .thread_block();
     serve(&kernel);
     Some(ExitCode::SUCCESS)
 }
@@ -134,6 +143,11 @@ fn make(kernel: &dyn Kernel, call: Call, files: Vec<OwnedFd>, socket: &OwnedFd) 
             let request = Request { number, name: "", returns_fd };
             let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
             ioctl(kernel, request, argument, &files, &mut answer.bytes)
+        }
+        Call::Close => {
+            let mut end = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+            while poll(&mut end, PollTimeout::NONE) == Err(Errno::EINTR) {}
+            Ok(Reply::default())
         }
         Call::Keep => Ok(Reply::default()),
     };
