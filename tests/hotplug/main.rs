@@ -18,13 +18,14 @@ use world::World;
 
 type Step = fn(&World);
 
-const STEPS: [(&str, Step); 9] = [
+const STEPS: [(&str, Step); 10] = [
     ("nothing of VFIO can be opened by the user who runs QEMU", hotplug::no_other_way),
     ("a QEMU that is too old is told so", hotplug::too_old),
     ("in and out, three times over", hotplug::three_times),
     ("two devices on one iommufd, given back one by one", hotplug::two_devices),
     ("attach is killed at each command", hotplug::attach_is_killed),
     ("QEMU is killed at each command of an attach", hotplug::qemu_is_killed),
+    ("a device goes between its lease and its plug-in", hotplug::device_goes),
     ("varlinkctl gets QEMU its device", examples::varlinkctl),
     ("libvirt forwards a lease's files to its QEMU", libvirt::through_its_monitor),
     ("the examples run", examples::all),
