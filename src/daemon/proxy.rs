@@ -106,11 +106,7 @@ impl Proxy {
     /// Has a group opened, unless an earlier open of it has not come to its end.
     fn open(&self, group: u32, noiommu: bool) -> Result<OwnedFd, Errno> {
         let opening = || self.opening.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(before) = opening().get(&group)
-            && !is_ready(before, Duration::ZERO)?
-        {
-            return Err(Errno::ETIMEDOUT);
-        }
+        has_ended(opening().get(&group))?;
         opening().remove(&group);
         match self.answer(&Call::OpenGroup { group, noiommu }, &[])? {
             Ok((_, file)) => file.ok_or(Errno::EIO),
@@ -199,17 +195,18 @@ impl ProxyKernel {
         files: &[BorrowedFd<'_>],
     ) -> Result<(Answer, Option<OwnedFd>), Errno> {
         let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(before) = &*late {
-            if !is_ready(before, Duration::ZERO)? {
-                return Err(Errno::ETIMEDOUT);
-            }
-            // Whatever it was: what is done now is done on what it left.
-            *late = None;
-        }
+        has_ended(late.as_ref())?;
+        // Whatever came of it: what is done now is done on what it left.
+        *late = None;
         self.proxy.answer(call, files)?.map_err(|socket| {
             *late = Some(socket);
             Errno::ETIMEDOUT
         })
+    }
+
+    fn reply(&self, call: &Call, files: &[BorrowedFd<'_>]) -> Result<Reply, Errno> {
+        let (answer, fd) = self.call(call, files)?;
+        Ok(Reply { value: answer.value, fd })
     }
 }
 
@@ -277,15 +274,16 @@ impl Kernel for ProxyKernel {
     }
 }
 
-impl ProxyKernel {
-    fn reply(&self, call: &Call, files: &[BorrowedFd<'_>]) -> Result<Reply, Errno> {
-        let (answer, fd) = self.call(call, files)?;
-        Ok(Reply { value: answer.value, fd })
-    }
-}
-
 fn pair() -> Result<(OwnedFd, OwnedFd), Errno> {
     socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+}
+
+/// Fails while an earlier call, which was not answered in time, is under way still.
+fn has_ended(earlier: Option<&OwnedFd>) -> Result<(), Errno> {
+    match earlier {
+        Some(answer) if !is_ready(answer, Duration::ZERO)? => Err(Errno::ETIMEDOUT),
+        _ => Ok(()),
+    }
 }
 
 /// Whether something comes there within that time: a message, or the end.
