@@ -34,12 +34,6 @@ mod workers;
 
 pub use log::LogFormat;
 pub use options::Options;
-/// Does what one of the daemon's own processes is for, if this program was started as one: call it
-/// first of all in `main`.
-pub fn be_process_if_asked() -> Option<std::process::ExitCode> {
-    porter::be_one_if_asked().or_else(rebinder::be_one_if_asked).or_else(proxy::be_one_if_asked)
-}
-
 pub use start::run;
 pub use start_error::StartError;
 
@@ -57,6 +51,18 @@ use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tracing::{debug, info};
+
+/// Does what one of the daemon's own processes is for, if this program was started as one: call it
+/// first of all in `main`.
+pub fn be_process_if_asked() -> Option<std::process::ExitCode> {
+    porter::be_one_if_asked().or_else(rebinder::be_one_if_asked).or_else(proxy::be_one_if_asked)
+}
+
+/// The arguments, if this program was started under that name.
+fn started_as(name: &str) -> Option<std::env::ArgsOs> {
+    let mut args = std::env::args_os();
+    (args.next()? == name).then_some(args)
+}
 
 /// What all connections share; lives on the event loop.
 struct Daemon {

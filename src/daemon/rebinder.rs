@@ -101,11 +101,7 @@ fn simulate(sim: &Wire, device: Bdf, driver: Option<&str>) -> Result<(), Errno> 
 
 /// Rebinds a device if this program was started for that: call it first of all in `main`.
 pub(super) fn be_one_if_asked() -> Option<ExitCode> {
-    let mut args = std::env::args_os();
-    if args.next().is_none_or(|name| name != NAME) {
-        return None;
-    }
-    let mut args = args.filter_map(|word| word.into_string().ok());
+    let mut args = super::started_as(NAME)?.filter_map(|word| word.into_string().ok());
     let device: Bdf = args.next()?.parse().ok()?;
     let registration = args.next()?.parse().ok()?;
     Some(match write(device, registration, args.next().as_deref()) {

@@ -95,10 +95,7 @@ impl Report {
 
 /// Does an errand if this program was started as a porter: call it first of all in `main`.
 pub(in super::super) fn be_one_if_asked() -> Option<ExitCode> {
-    let mut args = std::env::args_os();
-    if args.next().is_none_or(|name| name != NAME) {
-        return None;
-    }
+    let mut args = super::super::started_as(NAME)?;
     let errand = args.next()?;
     let errand = Errand::ALL.into_iter().find(|it| errand == it.name())?;
     Some(match do_it(errand) {

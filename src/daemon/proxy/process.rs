@@ -77,10 +77,7 @@ impl Machine {
 
 /// Makes calls if this program was started as a proxy: call it first of all in `main`.
 pub(in super::super) fn be_one_if_asked() -> Option<ExitCode> {
-    let mut args = std::env::args_os();
-    if args.next().is_none_or(|name| name != NAME) {
-        return None;
-    }
+    let mut args = super::super::started_as(NAME)?;
     let kernel: Arc<dyn Kernel> = match args.next() {
         None => Arc::new(Linux),
         Some(control) => match Wire::connect(control.as_ref()) {
