@@ -15,6 +15,7 @@
 //! - [`qmp`]: a running QEMU's monitor, and devices into it and out of it.
 //! - [`protocol`]: what is said on the broker's socket.
 //! - [`sim`]: a simulated kernel behind the same layer, for tests.
+//! - [`sys`]: system calls that are not about VFIO.
 //! - `vmm`: open files for VMMs that nobody changed (feature `cli`).
 
 pub mod bdf;
@@ -26,7 +27,6 @@ pub mod cli;
 pub mod client;
 #[cfg(feature = "daemon")]
 pub mod daemon;
-pub mod fdpass;
 #[cfg(feature = "daemon")]
 pub mod host;
 pub mod kernel;
@@ -39,6 +39,7 @@ pub mod protocol;
 pub mod qmp;
 #[cfg(feature = "sim")]
 pub mod sim;
+pub mod sys;
 #[cfg(feature = "daemon")]
 pub mod users;
 #[cfg(feature = "cli")]

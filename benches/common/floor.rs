@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Stdio};
-use vfio_broker::fdpass::{self, MAX_FDS};
+use vfio_broker::sys::fdpass::{self, MAX_FDS};
 
 /// Says that this process is to be the floor.
 const FLOOR: &str = "VFIO_BROKER_BENCH_FLOOR";

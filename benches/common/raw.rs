@@ -6,8 +6,8 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 use vfio_broker::client::Lease;
-use vfio_broker::fdpass::{self, MAX_FDS};
 use vfio_broker::protocol::MAX_MESSAGE;
+use vfio_broker::sys::fdpass::{self, MAX_FDS};
 
 /// A connection that sends whole messages and reads whole replies.
 pub struct RawClient {

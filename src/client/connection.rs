@@ -3,7 +3,7 @@
 
 use super::wire::{Inbox, Incoming, Lost, Outgoing};
 use super::{Error, Result};
-use crate::fdpass::{self, MAX_FDS};
+use crate::sys::fdpass::{self, MAX_FDS};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

@@ -1,7 +1,8 @@
 //! What can go wrong between a program and the broker.
 
+use crate::kernel;
 use crate::protocol::{self, FdKind};
-use crate::{fdpass, kernel};
+use crate::sys::fdpass;
 use nix::errno::Errno;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! A small broker for the client's tests: it says what a test tells it to, call by call.
 
-use crate::fdpass;
 use crate::protocol::Frames;
+use crate::sys::fdpass;
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -7,8 +7,8 @@
 use super::blocking::{AWAY, LOOK_AGAIN, TIMEOUT, is_away};
 use super::wire::{Inbox, Incoming, Lost, Outgoing, decode};
 use super::{Acquire, DmaRange, Error, Files, Lease, Result, socket_path};
-use crate::fdpass::{self, MAX_FDS, ReceiveError};
 use crate::protocol::{self, Event, Method};
+use crate::sys::fdpass::{self, MAX_FDS, ReceiveError};
 use ::tokio::io::Interest;
 use ::tokio::net::UnixStream;
 use ::tokio::time::{Instant, sleep, timeout};

@@ -98,8 +98,9 @@ impl Inbox {
     }
 
     pub(super) fn next(&mut self, method: &'static str) -> Result<Option<Incoming>> {
-        if self.fds.len() > crate::fdpass::MAX_FDS {
-            let reason = format!("{} came, {} is the most", self.fds.len(), crate::fdpass::MAX_FDS);
+        if self.fds.len() > crate::sys::fdpass::MAX_FDS {
+            let reason =
+                format!("{} came, {} is the most", self.fds.len(), crate::sys::fdpass::MAX_FDS);
             return Err(Error::Fds { method, reason });
         }
         let message =

@@ -186,7 +186,7 @@ fn shorten(error: Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fdpass;
+    use crate::sys::fdpass;
     use nix::sys::socket::MsgFlags;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;

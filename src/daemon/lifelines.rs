@@ -106,7 +106,7 @@ mod tests {
     async fn the_event_loop_is_woken() {
         let lifelines = Lifelines::new().unwrap();
         let descriptor = lifelines.descriptor().unwrap();
-        let watched = crate::kernel::readiness::watch(descriptor, Interest::READABLE).unwrap();
+        let watched = crate::sys::readiness::watch(descriptor, Interest::READABLE).unwrap();
         for id in 0..3 {
             let (reader, writer) = pipe();
             lifelines.add(LifelineId(id), writer).unwrap();

@@ -2,7 +2,7 @@
 
 use super::start_error::StartError;
 use super::trust;
-use crate::kernel::inherited;
+use crate::sys::inherited;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{

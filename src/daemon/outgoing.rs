@@ -2,8 +2,8 @@
 
 use super::incoming::Deferred;
 use crate::broker::SentFd;
-use crate::fdpass;
 use crate::protocol::{Error, Reply};
+use crate::sys::fdpass;
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use serde::Serialize;

@@ -1,9 +1,10 @@
 //! Who is at the other end, as the kernel tells it; never what the peer says.
 
-use crate::kernel::memlock::raise_memlock as raise;
-use crate::kernel::{self, peer};
+use crate::kernel;
 use crate::policy::Peer;
 use crate::protocol::Error;
+use crate::sys::memlock::raise_memlock as raise;
+use crate::sys::peer;
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt};
 use std::os::fd::{AsFd, BorrowedFd};

@@ -15,8 +15,8 @@ pub(super) use errand::be_one_if_asked;
 pub(super) use sink::{Sink, Waiting};
 
 use super::account::Account;
-use crate::fdpass;
 use crate::protocol::Error;
+use crate::sys::fdpass;
 use errand::{Errand, NAME, Report};
 use nix::errno::Errno;
 use nix::sys::socket::{

@@ -12,8 +12,8 @@ mod process;
 pub(super) use process::be_one_if_asked;
 
 use crate::broker::Contested;
-use crate::fdpass;
 use crate::kernel::{Arg, Ioctl, Kernel, Node, Reply};
+use crate::sys::fdpass;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};

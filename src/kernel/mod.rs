@@ -13,23 +13,16 @@ mod call;
 mod cdev;
 mod container;
 mod device;
-mod error;
 mod group;
-pub mod inherited;
 mod iommufd;
 mod linux;
-pub mod memlock;
 mod memory;
 mod node;
 mod open_file;
 pub(crate) mod parse;
-pub mod peer;
-#[cfg(feature = "async")]
-pub mod readiness;
 pub mod request;
-#[cfg(feature = "sim")]
-pub(crate) mod table;
 
+pub use crate::sys::{Error, Result};
 pub use call::{Arg, FdSlot, Ioctl, Reply};
 pub use container::{
     Container, DirtyOp, DmaMap, Extension, IommuInfo, IommuType, IovaRange, Unmap, UnmapFlags,
@@ -38,7 +31,6 @@ pub use device::{
     Device, DeviceInfo, HotResetDevice, HotResetOwner, IrqAction, IrqData, IrqInfo,
     PCI_CONFIG_REGION, RegionCap, RegionInfo, SparseArea,
 };
-pub use error::{Error, Result};
 pub use group::{Group, GroupStatus};
 pub use iommufd::{IoasCopy, IoasMap, IoasMapFile, IoasRanges, Iommufd, MapFlags};
 pub use linux::Linux;

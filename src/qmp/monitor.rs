@@ -4,7 +4,7 @@ use super::lines::Lines;
 use super::message::{self, Event, Message, Version};
 use super::{Error, Result};
 use crate::client::connection::{Deadline, connect_socket, ready};
-use crate::fdpass::{self, ReceiveError};
+use crate::sys::fdpass::{self, ReceiveError};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::MsgFlags;

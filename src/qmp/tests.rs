@@ -1,7 +1,7 @@
 //! The monitor's client against a peer that says what a test tells it to.
 
 use super::{Error, Monitor};
-use crate::fdpass;
+use crate::sys::fdpass;
 use nix::sys::socket::MsgFlags;
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};

@@ -2,7 +2,7 @@
 
 use super::fault::Effect;
 use super::wire::{Answer, MAX_MESSAGE};
-use crate::fdpass;
+use crate::sys::fdpass;
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::MsgFlags;

@@ -4,8 +4,8 @@ use super::fault::Fault;
 use super::server::STATS_PAGE;
 use super::stats::Stats;
 use super::wire::{self, Answer, ArgKind, Op, Request};
-use crate::fdpass::{self, ReceiveError};
 use crate::kernel::{Arg, Ioctl, Kernel, Node, Reply, parse};
+use crate::sys::fdpass::{self, ReceiveError};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, socket, socketpair,

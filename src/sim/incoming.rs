@@ -4,7 +4,7 @@
 use super::machine::{Event, FileId, Named};
 use super::process::Process;
 use super::wire::{FDS_WITH_CALL, Request};
-use crate::fdpass;
+use crate::sys::fdpass;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

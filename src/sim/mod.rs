@@ -56,7 +56,8 @@ pub use profile::Profile;
 pub use stats::{IommufdState, Space, Stats};
 pub use topology::{Topology, TopologyError};
 
-use crate::kernel::{Kernel, table};
+use crate::kernel::Kernel;
+use crate::sys::table;
 use machine::Machine;
 use nix::errno::Errno;
 use nix::unistd::Uid;

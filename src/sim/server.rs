@@ -7,8 +7,8 @@ use super::incoming::{Call, Disposer, Incoming};
 use super::machine::{CallArg, FileId, Machine, UserStruct};
 use super::sysfs::Sysfs;
 use super::wire::{Answer, ArgKind, MAX_MESSAGE, Op, Request};
-use crate::fdpass::{self, ReceiveError};
 use crate::kernel::Node;
+use crate::sys::fdpass::{self, ReceiveError};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{

@@ -1,11 +1,11 @@
 //! The simulation from outside: fds, processes, ordering, faults, and clients that misbehave.
 
 use super::*;
-use crate::fdpass;
 use crate::kernel::{
     Arg, Container, Device, DirtyOp, DmaMap, Error, Extension, Group, IommuType, Iommufd,
     IrqAction, IrqData, Kernel, Mapped, Node, Unmap, UnmapFlags, request,
 };
+use crate::sys::fdpass;
 use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, socket, socketpair,

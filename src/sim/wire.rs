@@ -16,7 +16,7 @@ pub(crate) const MAX_CALL_FDS: usize = 2048;
 
 /// How many of them go with the call itself; more of them wait in the reply socket, in messages of
 /// one byte and up to 16 fds each.
-pub(crate) const FDS_WITH_CALL: usize = crate::fdpass::MAX_FDS - 1;
+pub(crate) const FDS_WITH_CALL: usize = crate::sys::fdpass::MAX_FDS - 1;
 
 /// The longest message: header, slots, bytes and buffer.
 pub(crate) const MAX_MESSAGE: usize = HEADER + 8 * MAX_CALL_FDS + 2 * MAX_BYTES;

@@ -10,9 +10,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
-use vfio_broker::fdpass;
 use vfio_broker::kernel::{Device, Iommufd, Kernel};
 use vfio_broker::sim::Wire;
+use vfio_broker::sys::fdpass;
 
 /// What happens at a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -130,7 +130,7 @@ fn files_that_linger_when_they_are_closed() {
 #[test]
 fn files_that_come_with_urgent_data() {
     use nix::sys::socket::MsgFlags;
-    use vfio_broker::fdpass;
+    use vfio_broker::sys::fdpass;
     let daemon = Daemon::start();
     beside(&daemon, || {
         let mut readers = Vec::new();

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use vfio_broker::fdpass;
+use vfio_broker::sys::fdpass;
 
 /// What came back.
 #[derive(Debug)]

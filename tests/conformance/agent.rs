@@ -8,12 +8,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use vfio_broker::fdpass;
 use vfio_broker::kernel::{
     Container, Device, DmaMap, Error, Group, IoasMap, IoasMapFile, Iommufd, Kernel, Linux,
     MapFlags, Mapped, Node, Unmap, UnmapFlags,
 };
 use vfio_broker::sim::Wire;
+use vfio_broker::sys::fdpass;
 
 const WANTED: &str = "VFIO_CONFORMANCE_AGENT";
 

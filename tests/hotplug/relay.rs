@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::chown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use vfio_broker::fdpass;
+use vfio_broker::sys::fdpass;
 
 pub struct Relay {
     listener: UnixListener,

@@ -2,8 +2,8 @@
 
 use super::{NotTaken, Taken};
 use crate::broker::check_memory;
-use crate::fdpass;
 use crate::protocol::{Error, MAX_MESSAGE};
+use crate::sys::fdpass;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{MsgFlags, getsockopt, sockopt};

@@ -1,9 +1,9 @@
 //! What a proxy does, in its own process: each call in a thread, until no more come and all are
 //! answered.
 
-use crate::fdpass;
 use crate::kernel::{Arg, Ioctl, Kernel, Linux, Node, Reply, Request};
 use crate::sim::Wire;
+use crate::sys::fdpass;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};

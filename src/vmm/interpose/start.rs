@@ -2,7 +2,7 @@
 
 use super::super::{Error, Result};
 use super::sys;
-use crate::fdpass;
+use crate::sys::fdpass;
 use nix::errno::Errno;
 use nix::libc::{self, sock_filter};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};

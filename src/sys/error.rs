@@ -20,7 +20,7 @@ pub struct Error {
 }
 
 /// The symbolic name of an errno, such as `EBUSY`.
-pub(crate) fn errno_name(errno: Errno) -> String {
+fn errno_name(errno: Errno) -> String {
     format!("{errno:?}")
 }
 

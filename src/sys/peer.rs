@@ -165,7 +165,7 @@ mod tests {
             Err(errno) => assert_eq!(errno, Errno::ENOPROTOOPT),
             Ok(()) => {
                 let none = nix::sys::socket::MsgFlags::empty();
-                let sent = crate::fdpass::send(ours.as_fd(), b"x", &[ours.as_fd()], none);
+                let sent = crate::sys::fdpass::send(ours.as_fd(), b"x", &[ours.as_fd()], none);
                 assert_eq!(sent, Err(Errno::EPERM));
             }
         }

@@ -1,0 +1,14 @@
+//! System calls that are not about VFIO: open files over sockets, peers, limits, inherited files. Each
+//! has a safe face here; the `unsafe` that it takes is behind it.
+
+mod error;
+pub mod fdpass;
+pub mod inherited;
+pub mod memlock;
+pub mod peer;
+#[cfg(feature = "async")]
+pub mod readiness;
+#[cfg(feature = "sim")]
+pub(crate) mod table;
+
+pub use error::{Error, Result};
