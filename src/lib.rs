@@ -11,6 +11,8 @@
 //! - `host`: what is in this machine (feature `daemon`).
 //! - `ledger`: who has what, and the rules of sharing (feature `daemon`).
 //! - `broker`: carries the ledger's decisions out on a kernel (feature `daemon`).
+//! - `keeper`: has one address space open, in a process of its own (feature `daemon`).
+//! - `process`: other processes of this program, and what is said to them (feature `daemon`).
 //! - `users`: the users and groups of this machine (feature `daemon`).
 //! - [`qmp`]: a running QEMU's monitor, and devices into it and out of it.
 //! - [`protocol`]: what is said on the broker's socket.
@@ -29,11 +31,15 @@ pub mod client;
 pub mod daemon;
 #[cfg(feature = "daemon")]
 pub mod host;
+#[cfg(feature = "daemon")]
+pub mod keeper;
 pub mod kernel;
 #[cfg(feature = "daemon")]
 pub mod ledger;
 #[cfg(feature = "daemon")]
 pub mod policy;
+#[cfg(feature = "daemon")]
+pub mod process;
 pub mod protocol;
 #[cfg(feature = "client")]
 pub mod qmp;

@@ -1,343 +1,439 @@
 //! Acquire: the whole of it, or nothing.
 
 use super::authority::{JUST_ENDED, quota};
-use super::books::{Books, Entry, Files};
-use super::fds::{Named, list};
-use super::form::gives_container;
-use super::given::Before;
-use super::key::new_lease_id;
-use super::open::Opened;
+use super::books::{Books, Entry};
+use super::keeper::{KeeperHandle, NotDone, Turn};
+use super::key::{Key, new_lease_id};
 use super::plan::{Chosen, Plan};
-use super::{
-    Broker, Caller, Grant, container_name, devices, event, lifeline, no_such_lease, now, space,
-};
-use crate::host;
-use crate::kernel::{Group, IommuType};
-use crate::ledger::{self, Effect, GroupState, Lease, LeaseId, Refusal, Request, Space};
+use super::{Broker, Caller, Delivery, container_name, devices, event, no_such_lease, now};
+use crate::ledger::{self, Effect, GroupState, LeaseId, Refusal, Request, Space, Trust};
 use crate::policy::{Tenant, Verb};
-use crate::protocol::{Acquire, Acquired, DeviceSpec, Error, EventKind, FdKind, Handout};
-use std::collections::BTreeMap;
-use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::Instant;
+use crate::process::keeper::{
+    Deliver, LeaseRecord, LeasedDevice, LeasedGroup, Open, Opened, SharedContainer, Step, Undo,
+};
+use crate::protocol::{Acquire, Error, EventKind, Handout};
+use serde_json::{Map, Value, json};
+use std::os::fd::BorrowedFd;
+use std::rc::Rc;
+use tokio::time::Instant;
+
+/// Why nothing was reserved, and which lease has what was asked for.
+struct Refused {
+    error: Error,
+    holder: Option<LeaseId>,
+}
+
+impl<E: Into<Error>> From<E> for Refused {
+    fn from(error: E) -> Self {
+        Self { error: error.into(), holder: None }
+    }
+}
+
+/// What was opened for a lease, and the right to go on with its keeper.
+struct Ready {
+    turn: Turn,
+    opened: Opened,
+}
 
 impl Broker {
-    /// Gives devices to a new lease, or adds them to one; all or nothing.
+    /// Gives devices to a new lease, or adds them to one; all or nothing. The reply goes to `client`
+    /// by way of the lease's keeper.
     ///
     /// # Errors
-    /// Nothing was changed: what had been done is undone.
-    pub fn acquire(&self, caller: &Caller, request: &Acquire) -> Result<Grant, Error> {
-        self.acquire_while(caller, request, &|| true)
-    }
-
-    /// The same for a caller who may lose patience: what nobody waits for any more is undone.
-    ///
-    /// # Errors
-    /// As [`acquire`](Self::acquire).
-    pub fn acquire_while(
-        &self,
+    /// Nothing was changed: what had been done is undone, or will be when the kernel lets it.
+    pub async fn acquire(
+        self: &Rc<Self>,
         caller: &Caller,
+        client: BorrowedFd<'_>,
         request: &Acquire,
-        awaited: &dyn Fn() -> bool,
-    ) -> Result<Grant, Error> {
+    ) -> Result<Delivery, Error> {
+        let until = Instant::now() + self.deadline;
         let tenant = self.tenant(caller)?;
         self.policy.may(tenant, Verb::Acquire).ok()?;
-        match (&request.lease, &request.key) {
+        let known = match (&request.lease, &request.key) {
             (Some(lease), Some(key)) => {
                 let entry = self.authorize(caller, lease, key)?;
-                self.extend(caller, tenant, request, &entry, awaited)
+                self.check_own(tenant, &entry)?;
+                Some(entry)
             }
-            (None, None) => self.begin(caller, tenant, request, awaited),
-            _ => Err(Error::bad("lease", "lease and key come together")),
+            (None, None) => None,
+            _ => return Err(Error::bad("lease", "lease and key come together")),
+        };
+        let id = known.as_ref().map_or_else(new_lease_id, |entry| Ok(entry.id))?;
+        let (plan, chosen, effects) = self.reserve(caller, tenant, request, id, &known).await?;
+        let entry = match known {
+            Some(entry) => Ok(entry),
+            None => self.new_entry(id, tenant, &plan),
+        };
+        let entry = entry.inspect_err(|_| self.abort(id))?;
+        let call =
+            self.open_call(&entry, &plan, &chosen, effects).inspect_err(|_| self.abort(id))?;
+        let ready = self.open(&entry, call, until).await?;
+        self.hand_over(&entry, ready, client, &chosen, request.lease.is_none()).await
+    }
+
+    fn check_own(&self, tenant: &Tenant, entry: &Entry) -> Result<(), Error> {
+        if tenant.name == entry.tenant {
+            return Ok(());
+        }
+        Err(Error::Denied {
+            rule: "a lease is one tenant's".into(),
+            reason: format!("lease {} is another tenant's than the caller", entry.id),
+        })
+    }
+
+    /// Plans, and enters what was planned: from then on it is nobody else's. What is just being taken
+    /// back is waited for, and while anything changes the plan is made anew.
+    async fn reserve(
+        self: &Rc<Self>,
+        caller: &Caller,
+        tenant: &Tenant,
+        request: &Acquire,
+        id: LeaseId,
+        known: &Option<Rc<Entry>>,
+    ) -> Result<(Plan, Chosen, Vec<Effect>), Error> {
+        let until = Instant::now() + self.patience;
+        let mut asked = None;
+        loop {
+            let seen = self.generation.get();
+            let Refused { error, holder } =
+                match self.try_reserve(caller, tenant, request, id, known) {
+                    Ok(reserved) => return Ok(reserved),
+                    Err(refused) => refused,
+                };
+            let can_pass = match holder.filter(|_| holder != asked) {
+                // One that is gone may not have been noticed yet.
+                Some(holder) => {
+                    asked = Some(holder);
+                    self.has_let_go_of(holder).await
+                }
+                None => self.can_pass(&error, request) && self.changes(seen, until).await,
+            };
+            if !can_pass {
+                return Err(error);
+            }
         }
     }
 
-    fn begin(
+    fn try_reserve(
         &self,
         caller: &Caller,
         tenant: &Tenant,
         request: &Acquire,
-        awaited: &dyn Fn() -> bool,
-    ) -> Result<Grant, Error> {
-        let plan = self.plan_patiently(tenant, request, None)?;
-        let (id, at) = (new_lease_id()?, now());
-        let entry = Entry::new(id, &tenant.name, self.space(&plan), self.contested())?;
-        let (effects, chosen) = self.enter(caller, &entry, &plan, |chosen| {
-            Request::Acquire(ledger::Acquire {
+        id: LeaseId,
+        known: &Option<Rc<Entry>>,
+    ) -> Result<(Plan, Chosen, Vec<Effect>), Refused> {
+        let lease = match known {
+            Some(entry) => {
+                let lease = self.books().ledger.live(entry.id).cloned();
+                Some(lease.ok_or_else(|| no_such_lease(entry.id))?)
+            }
+            None => None,
+        };
+        let plan = self
+            .plan(tenant, request, lease.as_ref())
+            .map_err(|error| self.or_reclaiming(error))?;
+        self.look_for_proof(&tenant.name, |group| plan.concerns(group));
+        let mut books = self.books();
+        let chosen = self.choose(caller, &books, &plan, id, &tenant.name)?;
+        let kept = match plan.handout {
+            Handout::Iommufd => 1,
+            _ => chosen.groups.len() + 2, // a container and a lease pipe
+        };
+        self.check_kept(&books, &tenant.name, kept as u64)?;
+        let (groups, quota) = (chosen.groups.clone(), quota(&tenant.limits));
+        let asked = match known {
+            Some(_) => Request::Extend(ledger::Extend { lease: id, groups, quota }),
+            None => Request::Acquire(ledger::Acquire {
                 lease: id,
                 tenant: tenant.name.clone(),
                 vm: request.vm.clone(),
                 uid: caller.peer.uid,
                 pid: caller.peer.pid,
-                at,
+                at: now(),
                 handout: plan.handout,
                 space: plan.space.clone(),
-                groups: chosen.groups.clone(),
-                quota: quota(&tenant.limits),
-            })
-        })?;
-        let entry = Arc::new(entry);
-        self.carry_out(&entry, entry.files(), &effects, chosen, (EventKind::Acquired, awaited))
-    }
-
-    fn extend(
-        &self,
-        caller: &Caller,
-        tenant: &Tenant,
-        request: &Acquire,
-        entry: &Arc<Entry>,
-        awaited: &dyn Fn() -> bool,
-    ) -> Result<Grant, Error> {
-        if tenant.name != entry.tenant {
-            return Err(Error::Denied {
-                rule: "a lease is one tenant's".into(),
-                reason: format!("lease {} is another tenant's than the caller", entry.id),
-            });
+                groups,
+                quota,
+            }),
+        };
+        match books.ledger.apply(asked) {
+            Ok(effects) => Ok((plan, chosen, effects)),
+            Err(refusal) => {
+                let holder = match refusal {
+                    Refusal::Busy { holder, .. } => Some(holder),
+                    _ => None,
+                };
+                Err(Refused { error: self.refused(caller, &books, refusal), holder })
+            }
         }
-        let files = entry.files();
-        let lease = self.books().ledger.live(entry.id).cloned();
-        let lease = lease.ok_or_else(|| no_such_lease(entry.id))?;
-        let plan = self.plan_patiently(tenant, request, Some(&lease))?;
-        let (effects, chosen) = self.enter(caller, entry, &plan, |chosen| {
-            let (groups, quota) = (chosen.groups.clone(), quota(&tenant.limits));
-            Request::Extend(ledger::Extend { lease: entry.id, groups, quota })
-        })?;
-        self.carry_out(entry, files, &effects, chosen, (EventKind::Extended, awaited))
     }
 
-    /// A plan, also where a device is without a driver or without its own node just now because it is
-    /// being taken back.
-    fn plan_patiently(
-        &self,
-        tenant: &Tenant,
-        request: &Acquire,
-        lease: Option<&Lease>,
-    ) -> Result<Plan, Error> {
-        let deadline = Instant::now() + self.patience.iter().sum();
-        let mut seen_free = false;
-        loop {
-            let before = standing(&self.books());
-            let result = self.plan(tenant, request, lease);
-            let named = match &result {
-                Ok(plan) => plan.named_groups(),
-                Err(_) => self.named_groups(request)?,
-            };
-            let books = self.books();
-            let left = deadline.saturating_duration_since(Instant::now());
+    /// A device that is being taken back can be without a driver just now, or without its own node.
+    fn or_reclaiming(&self, error: Error) -> Error {
+        let Error::NotViable { group, blockers } = &error else { return error };
+        let books = self.books();
+        let (since, reason) = match books.ledger.group(*group).map(|group| &group.state) {
+            Some(GroupState::Quarantined { since, reason }) => (*since, reason.clone()),
+            Some(GroupState::Reclaiming { since }) => (*since, JUST_ENDED.into()),
+            _ => return error,
+        };
+        let device = blockers.first().map_or(format!("group {group}"), |b| b.bdf.clone());
+        Error::Quarantined { device, since, reason }
+    }
+
+    /// Whether an error may be another one, or none, as soon as what is being taken back is free.
+    fn can_pass(&self, error: &Error, request: &Acquire) -> bool {
+        let books = self.books();
+        match error {
+            Error::Quarantined { reason, .. } => reason == JUST_ENDED,
             // While it is bound again a device looks as if this host had no cdevs.
-            let doubtful =
-                matches!(result, Ok(_) | Err(Error::NotViable { .. } | Error::Unsupported { .. }));
-            let now = standing(&books);
-            if doubtful && !left.is_zero() {
-                if named.iter().any(|id| now.get(id) == Some(&Standing::Reclaiming)) {
-                    drop(self.changed.wait_timeout(books, left));
-                    continue;
-                }
-                // It came to an end while the machine was looked at.
-                if named.iter().any(|id| now.get(id) != before.get(id)) {
-                    continue;
-                }
+            Error::NotViable { .. } | Error::Unsupported { .. } => {
+                self.names_reclaimed(&books, request)
             }
-            let error = match result {
-                Err(error @ Error::NotViable { .. }) => error,
-                done => return done,
-            };
-            let Error::NotViable { group, blockers } = &error else { return Err(error) };
-            let (over, since, reason) = match books.ledger.group(*group).map(|group| &group.state) {
-                Some(GroupState::Quarantined { since, reason }) => (true, *since, reason.clone()),
-                Some(GroupState::Reclaiming { since }) => (false, *since, JUST_ENDED.into()),
-                // It may have come back between the two looks.
-                None if !seen_free => {
-                    seen_free = true;
-                    continue;
-                }
-                _ => return Err(error),
-            };
-            if over || left.is_zero() {
-                let device = blockers.first().map_or(format!("group {group}"), |b| b.bdf.clone());
-                return Err(Error::Quarantined { device, since, reason });
-            }
-            drop(self.changed.wait_timeout(books, left));
+            _ => false,
         }
     }
 
-    /// The groups of the devices that are named by their addresses.
-    fn named_groups(&self, request: &Acquire) -> Result<Vec<u32>, Error> {
+    /// Whether a device that is named by its address is just being taken back.
+    fn names_reclaimed(&self, books: &Books, request: &Acquire) -> bool {
         let all = request.devices.iter().chain(request.withhold.iter().flatten());
-        let mut groups = Vec::new();
-        for spec in all {
-            let DeviceSpec::Bdf { bdf } = spec else { continue };
-            if let host::Place::Group(id) = host::find(&*self.kernel, *bdf)? {
-                groups.push(id);
-            }
-        }
-        Ok(groups)
+        let named = |bdf: crate::protocol::Bdf| {
+            all.clone().any(
+                |spec| matches!(spec, crate::protocol::DeviceSpec::Bdf { bdf: b } if *b == bdf),
+            )
+        };
+        books.ledger.groups().any(|(_, group)| {
+            matches!(group.state, GroupState::Reclaiming { .. })
+                && group.members.iter().any(|member| named(member.bdf))
+        })
     }
 
-    fn space(&self, plan: &Plan) -> Option<Arc<space::Space>> {
-        match &plan.space {
-            Space::None => None,
-            Space::Own => Some(Arc::default()),
-            Space::Shared { name, .. } => Some(self.books().shared_space(name)),
-        }
+    fn abort(&self, id: LeaseId) {
+        // The ledger knows this lease and that it is being acquired; it can't refuse.
+        let _ = self.books().ledger.apply(Request::Abort { lease: id });
+        self.has_changed();
     }
 
-    /// Chooses the devices and enters them, in one go: from then on they are nobody else's.
-    fn enter(
+    /// A new lease's entry: with a keeper of its own, or that of its shared container.
+    fn new_entry(
+        self: &Rc<Self>,
+        id: LeaseId,
+        tenant: &Tenant,
+        plan: &Plan,
+    ) -> Result<Rc<Entry>, Error> {
+        let key = Key::new()?;
+        let keeper = match &plan.space {
+            Space::Shared { name, .. } => self.shared_keeper(name)?,
+            Space::None | Space::Own => self.start_keeper()?,
+        };
+        Ok(Rc::new(Entry::new(id, &tenant.name, key, keeper)))
+    }
+
+    fn shared_keeper(self: &Rc<Self>, container: &str) -> Result<Rc<KeeperHandle>, Error> {
+        let there = self.books().shared.get(container).and_then(std::rc::Weak::upgrade);
+        if let Some(keeper) = there {
+            return Ok(keeper);
+        }
+        let keeper = self.start_keeper()?;
+        self.books().shared.insert(container.to_owned(), Rc::downgrade(&keeper));
+        Ok(keeper)
+    }
+
+    fn open_call(
         &self,
-        caller: &Caller,
         entry: &Entry,
         plan: &Plan,
-        request: impl Fn(&Chosen) -> Request,
-    ) -> Result<(Vec<Effect>, Chosen), Error> {
-        self.look_for_proof(&entry.tenant, |group| plan.concerns(group));
-        let mut books = self.books();
-        // A VM that is started again finds its devices being taken back from its last run: that is
-        // over soon, one way or the other.
-        let deadline = Instant::now() + self.patience.iter().sum();
-        loop {
-            let chosen = self.choose(caller, &books, plan, entry)?;
-            let kept = match plan.handout {
-                Handout::Iommufd => 1,
-                _ => chosen.groups.len() + 2, // a container and a lease pipe
-            };
-            self.check_kept(&books, &entry.tenant, kept as u64)?;
-            let left = deadline.saturating_duration_since(Instant::now());
-            let refusal = match books.ledger.apply(request(&chosen)) {
-                Ok(effects) => return Ok((effects, chosen)),
-                Err(refusal) => refusal,
-            };
-            let soon = match refusal {
-                Refusal::NotYet { .. } => true,
-                Refusal::Busy { holder, .. } => books.is_abandoned(holder),
-                _ => false,
-            };
-            if !soon || left.is_zero() {
-                return Err(self.refused(caller, &books, refusal));
+        chosen: &Chosen,
+        effects: Vec<Effect>,
+    ) -> Result<Open, Error> {
+        let books = self.books();
+        let lease = books.ledger.lease(entry.id).ok_or_else(|| no_such_lease(entry.id))?;
+        let tenant = self.policy.tenants().iter().find(|tenant| tenant.name == entry.tenant);
+        let device = |handed: &ledger::Handed| LeasedDevice {
+            bdf: handed.bdf,
+            group: handed.group,
+            withheld: handed.withheld,
+        };
+        let container = match &lease.space {
+            Space::Shared { name, trust } => {
+                let (name, mutual) = (name.clone(), *trust == Trust::Mutual);
+                Some(SharedContainer { name, mutual })
             }
-            let waited = self.changed.wait_timeout(books, left);
-            books = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
+            Space::None | Space::Own => None,
+        };
+        let record = LeaseRecord {
+            lease: entry.id.to_string(),
+            key: entry.key.to_hex(),
+            tenant: entry.tenant.clone(),
+            people: self.policy.people(&entry.tenant).unwrap_or_default(),
+            vm: lease.vm.clone(),
+            uid: lease.uid,
+            pid: lease.pid,
+            since: lease.since,
+            handout: lease.handout,
+            container,
+            noiommu: lease.noiommu,
+            rebind: tenant.is_some_and(|tenant| tenant.rebind || tenant.managed),
+            devices: lease.devices.iter().chain(lease.adding()).map(device).collect(),
+        };
+        let is_new = |id: &u32| {
+            effects.iter().any(|effect| match effect {
+                Effect::OpenGroup(group) | Effect::CheckGroup(group) => group == id,
+                _ => false,
+            })
+        };
+        let group = |wanted: &ledger::WantedGroup| LeasedGroup {
+            id: wanted.id,
+            noiommu: wanted.noiommu,
+            members: wanted.members.iter().map(|member| (member.bdf, member.physfn)).collect(),
+        };
+        let fresh = chosen.groups.iter().filter(|wanted| is_new(&wanted.id)).map(group);
+        let delivered = matches!(plan.handout, Handout::Container | Handout::Group);
+        let delivered = chosen.groups.iter().map(|group| group.id).filter(|_| delivered);
+        Ok(Open {
+            record,
+            groups: fresh.collect(),
+            deliver_groups: delivered.collect(),
+            steps: effects.into_iter().filter_map(step).collect(),
+            names: chosen.names.clone(),
+        })
     }
 
-    fn carry_out(
-        &self,
-        entry: &Arc<Entry>,
-        mut files: MutexGuard<'_, Files>,
-        effects: &[Effect],
-        chosen: Chosen,
-        (kind, awaited): (EventKind, &dyn Fn() -> bool),
-    ) -> Result<Grant, Error> {
-        let (mut opened, mut before) = (Opened::default(), Before::new());
-        let done = self
-            .open(entry, &files, effects, &chosen, &mut opened)
-            .and_then(|()| if awaited() { Ok(()) } else { Err(too_late(entry.id)) })
-            .and_then(|()| self.remember(entry.id, &opened.registrations(&chosen)))
-            .map(|was| before = was)
-            .and_then(|()| self.hand_over(entry, &mut files, &chosen, &mut opened, kind));
-        if done.is_err() {
-            opened.undo(entry);
-            self.forget(before);
-            // The ledger knows this lease and that it is being acquired; it can't refuse.
-            let _ = self.books().ledger.apply(Request::Abort { lease: entry.id });
-        }
-        done
+    /// Has the keeper open it all. What is opened too late, or not whole, is undone.
+    async fn open(
+        self: &Rc<Self>,
+        entry: &Rc<Entry>,
+        call: Open,
+        until: Instant,
+    ) -> Result<Ready, Error> {
+        let (broker, keeper, id) = (Rc::clone(self), Rc::clone(entry), entry.id);
+        let object = call.record.devices.iter().map(|device| device.bdf.to_string());
+        let object = object.collect::<Vec<_>>().join(" ");
+        let devices = call.record.devices.clone();
+        let work = async move {
+            let done = match keeper.keeper.turn().await {
+                Some(mut turn) => turn.ask(&call, &[]).await.map(|opened| (turn, opened)),
+                None => Err(NotDone::Lost(crate::process::link::Lost::Closed)),
+            };
+            match done {
+                Ok((turn, opened)) => Ok(Ready { turn, opened }),
+                Err(why) => {
+                    let error = broker.not_done(why, &devices, "Acquire");
+                    broker.abort(id);
+                    Err(error)
+                }
+            }
+        };
+        let (broker, late) = (Rc::clone(self), entry.id);
+        let undo = move |ready: Ready| async move { broker.undo(late, ready.turn).await };
+        self.in_time(("Acquire", &object), until, work, undo).await
+    }
+
+    async fn undo(&self, id: LeaseId, mut turn: Turn) {
+        // Where it fails the keeper is gone, and what it had with it.
+        let _ = turn.ask(&Undo { lease: id.to_string() }, &[]).await;
+        self.abort(id);
     }
 
     /// Everything is open: what can still fail comes first, then the lease is its holder's.
-    fn hand_over(
-        &self,
-        entry: &Arc<Entry>,
-        files: &mut Files,
+    async fn hand_over(
+        self: &Rc<Self>,
+        entry: &Rc<Entry>,
+        ready: Ready,
+        client: BorrowedFd<'_>,
         chosen: &Chosen,
-        opened: &mut Opened,
-        kind: EventKind,
-    ) -> Result<Grant, Error> {
-        let lease = self.books().ledger.lease(entry.id).cloned();
-        let lease = lease.ok_or_else(|| no_such_lease(entry.id))?;
-        let mut fds = Vec::new();
-        if kind == EventKind::Acquired && gives_container(&lease) {
-            fds.extend(Named::container(&lease, entry).map(Named::copied).transpose()?);
-        }
-        if lease.handout == Handout::Container {
-            for wanted in &chosen.groups {
-                let fresh = opened.groups.iter().find(|(id, _)| *id == wanted.id);
-                let group = fresh.map(|(_, group)| group).or_else(|| files.group(wanted.id));
-                if let Some(group) = group {
-                    fds.push(Named::group(wanted.id, lifeline::copy(group)?));
-                }
+        is_new: bool,
+    ) -> Result<Delivery, Error> {
+        let Ready { mut turn, opened } = ready;
+        let committed = {
+            let mut books = self.books();
+            self.check_kept(&books, &entry.tenant, 1).and_then(|()| {
+                let commit = Request::Commit { lease: entry.id };
+                books.ledger.apply(commit).map_err(|_| no_such_lease(entry.id))?;
+                books.entries.insert(entry.id, Rc::clone(entry));
+                books.ledger.live(entry.id).cloned().ok_or_else(|| no_such_lease(entry.id))
+            })
+        };
+        let lease = match committed {
+            Ok(lease) => lease,
+            Err(error) => {
+                self.undo(entry.id, turn).await;
+                return Err(error);
+            }
+        };
+        let named = chosen.devices.iter().map(|(bdf, _)| bdf.to_string()).collect::<Vec<_>>();
+        let parameters = json!({
+            "lease": entry.id.to_string(),
+            "key": entry.key.to_hex(),
+            "tenant": lease.tenant,
+            "backend": lease.handout.backend(),
+            "handout": lease.handout,
+            "iommu": opened.iommu,
+            "container": container_name(&lease),
+            "devices": named,
+        });
+        let (lifeline, kept) = (true, None);
+        let deliver =
+            Deliver { lease: entry.id.to_string(), parameters: object(parameters), lifeline, kept };
+        match turn.ask(&deliver, &[client]).await {
+            Ok(delivered) => {
+                let kind = if is_new { EventKind::Acquired } else { EventKind::Extended };
+                self.tell(&event(kind, &lease, devices(&lease, false)));
+                self.learn(&entry.keeper, delivered.state);
+                Ok(delivered.whole.into())
+            }
+            Err(why) => {
+                self.retract(entry, chosen);
+                Err(self.not_done(why, &[], "Acquire"))
             }
         }
-        let is_shared = gives_container(&lease);
-        if let Some(space) = entry.space.as_ref().filter(|_| is_shared) {
-            space.share(&entry.contested)?;
-        }
-        let (theirs, lease) = self.open_lifeline(entry, |books| {
-            books.ledger.apply(Request::Commit { lease: entry.id })?;
-            books.entries.insert(entry.id, Arc::clone(entry));
-            books.ledger.live(entry.id).cloned().ok_or(Refusal::NoSuchLease(entry.id))
-        })?;
-        if lease.handout == Handout::Group {
-            let groups = opened.groups.drain(..);
-            fds.extend(groups.map(|(id, group)| Named::group(id, group.into())));
-        }
-        let kept = |group: Group| match is_shared {
-            true => group.through(&entry.contested),
-            false => group,
+    }
+
+    /// The keeper has undone it already.
+    fn retract(&self, entry: &Entry, chosen: &Chosen) {
+        let mut books = self.books();
+        let known = |id: u32| {
+            books.ledger.group(id).is_some_and(|group| {
+                let others = books.ledger.live(group.lease).map(|lease| lease.devices.clone());
+                let given = |bdf| {
+                    chosen
+                        .groups
+                        .iter()
+                        .any(|g| g.devices.contains(&bdf) || g.withhold.contains(&bdf))
+                };
+                others.is_some_and(|all| all.iter().any(|h| h.group == id && !given(h.bdf)))
+            })
         };
-        files.groups.extend(opened.groups.drain(..).map(|(id, group)| (id, Arc::new(kept(group)))));
-        files.names.extend(chosen.names.clone());
-        let given = opened.devices.drain(..);
-        fds.extend(given.map(|(bdf, device)| Named::device(bdf, device.into())));
-        fds.extend(opened.iommufd.take().map(Named::iommufd));
-        for (bdf, cdev) in opened.cdevs.drain(..) {
-            files.registrations.insert(bdf, cdev.registration);
-            fds.push(Named::cdev(bdf, cdev));
+        let groups = chosen.groups.iter().map(|group| group.id).filter(|id| !known(*id)).collect();
+        let devices = chosen.groups.iter().flat_map(|g| g.devices.iter().chain(&g.withhold));
+        let devices = devices.copied().collect();
+        let _ = books.ledger.apply(Request::Retract { lease: entry.id, devices, groups });
+        if books.ledger.lease(entry.id).is_none() {
+            books.entries.remove(&entry.id);
         }
-        fds.push(Named { kind: FdKind::Lease, name: String::new(), fd: theirs });
-        self.tell(&event(kind, &lease, devices(&lease, false)));
-        let (described, fds) = list(fds);
-        let reply = Acquired {
-            lease: entry.id.to_string(),
-            key: entry.key.to_hex(),
-            tenant: lease.tenant.clone(),
-            backend: lease.handout.backend(),
-            handout: lease.handout,
-            iommu: entry.space.as_ref().map_or("none", |space| iommu_name(space.iommu())).into(),
-            container: container_name(&lease),
-            devices: chosen.devices.iter().map(|(bdf, _)| bdf.to_string()).collect(),
-            fds: described,
-        };
-        Ok(Grant { reply, fds })
+        drop(books);
+        self.has_changed();
     }
 }
 
-/// How a group that is not free stands, as far as that says whether what is seen of its devices can be
-/// relied on.
-#[derive(PartialEq, Eq)]
-enum Standing {
-    Reclaiming,
-    Of(LeaseId),
+fn step(effect: Effect) -> Option<Step> {
+    Some(match effect {
+        Effect::OpenSpace => Step::OpenContainer,
+        Effect::OpenGroup(id) => Step::OpenGroup(id),
+        Effect::Attach(id) => Step::Attach(id),
+        Effect::OpenDevice(id, bdf) => Step::OpenDevice(id, bdf),
+        Effect::OpenIommufd => Step::OpenIommufd,
+        Effect::CheckGroup(id) => Step::CheckGroup(id),
+        Effect::OpenCdev(id, bdf) => Step::OpenCdev(id, bdf),
+        Effect::Map { .. } | Effect::Unmap { .. } => return None,
+    })
 }
 
-fn standing(books: &Books) -> BTreeMap<u32, Standing> {
-    let of = |group: &ledger::Group| match group.state {
-        GroupState::Reclaiming { .. } => Standing::Reclaiming,
-        _ => Standing::Of(group.lease),
-    };
-    books.ledger.groups().map(|(id, group)| (id, of(group))).collect()
-}
-
-/// Told to nobody: whoever asked has left.
-fn too_late(id: LeaseId) -> Error {
-    Error::Conflict { what: id.to_string(), why: "nobody waits for its devices any more".into() }
-}
-
-fn iommu_name(kind: Option<IommuType>) -> &'static str {
-    match kind {
-        Some(IommuType::Type1) => "type1",
-        Some(IommuType::Type1v2) => "type1v2",
-        Some(IommuType::NoIommu) => "noiommu",
-        Some(IommuType::Other(_)) => "other",
-        None => "none",
+/// The fields of a JSON object.
+pub(super) fn object(value: Value) -> Map<String, Value> {
+    match value {
+        Value::Object(fields) => fields,
+        _ => Map::new(),
     }
 }

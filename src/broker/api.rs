@@ -1,10 +1,9 @@
 //! What the broker takes from and gives to the daemon.
 
-use crate::kernel::{Container, Group, Kernel};
 use crate::policy::Peer;
-use crate::protocol::{Acquired, Event};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use crate::process::keeper::Saved;
+use crate::protocol::Event;
+use std::os::fd::OwnedFd;
 
 /// Who calls: what the kernel says of the peer, never what it says of itself.
 #[derive(Clone, Debug)]
@@ -13,85 +12,57 @@ pub struct Caller {
     pub peer: Peer,
 }
 
-/// What an Acquire gave.
-#[derive(Debug)]
-pub struct Grant {
-    /// The reply; its `fds` describe the open files beside it.
-    pub reply: Acquired,
-    /// The open files, in the reply's order. The lease's lifeline is among them: a grant that
-    /// can't be delivered is undone by dropping it.
-    pub fds: Vec<OwnedFd>,
+/// What became of a reply that a keeper sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a connection that was sent half a reply is of no more use"]
+pub enum Delivery {
+    /// All of it went.
+    Whole,
+    /// Its first part did, with the open files.
+    Part,
 }
 
-/// An open file to be sent: the broker's own one, which it goes on keeping, or one made for this.
-#[derive(Debug)]
-pub enum SentFd {
-    /// What the groups of the lease are attached to.
-    Container(Arc<Container>),
-    /// A group of the lease.
-    Group(Arc<Group>),
-    /// One made for this: a copy, or a lease pipe's read end.
-    Made(OwnedFd),
-}
-
-impl AsFd for SentFd {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Container(container) => container.as_fd(),
-            Self::Group(group) => group.as_fd(),
-            Self::Made(fd) => fd.as_fd(),
-        }
-    }
-}
-
-impl From<OwnedFd> for SentFd {
-    fn from(fd: OwnedFd) -> Self {
-        Self::Made(fd)
-    }
-}
-
-/// One lease pipe. A lease can have several; it ends when all have hung up.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct LifelineId(pub(crate) u64);
-
-/// A lease whose last lifeline hung up: its devices are to be reclaimed.
-#[derive(Debug, PartialEq, Eq)]
-#[must_use = "give it to Broker::reclaim on a worker"]
-pub struct Ended(pub(crate) crate::ledger::LeaseId);
-
-/// What the broker tells the daemon, on the thread that made the call. It must not block and must
-/// not call the broker, which may hold the lease's lock.
-pub trait Observer: Send + Sync {
-    /// A lease pipe has been made: watch this write end for EPOLLERR, then call
-    /// [`Broker::hung_up`](super::Broker::hung_up).
-    fn lifeline_opened(&self, id: LifelineId, write_end: Arc<OwnedFd>);
-
-    /// The broker is done with it. The holder sees the end of the lease only when the observer has
-    /// dropped its reference to the write end, so it does that at once.
-    fn lifeline_closed(&self, id: LifelineId);
-
+/// What the broker tells the daemon. It must not call the broker.
+pub trait Observer {
     /// Something happened to a lease, for Watch. Who may know is what
     /// [`Broker::may_see`](super::Broker::may_see) says.
     fn event(&self, event: &Event);
 }
 
-/// Gives each lease a kernel for what its holder can have open too: a container that it was given, and
-/// its groups.
-///
-/// A holder can keep a call on these from ever returning, and nothing can interrupt it. A kernel of
-/// this kind makes the calls where that holds up nobody. It answers with ETIMEDOUT where one takes too
-/// long, and to all that follow until that one has come to its end.
-pub trait Contested: Send + Sync {
-    /// The kernel of one more lease.
-    fn kernel(&self) -> Arc<dyn Kernel>;
+impl Observer for () {
+    fn event(&self, _: &Event) {}
 }
 
-/// An observer that takes no interest; leases then end by Release alone.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Nobody;
+/// The processes that have address spaces open. None of these calls waits for one of them.
+pub trait Keepers {
+    /// Starts one under a name of its own; returns the link to ask it on, and the one to watch it on.
+    ///
+    /// # Errors
+    /// What the start says: EAGAIN no more processes, EMFILE no more files.
+    fn start(&self, name: &str) -> std::io::Result<[OwnedFd; 2]>;
 
-impl Observer for Nobody {
-    fn lifeline_opened(&self, _: LifelineId, _: Arc<OwnedFd>) {}
-    fn lifeline_closed(&self, _: LifelineId) {}
-    fn event(&self, _: &Event) {}
+    /// Two new links to one that is there. That they are made proves no life.
+    ///
+    /// # Errors
+    /// ENOENT, ECONNREFUSED where nobody listens.
+    fn connect(&self, name: &str) -> std::io::Result<[OwnedFd; 2]>;
+
+    /// Whether one of this name has something to be known, living or dead.
+    fn exists(&self, name: &str) -> bool;
+
+    /// Whether its process has its files still, whatever state it is in.
+    fn has_files(&self, name: &str) -> bool;
+
+    /// Starts one that takes back what a dead one of this name has left.
+    ///
+    /// # Errors
+    /// What the start says.
+    fn salvage(&self, name: &str) -> std::io::Result<()>;
+
+    /// The names of all that are there, each with what it last wrote down; what can't be relied on
+    /// with the reason.
+    ///
+    /// # Errors
+    /// What reading their directory says.
+    fn all(&self) -> std::io::Result<Vec<(String, Result<Saved, String>)>>;
 }

@@ -5,7 +5,7 @@ use super::{Broker, Caller, said};
 use crate::ledger::{Lease, LeaseId, Quota, Refusal};
 use crate::policy::{Limits, Tenant, Verb};
 use crate::protocol::{Error, Holder};
-use std::sync::Arc;
+use std::rc::Rc;
 
 /// Why something is not to be had that is just being taken back.
 pub(super) const JUST_ENDED: &str = "its last lease has just ended and the kernel is being asked";
@@ -24,12 +24,12 @@ impl Broker {
         caller: &Caller,
         lease: &str,
         key: &str,
-    ) -> Result<Arc<Entry>, Error> {
+    ) -> Result<Rc<Entry>, Error> {
         let refused = || Error::NoSuchLease { lease: said(lease) };
         let id: LeaseId = lease.parse().map_err(|_| refused())?;
         let entry = {
             let books = self.books();
-            books.ledger.live(id).and(books.entries.get(&id)).map(Arc::clone).ok_or_else(refused)?
+            books.ledger.live(id).and(books.entries.get(&id)).map(Rc::clone).ok_or_else(refused)?
         };
         let allowed = match key {
             "" => self.manages(caller, &entry.tenant),

@@ -1,78 +1,104 @@
-//! MapDma and UnmapDma: mappings that the broker makes for a lease.
+//! MapDma and UnmapDma: mappings that a lease's keeper makes for it.
 
 use super::authority::quota;
 use super::books::Entry;
-use super::hint::system;
-use super::memory::{Memory, page_size};
-use super::space::Space;
 use super::{Broker, Caller, no_such_lease};
-use crate::kernel::{Container, DmaMap, IommuInfo, Mapped, Unmap};
-use crate::ledger::{Effect, Lease, Request, Space as Kind};
+use crate::ledger::{Effect, Lease, LeaseId, Request, Space as Kind};
+use crate::process::keeper;
 use crate::protocol::{Empty, Error, Handout, MapDma, UnmapDma, Unmapped};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use tokio::time::Instant;
 
 impl Broker {
-    /// Maps memory for a lease. Closes `memory`, which can block too.
+    /// Maps memory for a lease.
     ///
     /// # Errors
-    /// Nothing is mapped then.
-    pub fn map_dma(
-        &self,
+    /// Nothing is mapped then, or will be when the kernel lets it.
+    pub async fn map_dma(
+        self: &Rc<Self>,
         caller: &Caller,
         request: &MapDma,
-        memory: OwnedFd,
+        memory: impl AsFd + 'static,
     ) -> Result<Empty, Error> {
+        let until = Instant::now() + self.deadline;
         let entry = self.authorize(caller, &request.lease, &request.key)?;
         check_numbers(request)?;
-        let memory = Memory::check(memory)?;
-        memory.check_range(request.offset, request.size)?;
-        let _files = entry.files();
-        let space = self.own_space(&entry)?;
-        let (Some(container), Some(info)) = (space.container(), space.info()?) else {
-            return Err(no_such_lease(entry.id));
+        self.check_maps(&entry)?;
+        let MapDma { iova, size, read, write, offset, .. } = *request;
+        let quota = quota(&self.limits_of(&entry.tenant));
+        let mut turn = entry.keeper.turn_until("MapDma", until).await?;
+        self.enter_mapping(caller, Request::Map { lease: entry.id, iova, size, quota })?;
+        let (broker, id) = (Rc::clone(self), entry.id);
+        let call = keeper::Map { lease: id.to_string(), iova, size, read, write, offset };
+        let work = async move {
+            let done = turn.ask(&call, &[memory.as_fd()]).await;
+            broker.report(Request::MapDone { lease: id, iova, made: done.is_ok() });
+            done.map_err(|why| broker.not_done(why, &[], "MapDma"))?;
+            Ok(turn)
         };
-        check_iommu(request, &info)?;
-        let MapDma { iova, size, .. } = *request;
-        self.enter_mapping(
-            caller,
-            Request::Map {
-                lease: entry.id,
-                iova,
-                size,
-                quota: quota(&self.limits_of(&entry.tenant)),
-            },
-        )?;
-        let done = map(&container, request, &memory);
-        let report = Request::MapDone { lease: entry.id, iova, made: done.is_ok() };
-        // A report on what is in the ledger; it can't refuse.
-        let _ = self.books().ledger.apply(report);
-        done.map(|()| Empty {})
+        let broker = Rc::clone(self);
+        let late = move |turn| async move {
+            // It can only fail if the mapping is gone already, with its lease.
+            let _ = broker.unmap_range(id, iova, size, turn).await;
+        };
+        self.in_time(("MapDma", &request.lease), until, work, late).await?;
+        Ok(Empty {})
     }
 
     /// Takes a lease's mappings back, whole ones only.
     ///
     /// # Errors
     /// Where the kernel fails on one of several, the others are gone all the same.
-    pub fn unmap_dma(&self, caller: &Caller, request: &UnmapDma) -> Result<Unmapped, Error> {
+    pub async fn unmap_dma(
+        self: &Rc<Self>,
+        caller: &Caller,
+        request: &UnmapDma,
+    ) -> Result<Unmapped, Error> {
+        let until = Instant::now() + self.deadline;
         let entry = self.authorize(caller, &request.lease, &request.key)?;
-        let _files = entry.files();
-        let container = self.own_space(&entry)?.container();
-        let container = container.ok_or_else(|| no_such_lease(entry.id))?;
+        self.check_maps(&entry)?;
         let UnmapDma { iova, size, .. } = *request;
-        let request = Request::Unmap { lease: entry.id, iova, size };
-        let effects = self.enter_mapping(caller, request)?;
+        let turn = entry.keeper.turn_until("UnmapDma", until).await?;
+        let effects = self.enter_mapping(caller, Request::Unmap { lease: entry.id, iova, size })?;
+        let (broker, id) = (Rc::clone(self), entry.id);
+        let work = async move { broker.unmap_each(id, effects, turn).await };
+        let done = self.in_time(("UnmapDma", &request.lease), until, work, |_| async {}).await?;
+        Ok(Unmapped { unmapped: done })
+    }
+
+    async fn unmap_range(
+        &self,
+        id: LeaseId,
+        iova: u64,
+        size: u64,
+        turn: super::keeper::Turn,
+    ) -> Result<u64, Error> {
+        let effects = self.books().ledger.apply(Request::Unmap { lease: id, iova, size });
+        self.unmap_each(id, effects.unwrap_or_default(), turn).await
+    }
+
+    async fn unmap_each(
+        &self,
+        id: LeaseId,
+        effects: Vec<Effect>,
+        mut turn: super::keeper::Turn,
+    ) -> Result<u64, Error> {
         let (mut unmapped, mut failed) = (0, None);
         for effect in effects {
             let Effect::Unmap { iova, size } = effect else { continue };
-            let done = container.unmap(&Unmap { flags: 0, iova, size });
-            let report = Request::UnmapDone { lease: entry.id, iova, gone: done.is_ok() };
-            let _ = self.books().ledger.apply(report);
+            let call = keeper::Unmap { lease: id.to_string(), iova, size };
+            let done = turn.ask(&call, &[]).await;
+            self.report(Request::UnmapDone { lease: id, iova, gone: done.is_ok() });
             match done {
-                Ok(bytes) => unmapped += bytes,
+                Ok(done) => unmapped += done.unmapped,
                 Err(error) => drop(failed.get_or_insert(error)),
             }
         }
-        failed.map_or(Ok(Unmapped { unmapped }), |error| Err(error.into()))
+        match failed {
+            None => Ok(unmapped),
+            Some(why) => Err(self.not_done(why, &[], "UnmapDma")),
+        }
     }
 
     fn enter_mapping(&self, caller: &Caller, request: Request) -> Result<Vec<Effect>, Error> {
@@ -80,14 +106,11 @@ impl Broker {
         books.ledger.apply(request).map_err(|refusal| self.refused(caller, &books, refusal))
     }
 
-    /// The address space of a lease, if the broker maps in it.
-    fn own_space<'a>(&self, entry: &'a Entry) -> Result<&'a Space, Error> {
+    /// Whether the lease's keeper maps for it.
+    fn check_maps(&self, entry: &Entry) -> Result<(), Error> {
         let lease = self.books().ledger.live(entry.id).cloned();
         let lease = lease.ok_or_else(|| no_such_lease(entry.id))?;
-        if let Some(error) = holder_maps(&lease) {
-            return Err(error);
-        }
-        entry.space.as_deref().ok_or_else(|| no_such_lease(entry.id))
+        holder_maps(&lease).map_or(Ok(()), Err)
     }
 }
 
@@ -120,38 +143,5 @@ fn check_numbers(request: &MapDma) -> Result<(), Error> {
     if iova.checked_add(size - 1).is_none() {
         return Err(Error::bad("iova", "iova and size together pass 2^64"));
     }
-    Ok(())
-}
-
-/// Against what the IOMMU says of itself, so that the answer can be better than EINVAL.
-fn check_iommu(request: &MapDma, info: &IommuInfo) -> Result<(), Error> {
-    let MapDma { iova, size, .. } = *request;
-    let smallest = 1u64.checked_shl(info.pgsizes.trailing_zeros()).unwrap_or_else(page_size);
-    for (field, value) in [("iova", iova), ("size", size)] {
-        if value % smallest != 0 {
-            let reason = format!("0x{value:x} is no multiple of the IOMMU's page, 0x{smallest:x}");
-            return Err(Error::bad(field, reason));
-        }
-    }
-    let last = iova + (size - 1);
-    let ranges = &info.iova_ranges;
-    if !ranges.is_empty() && !ranges.iter().any(|r| r.start <= iova && last <= r.end) {
-        let each = ranges.iter().map(|r| format!("0x{:x}-0x{:x}", r.start, r.end));
-        let each = each.collect::<Vec<_>>().join(", ");
-        let reason = format!("0x{iova:x}-0x{last:x} is not within what can be mapped: {each}");
-        return Err(Error::bad("iova", reason));
-    }
-    Ok(())
-}
-
-/// Pins the memory. The broker's own mapping of it is needed only while the kernel does that.
-fn map(container: &Container, request: &MapDma, memory: &Memory) -> Result<(), Error> {
-    let MapDma { iova, size, read, write, offset, .. } = *request;
-    let len = usize::try_from(size).map_err(|_| Error::bad("size", "is too large"))?;
-    let mapped = Mapped::file(memory.fd.as_fd(), offset, len, write)
-        .map_err(|errno| system("mmap", "memory", errno))?;
-    let flags = [(read, DmaMap::READ), (write, DmaMap::WRITE)];
-    let flags = flags.iter().filter(|(on, _)| *on).fold(0, |sum, (_, flag)| sum | flag);
-    container.map(&DmaMap { flags, vaddr: mapped.vaddr(), iova, size })?;
     Ok(())
 }

@@ -2,11 +2,10 @@
 //! space.
 
 use super::{Broker, lacks};
-use crate::kernel::{Container, Iommufd};
+use crate::kernel::{self, Node};
 use crate::ledger::{Lease, Space, Trust};
 use crate::policy::{self, Tenant};
 use crate::protocol::{Acquire, Backend, Bdf, Error, Handout};
-use std::sync::Arc;
 
 /// What the devices that are asked for have to do with it.
 pub(super) struct Given {
@@ -88,15 +87,18 @@ impl Broker {
 
     /// Whether the host can do it; an [`Error::Unsupported`] names what it lacks.
     fn can(&self, backend: Backend, given: &Given) -> Result<(), Error> {
-        match backend {
-            Backend::Type1 => match Container::open(Arc::clone(&self.kernel)) {
-                Ok(_) => Ok(()),
-                Err(error) => Err(lacks::type1(error)),
-            },
-            Backend::Iommufd => {
-                Iommufd::open(Arc::clone(&self.kernel)).map_err(lacks::iommufd)?;
-                given.without_cdev.map_or(Ok(()), |bdf| Err(lacks::cdev(bdf)))
-            }
+        let node = match backend {
+            Backend::Type1 => Node::Container,
+            Backend::Iommufd => Node::Iommu,
+        };
+        if let Err(errno) = self.kernel.open(&node) {
+            let object = node.to_string();
+            return Err(lacks::node(&object, errno)
+                .unwrap_or_else(|| kernel::Error::new("open", object, errno).into()));
+        }
+        match (backend, given.without_cdev) {
+            (Backend::Iommufd, Some(bdf)) => Err(lacks::cdev(bdf)),
+            _ => Ok(()),
         }
     }
 }
@@ -126,12 +128,6 @@ fn agree(request: &Acquire, given: &Given) -> Result<(), Error> {
         return Err(Error::Unsupported { what: "backend iommufd".into(), why: why.into() });
     }
     Ok(())
-}
-
-/// Whether the holder gets the container itself.
-pub(super) fn gives_container(lease: &Lease) -> bool {
-    let mutual = matches!(lease.space, Space::Shared { trust: Trust::Mutual, .. });
-    lease.handout == Handout::Container || mutual
 }
 
 /// What is added to a lease comes in the lease's own form; naming another one is a mistake that is

@@ -1,31 +1,133 @@
 //! Failed kernel calls as the client is told of them: with what to do next.
 
+use super::keeper::NotDone;
+use super::{Broker, lacks};
+use crate::host;
 use crate::kernel;
-use crate::protocol::Error;
+use crate::process::keeper::{Failure, LeasedDevice};
+use crate::protocol::{Error, Holder};
 use nix::errno::Errno;
+use tracing::warn;
 
 impl From<kernel::Error> for Error {
     fn from(error: kernel::Error) -> Self {
-        let mut hint = hint(&error);
         let kernel::Error { call, object, errno, note } = error;
-        if let Some(note) = note {
-            hint = format!("{note}; {hint}");
-        }
-        let (errno, name) = (errno as i32, format!("{errno:?}"));
-        Self::Kernel { call: call.into(), object, errno, name, hint }
+        failed(call, &object, errno, note.as_deref())
     }
 }
 
-/// An error of a system call of ours that is not about VFIO.
-pub(super) fn system(call: &'static str, object: &str, errno: Errno) -> Error {
-    kernel::Error::new(call, object, errno).into()
+fn failed(call: &str, object: &str, errno: Errno, note: Option<&str>) -> Error {
+    let mut hint = hint(call, object, errno);
+    if let Some(note) = note {
+        hint = format!("{note}; {hint}");
+    }
+    let (call, object, name) = (call.into(), object.into(), format!("{errno:?}"));
+    Error::Kernel { call, object, errno: errno as i32, name, hint }
+}
+
+/// A keeper has not come back from a call.
+pub(super) fn no_answer(call: &str, object: &str) -> Error {
+    let hint = "the kernel has not answered in time; what it still does is undone when it is done: try \
+                again later";
+    let (call, object, name) = (call.into(), object.into(), "ETIMEDOUT".into());
+    Error::Kernel { call, object, errno: Errno::ETIMEDOUT as i32, name, hint: hint.into() }
+}
+
+/// A keeper has ended under a call.
+pub(super) fn keeper_lost(object: &str) -> Error {
+    let hint = "the process that has it open has ended; what it had is being taken back: see the log of \
+                vfio-brokerd";
+    let (call, object, name) = ("keeper".into(), object.into(), "EIO".into());
+    Error::Kernel { call, object, errno: Errno::EIO as i32, name, hint: hint.into() }
+}
+
+impl Broker {
+    /// Why a keeper did not do what was asked of it for these devices.
+    pub(super) fn not_done(&self, why: NotDone, devices: &[LeasedDevice], call: &str) -> Error {
+        let failure = match why {
+            NotDone::Failed(failure) => failure,
+            NotDone::Lost(lost) => {
+                warn!(%lost, call, "a keeper has ended under a call");
+                return keeper_lost(call);
+            }
+        };
+        match failure {
+            Failure::Kernel { call, object, errno, note } => {
+                let errno = Errno::from_raw(errno);
+                match self.last_by_iommufd(&call, &object, errno, devices) {
+                    Some(error) => error,
+                    None => lacks::node(&object, errno)
+                        .unwrap_or_else(|| failed(&call, &object, errno, note.as_deref())),
+                }
+            }
+            Failure::NotViable(id) => match host::Group::scan(&*self.kernel, id) {
+                Ok(group) => {
+                    let blockers = group.map_or(Vec::new(), |group| group.blockers(|_| false));
+                    Error::NotViable { group: id, blockers }
+                }
+                Err(error) => error.into(),
+            },
+            Failure::Owned(id) => Error::Conflict {
+                what: format!("group {id}"),
+                why:
+                    "the kernel calls it not viable although no driver of the host has a device of \
+                      it: something else owns its DMA"
+                        .into(),
+            },
+            Failure::NoCdev(bdf) => lacks::cdev(bdf),
+            Failure::NoIommuDriver { noiommu } => Error::Unsupported {
+                what: if noiommu { "no-IOMMU" } else { "type1" }.into(),
+                why:
+                    "the kernel has no such IOMMU driver for VFIO: modprobe vfio_iommu_type1 (for \
+                      no-IOMMU, vfio.enable_unsafe_noiommu_mode=1)"
+                        .into(),
+            },
+            Failure::Moved { what, why } => Error::Conflict { what, why },
+            Failure::Bad { field, reason } => Error::BadRequest { field, reason },
+            Failure::NotDelivered(errno) => {
+                failed("sendmsg", "the client's socket", Errno::from_raw(errno), None)
+            }
+            Failure::NoSuchLease => Error::Conflict {
+                what: call.into(),
+                why: "its lease has just ended, or another call on it is under way".into(),
+            },
+        }
+    }
+
+    /// EBUSY of a group that nobody has: it is whoever had it last by iommufd, if there is one.
+    fn last_by_iommufd(
+        &self,
+        call: &str,
+        object: &str,
+        errno: Errno,
+        devices: &[LeasedDevice],
+    ) -> Option<Error> {
+        let id = object.strip_prefix("/dev/vfio/")?.trim_start_matches("noiommu-").parse().ok()?;
+        if (call, errno) != ("open", Errno::EBUSY) {
+            return None;
+        }
+        let books = self.books();
+        let last = books.ledger.unproved_group(id)?;
+        let device = devices.iter().find(|device| device.group == id);
+        // Only the tenant that had it gets here.
+        Some(Error::Busy {
+            device: device.map_or(format!("group {id}"), |device| device.bdf.to_string()),
+            holder: Some(Holder {
+                lease: last.lease.to_string(),
+                vm: last.vm.clone(),
+                tenant: last.tenant.clone(),
+                uid: last.uid,
+                pid: last.pid,
+            }),
+            since: Some(last.since),
+        })
+    }
 }
 
 /// What to do about it; the errno alone says too little.
-fn hint(error: &kernel::Error) -> String {
-    let object = &error.object;
+fn hint(call: &str, object: &str, errno: Errno) -> String {
     let group = object.starts_with("/dev/vfio/") && object != "/dev/vfio/vfio";
-    match (error.call, error.errno) {
+    match (call, errno) {
         (_, Errno::EMFILE | Errno::ENFILE) => {
             "the broker has no open files left: raise LimitNOFILE= of its service".into()
         }

@@ -18,6 +18,13 @@ impl Key {
         random().map(Self)
     }
 
+    /// The key that is written so, if it is one.
+    pub(super) fn from_hex(text: &str) -> Option<Self> {
+        let digits = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let number = u128::from_str_radix(text, 16).ok().filter(|_| digits)?;
+        Some(Self(number.to_be_bytes()))
+    }
+
     /// As it is told to the holder: 32 hexadecimal digits.
     pub(super) fn to_hex(&self) -> String {
         self.0.iter().map(|byte| format!("{byte:02x}")).collect()

@@ -1,110 +1,85 @@
-//! Carries the ledger's decisions out on a kernel and puts back what failed half way. The only
-//! writer of the ledger.
+//! Decides who gets what, and has keepers carry it out. The only writer of the ledger.
 //!
-//! Three kinds of locks, always taken in this order: a lease's files, then its address space,
-//! then the books. The first two are held through kernel calls and only by calls on the same lease
-//! or container; the books never are, so nobody waits there for a kernel. Beside them is the lock of
-//! the record of what was given ([`given`]), under which no other one is taken.
+//! One thread, no lock, no device open: whatever can hang in the kernel is a keeper's to do, and waited
+//! for with a deadline. The books are never borrowed across an await.
 
 mod acquire;
+mod adopt;
 mod api;
 mod authority;
 mod books;
-mod cdev;
 mod dma;
+mod ending;
 mod fds;
 mod form;
-mod given;
 mod hint;
+mod keeper;
 mod key;
 mod lacks;
-mod lifeline;
 mod lists;
 mod memlock;
-mod memory;
-mod open;
 mod plan;
-mod rebind;
-mod reclaim;
-mod space;
+mod proof;
 
-pub use api::{Caller, Contested, Ended, Grant, LifelineId, Nobody, Observer, SentFd};
-pub use given::{Given, Record};
-pub use memory::check_memory;
-pub use rebind::Rebinder;
+pub use api::{Caller, Delivery, Keepers, Observer};
 
 use crate::kernel::Kernel;
 use crate::ledger::{Lease, LeaseId};
 use crate::policy::Policy;
 use crate::protocol::{Event, EventKind};
 use books::Books;
-use given::AllGiven;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::cell::{Cell, RefCell, RefMut};
+use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::Notify;
+use tokio::time::{Instant, timeout_at};
 
-/// How long a reclaim waits for what is still open, in steps: a process that is killed closes its
-/// files one after the other, the lease pipe may be the first of them, and closing a device resets
-/// it. A second in all.
-const PATIENCE: [Duration; 10] = {
-    let ms = Duration::from_millis;
-    [ms(1), ms(2), ms(4), ms(8), ms(16), ms(32), ms(64), ms(128), ms(256), ms(512)]
-};
+/// What a broker is made of.
+pub struct Parts {
+    /// Whose sysfs is read.
+    pub kernel: Arc<dyn Kernel>,
+    /// Who may have what.
+    pub policy: Arc<Policy>,
+    /// Who is told of leases.
+    pub observer: Rc<dyn Observer>,
+    /// The processes that have address spaces open.
+    pub keepers: Box<dyn Keepers>,
+    /// How long an Acquire waits for what is just being taken back.
+    pub patience: Duration,
+    /// How long a keeper is waited for.
+    pub deadline: Duration,
+}
 
-/// The broker. Every call may block in the kernel unless it says otherwise.
+/// The broker. Lives on one thread, within a [`LocalSet`](tokio::task::LocalSet).
 pub struct Broker {
     kernel: Arc<dyn Kernel>,
     policy: Arc<Policy>,
-    observer: Arc<dyn Observer>,
-    patience: Vec<Duration>,
-    rebinder: OnceLock<Arc<dyn Rebinder>>,
-    contested: OnceLock<Box<dyn Contested>>,
-    given: Mutex<AllGiven>,
-    books: Mutex<Books>,
-    /// Something has been reclaimed, or can't be yet.
-    changed: Condvar,
+    observer: Rc<dyn Observer>,
+    keepers: Box<dyn Keepers>,
+    patience: Duration,
+    deadline: Duration,
+    books: RefCell<Books>,
+    /// Grows with each change of the books.
+    generation: Cell<u64>,
+    changed: Notify,
 }
 
 impl Broker {
     /// A broker with no leases.
-    pub fn new(
-        kernel: Arc<dyn Kernel>,
-        policy: Arc<Policy>,
-        observer: Arc<dyn Observer>,
-    ) -> Arc<Self> {
-        Self::with_patience(kernel, policy, observer, PATIENCE.to_vec())
-    }
-
-    /// A broker whose reclaims wait this long between their attempts before they call a group
-    /// quarantined.
-    pub fn with_patience(
-        kernel: Arc<dyn Kernel>,
-        policy: Arc<Policy>,
-        observer: Arc<dyn Observer>,
-        patience: Vec<Duration>,
-    ) -> Arc<Self> {
-        Arc::new(Self {
+    pub fn new(parts: Parts) -> Rc<Self> {
+        let Parts { kernel, policy, observer, keepers, patience, deadline } = parts;
+        Rc::new(Self {
             kernel,
             policy,
             observer,
+            keepers,
             patience,
-            rebinder: OnceLock::new(),
-            contested: OnceLock::new(),
-            given: Mutex::default(),
-            books: Mutex::default(),
-            changed: Condvar::new(),
+            deadline,
+            books: RefCell::default(),
+            generation: Cell::default(),
+            changed: Notify::new(),
         })
-    }
-
-    /// Has calls on what holders have open too made through these kernels; once, before anything is
-    /// acquired. Without it they are made as all others.
-    pub fn set_contested(&self, kernels: Box<dyn Contested>) {
-        let _ = self.contested.set(kernels);
-    }
-
-    /// A kernel for what the holder of one lease has open too.
-    fn contested(&self) -> Arc<dyn Kernel> {
-        let kernels = self.contested.get();
-        kernels.map_or_else(|| Arc::clone(&self.kernel), |kernels| kernels.kernel())
     }
 
     /// The policy it goes by.
@@ -112,18 +87,34 @@ impl Broker {
         &self.policy
     }
 
-    /// The kernel it works on.
+    /// The kernel whose sysfs it reads.
     pub fn kernel(&self) -> &Arc<dyn Kernel> {
         &self.kernel
     }
 
-    /// The books; whoever has them makes no kernel call.
-    fn books(&self) -> MutexGuard<'_, Books> {
-        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    fn books(&self) -> RefMut<'_, Books> {
+        self.books.borrow_mut()
     }
 
     fn tell(&self, event: &Event) {
         self.observer.event(event);
+    }
+
+    /// Whoever waits for a change looks again.
+    fn has_changed(&self) {
+        self.generation.update(|generation| generation + 1);
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until the books are others than those of that generation; false where they are not by
+    /// `until`.
+    async fn changes(&self, seen: u64, until: Instant) -> bool {
+        while self.generation.get() == seen {
+            if timeout_at(until, self.changed.notified()).await.is_err() {
+                return false;
+            }
+        }
+        true
     }
 }
 

@@ -1,10 +1,10 @@
 //! From what an Acquire asks for to devices and groups, as far as the policy and the machine allow.
 
-use super::books::{Books, Entry as LeaseEntry};
+use super::books::Books;
 use super::form::{Given, same_form};
 use super::{Broker, Caller, lacks};
 use crate::host::{self, Device, Group, Host, Place};
-use crate::ledger::{Lease, Member, Space, WantedGroup};
+use crate::ledger::{Lease, LeaseId, Member, Space, WantedGroup};
 use crate::policy::{Risk, Tenant};
 use crate::protocol::{Acquire, Bdf, DeviceSpec, Error, Handout};
 use std::collections::BTreeMap;
@@ -210,7 +210,8 @@ impl Broker {
         caller: &Caller,
         books: &Books,
         plan: &Plan,
-        entry: &LeaseEntry,
+        lease: LeaseId,
+        tenant: &str,
     ) -> Result<Chosen, Error> {
         let named = plan.slots.iter().filter_map(|slot| match slot {
             Slot::This(bdf, _) => Some(*bdf),
@@ -218,8 +219,8 @@ impl Broker {
         });
         let mut taken: Vec<Bdf> = named.chain(plan.withhold.iter().map(|(bdf, _)| *bdf)).collect();
         let free = |bdf: Bdf, id: u32| match books.ledger.group(id) {
-            None => books.ledger.is_open_to(id, &entry.tenant),
-            Some(group) if group.lease == entry.id => books
+            None => books.ledger.is_open_to(id, tenant),
+            Some(group) if group.lease == lease => books
                 .ledger
                 .live(group.lease)
                 .is_some_and(|lease| lease.devices.iter().all(|handed| handed.bdf != bdf)),
@@ -244,15 +245,6 @@ impl Broker {
 }
 
 impl Plan {
-    /// The groups of the devices that are named by their addresses.
-    pub(super) fn named_groups(&self) -> Vec<u32> {
-        let used = self.slots.iter().filter_map(|slot| match slot {
-            Slot::This(_, id) => Some(*id),
-            Slot::AnyOf(..) => None,
-        });
-        used.chain(self.withhold.iter().map(|(_, id)| *id)).collect()
-    }
-
     /// Whether a group might be in it.
     pub(super) fn concerns(&self, group: u32) -> bool {
         self.slots.iter().any(|slot| match slot {

@@ -58,8 +58,6 @@ pub(super) struct Account {
     most_connections: usize,
     /// Where everything that its peers sent is closed.
     pub(super) lane: Lane,
-    /// Where what the broker meant for them is closed: behind nothing that a peer sent.
-    pub(super) own_lane: Lane,
     /// Where its connections end.
     pub(super) sink: Rc<Sink>,
     /// Messages of its that porters take, at a time.
@@ -163,8 +161,7 @@ impl Accounts {
             Ok(_) => (self.closer.lane(), Sink::new(self.waiting.clone())),
             Err(_) => (self.strangers_lane.clone(), Rc::clone(&self.strangers_sink)),
         };
-        let own_lane = self.closer.lane();
-        let mut account = Account::new(owner.clone(), tenant, lane, own_lane, sink);
+        let mut account = Account::new(owner.clone(), tenant, lane, sink);
         account.strangers_denials =
             account.is_stranger().then(|| Rc::clone(&self.strangers_denials));
         let account = Rc::new(account);
@@ -174,13 +171,7 @@ impl Accounts {
 }
 
 impl Account {
-    fn new(
-        owner: Owner,
-        tenant: Result<&Tenant, Refusal>,
-        lane: Lane,
-        own_lane: Lane,
-        sink: Rc<Sink>,
-    ) -> Self {
+    fn new(owner: Owner, tenant: Result<&Tenant, Refusal>, lane: Lane, sink: Rc<Sink>) -> Self {
         let (connections, requests) = match &tenant {
             Ok(tenant) => (size(tenant.limits.connections), size(tenant.limits.requests)),
             Err(_) => (STRANGER_CONNECTIONS, 0),
@@ -191,7 +182,6 @@ impl Account {
             connections: Cell::new(0),
             most_connections: connections,
             lane,
-            own_lane,
             sink,
             porters: Semaphore::new(MOST_OF_OWNER),
             stuck: Stuck::default(),

@@ -1,144 +1,75 @@
-//! The broker's calls as a connection makes them: which of them a worker makes, and what becomes of
-//! a result that comes too late.
+//! The broker's calls as a connection makes them.
 
-use super::connection::Connection;
-use super::incoming::{Deferred, Sent};
+use super::connection::{Connection, Lost};
+use super::incoming::Sent;
 use super::outgoing::Answer;
-use super::workers::Job;
-use crate::broker::{Broker, Caller, SentFd};
-use crate::protocol::{Acquire, Error, Fds, GetFds, Handout, MapDma, Release, UnmapDma};
-use nix::errno::Errno;
-use std::os::fd::OwnedFd;
+use crate::broker::Delivery;
+use crate::protocol::{Acquire, Error, GetFds, MapDma, Release, UnmapDma};
+use std::future::Future;
+use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
-
-/// How long is waited before what is in use is asked for again, in milliseconds.
-const BEFORE_BUSY: [u64; 7] = [0, 1, 2, 4, 8, 16, 32];
-
-/// How long is waited for our copies of a tenant's files to be closed; one may hang.
-const OUR_COPIES: Duration = Duration::from_secs(1);
+use tokio::time::timeout;
 
 impl Connection {
-    pub(super) async fn acquire(&self, request: Acquire) -> Result<Answer, Error> {
-        let names = request.devices.iter().map(ToString::to_string).collect::<Vec<_>>();
-        let caller = Arc::clone(&self.caller);
-        let job = Job {
-            call: "Acquire",
-            object: names.join(" "),
-            work: move |broker: &Broker, awaited: &dyn Fn() -> bool| {
-                broker.acquire_while(&caller, &request, awaited)
-            },
-            // What is left after the last look: a grant that is dropped, its lifeline with it.
-            late: |_: &Broker, _| {},
-        };
-        let grant = self.run(job).await;
-        if let Err(Error::Quarantined { .. } | Error::Conflict { .. }) = grant {
-            self.daemon.wanted.notify_one();
-        }
-        let grant = grant?;
-        if grant.reply.handout == Handout::Container {
-            // The broker keeps all but the lease pipe: no close of ours is the last one.
-            let fds = grant.fds.into_iter().map(SentFd::Made).collect();
-            return Ok(Answer::with_kept(grant.reply, fds));
-        }
-        Ok(Answer::with_fds(grant.reply, Deferred::new(grant.fds, &self.seat.account.own_lane)))
+    /// Answers a call whose reply a keeper sends.
+    pub(super) async fn acquire(&self, request: Acquire) -> Result<Option<Answer>, Lost> {
+        let client = self.socket.as_fd();
+        let broker = &self.daemon.broker;
+        self.delivered(self.in_place(broker.acquire(&self.caller, client, &request)).await)
     }
 
-    /// The fast way: what the broker keeps, sent without a copy of it being made.
-    pub(super) fn try_get_fds(&self, request: &GetFds) -> Option<Result<Answer, Error>> {
-        let result = self.daemon.broker.try_get_fds(&self.caller, request)?;
-        Some(result.map(|(reply, fds)| Answer::with_kept(reply, fds)))
+    /// The same.
+    pub(super) async fn get_fds(&self, request: GetFds) -> Result<Option<Answer>, Lost> {
+        let client = self.socket.as_fd();
+        let broker = &self.daemon.broker;
+        self.delivered(self.in_place(broker.get_fds(&self.caller, client, &request)).await)
     }
 
-    pub(super) async fn get_fds(&self, request: GetFds) -> Result<Answer, Error> {
-        let lane = &self.seat.account.own_lane;
-        let mut result = self.open_anew(&request).await;
-        for wait in BEFORE_BUSY {
-            match &result {
-                Err(Error::Kernel { errno, .. }) if *errno == Errno::EBUSY as i32 => {}
-                _ => break,
-            }
-            // What is in use may be our own copy of what was sent before, which is closed some time
-            // soon, or one that a process has which is being started, here or at the holder's.
-            lane.drained(OUR_COPIES).await;
-            tokio::time::sleep(Duration::from_millis(wait)).await;
-            result = self.open_anew(&request).await;
+    /// What is left to be sent: nothing where a keeper has sent all of it.
+    fn delivered(&self, result: Result<Delivery, Error>) -> Result<Option<Answer>, Lost> {
+        match result {
+            Ok(Delivery::Whole) => Ok(None),
+            Ok(Delivery::Part) => Err(Lost::HalfReply),
+            Err(error) => Ok(Some(self.refuse(&error))),
         }
-        let (reply, fds) = result?;
-        Ok(Answer::with_fds(reply, Deferred::new(fds, lane)))
-    }
-
-    async fn open_anew(&self, request: &GetFds) -> Result<(Fds, Vec<OwnedFd>), Error> {
-        let (object, request) = (request.lease.clone(), request.clone());
-        let work = move |broker: &Broker, caller: &Caller| broker.get_fds(caller, &request);
-        self.on_worker("GetFds", object, work, |_, _, _| {}).await
     }
 
     pub(super) async fn release(&self, request: Release) -> Result<Answer, Error> {
-        let object = request.lease.clone();
-        let work = move |broker: &Broker, caller: &Caller| broker.release(caller, &request);
-        let released = self.on_worker("Release", object, work, |_, _, _| {}).await;
-        if released.is_ok() {
-            self.daemon.pending.notify_one();
-        }
-        released.map(Answer::reply)
+        let broker = &self.daemon.broker;
+        self.in_place(broker.release(&self.caller, &request)).await.map(Answer::reply)
     }
 
     pub(super) async fn map_dma(&self, request: MapDma, fds: Sent) -> Result<Answer, Error> {
-        // Wherever the job is dropped, the file goes to its lane.
-        let mut memory = fds.take(request.memory)?;
-        let object = request.lease.clone();
-        let MapDma { lease, key, iova, size, .. } = request.clone();
-        let undo = UnmapDma { lease, key, iova, size };
-        let work = move |broker: &Broker, caller: &Caller| {
-            let gone = || Error::bad("memory", "it is gone");
-            broker.map_dma(caller, &request, memory.take_first().ok_or_else(gone)?)
-        };
-        let late = move |broker: &Broker, caller: &Caller, _| {
-            // It can only fail if the mapping is gone already, with its lease.
-            let _ = broker.unmap_dma(caller, &undo);
-        };
-        self.on_worker("MapDma", object, work, late).await.map(Answer::reply)
+        let memory = fds.take(request.memory)?;
+        let broker = &self.daemon.broker;
+        self.in_place(broker.map_dma(&self.caller, &request, memory)).await.map(Answer::reply)
     }
 
     pub(super) async fn unmap_dma(&self, request: UnmapDma) -> Result<Answer, Error> {
-        let object = request.lease.clone();
-        let work = move |broker: &Broker, caller: &Caller| broker.unmap_dma(caller, &request);
-        self.on_worker("UnmapDma", object, work, |_, _, _| {}).await.map(Answer::reply)
+        let broker = &self.daemon.broker;
+        self.in_place(broker.unmap_dma(&self.caller, &request)).await.map(Answer::reply)
     }
 
-    pub(super) async fn topology(&self) -> Result<Answer, Error> {
-        let work = |broker: &Broker, caller: &Caller| broker.topology(caller);
-        self.on_worker("Topology", "sysfs".into(), work, |_, _, _| {}).await.map(Answer::reply)
+    pub(super) fn topology(&self) -> Result<Answer, Error> {
+        self.daemon.broker.topology(&self.caller).map(Answer::reply)
     }
 
     pub(super) fn leases(&self) -> Result<Answer, Error> {
         self.daemon.broker.leases(&self.caller).map(Answer::reply)
     }
 
-    async fn on_worker<T: Send + 'static>(
-        &self,
-        call: &'static str,
-        object: String,
-        work: impl FnOnce(&Broker, &Caller) -> Result<T, Error> + Send + 'static,
-        late: impl FnOnce(&Broker, &Caller, T) + Send + 'static,
-    ) -> Result<T, Error> {
-        let (caller, for_late) = (Arc::clone(&self.caller), Arc::clone(&self.caller));
-        let job = Job {
-            call,
-            object,
-            work: move |broker: &Broker, _: &dyn Fn() -> bool| work(broker, &caller),
-            late: move |broker: &Broker, done| late(broker, &for_late, done),
+    /// Makes a call in one of its tenant's places; waits for one.
+    async fn in_place<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+        let account = &self.seat.account;
+        let place = Arc::clone(&account.requests).acquire_owned();
+        let Ok(Ok(_place)) = timeout(self.daemon.deadlines.call, place).await else {
+            let most = account.most_requests as u64;
+            return Err(Error::OverLimit {
+                limit: "requests in flight of this tenant".into(),
+                most,
+                asked: most + 1,
+            });
         };
-        self.run(job).await
-    }
-
-    async fn run<T, Work, Late>(&self, job: Job<Work, Late>) -> Result<T, Error>
-    where
-        T: Send + 'static,
-        Work: FnOnce(&Broker, &dyn Fn() -> bool) -> Result<T, Error> + Send + 'static,
-        Late: FnOnce(&Broker, T) + Send + 'static,
-    {
-        job.run(&self.daemon.broker, &self.seat.account, self.daemon.deadlines.call).await
+        call.await
     }
 }

@@ -1,5 +1,4 @@
-//! Closes open files whose close can take long: devices, which are reset by it, and guests' memory,
-//! whose pages are freed by it. Also, where no process can be had for them, peers' sockets; what is
+//! Closes open files whose close can take long: guests' memory, whose pages are freed by it. Also, where no process can be had for them, peers' sockets; what is
 //! in those can make it take for ever.
 //!
 //! Every owner has a lane: its files wait for each other and for nobody else's, and however many
@@ -9,16 +8,12 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 /// The most threads that one lane can hold up.
 const LANE_THREADS: usize = 4;
 
 /// More threads than this are never started, for all lanes together.
 const MOST_THREADS: usize = 1024;
-
-/// How often it is looked whether a lane is empty.
-const LOOK_AGAIN: Duration = Duration::from_millis(1);
 
 /// The closer threads close one file at a time and use next to no stack.
 const STACK: usize = 64 << 10;
@@ -126,16 +121,6 @@ impl Lane {
     /// How many have been handed over and are not closed yet.
     pub(super) fn unclosed(&self) -> usize {
         self.0.unclosed.load(Ordering::Relaxed)
-    }
-
-    /// Waits until all of them are closed, for at most so long: one may hang.
-    pub(super) async fn drained(&self, most: Duration) {
-        let all = async {
-            while self.unclosed() > 0 {
-                tokio::time::sleep(LOOK_AGAIN).await;
-            }
-        };
-        let _ = tokio::time::timeout(most, all).await;
     }
 }
 

@@ -47,6 +47,8 @@ pub(super) enum Lost {
     HalfMessage,
     #[error("half a message and then silence")]
     Silent,
+    #[error("was sent half a reply")]
+    HalfReply,
     #[error("does not read the events it watches")]
     Lagging,
     #[error("sent something while it watches")]
@@ -94,16 +96,19 @@ impl Connection {
                 Err(error) => Err(error),
                 Ok(Request::GetInfo) => Ok(Answer::reply(super::info::info())),
                 Ok(Request::GetInterfaceDescription(name)) => super::info::describe(&name),
-                Ok(Request::Acquire(request)) => Box::pin(self.acquire(request)).await,
-                Ok(Request::GetFds(request)) => match self.try_get_fds(&request) {
-                    Some(answer) => answer,
-                    None => Box::pin(self.get_fds(request)).await,
+                Ok(Request::Acquire(request)) => match Box::pin(self.acquire(request)).await? {
+                    Some(answer) => Ok(answer),
+                    None => continue,
+                },
+                Ok(Request::GetFds(request)) => match Box::pin(self.get_fds(request)).await? {
+                    Some(answer) => Ok(answer),
+                    None => continue,
                 },
                 Ok(Request::Release(request)) => Box::pin(self.release(request)).await,
                 Ok(Request::MapDma(request)) => Box::pin(self.map_dma(request, fds)).await,
                 Ok(Request::UnmapDma(request)) => Box::pin(self.unmap_dma(request)).await,
                 Ok(Request::SetMemlock(request)) => self.set_memlock(&request),
-                Ok(Request::Topology(_)) => Box::pin(self.topology()).await,
+                Ok(Request::Topology(_)) => self.topology(),
                 Ok(Request::Leases(_)) => self.leases(),
                 Ok(Request::Watch(watch)) => return Box::pin(self.watch(watch)).await,
             };

@@ -6,7 +6,7 @@
 
 use super::closer::Lane;
 use crate::protocol::{Call, Error, Frames, Oversize, Request};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Open files that came with a message and can be memory, and what the others were instead. Closing
 /// one can take as long as freeing its pages does.
@@ -29,14 +29,14 @@ impl Sent {
     ///
     /// # Errors
     /// [`Error::BadRequest`]: there is none, or it can't be memory.
-    pub(super) fn take(mut self, index: usize) -> Result<Deferred, Error> {
+    pub(super) fn take(mut self, index: usize) -> Result<Memory, Error> {
         let count = self.len();
         if index >= count {
             let reason = format!("fd {index} is not there: {count} came with the call");
             return Err(Error::bad("memory", reason));
         }
         let file = self.files.swap_remove(index)?;
-        Ok(Deferred { fds: vec![file], lane: self.lane.clone() })
+        Ok(Memory { file, lane: self.lane.clone() })
     }
 }
 
@@ -48,34 +48,24 @@ impl Drop for Sent {
     }
 }
 
-/// Open files that are closed by a closer thread unless they are taken out.
-#[derive(Debug, Default)]
-pub(super) struct Deferred {
-    fds: Vec<OwnedFd>,
+/// A peer's memory; freeing its pages is a closer thread's.
+#[derive(Debug)]
+pub(super) struct Memory {
+    file: OwnedFd,
     lane: Option<Lane>,
 }
 
-impl Deferred {
-    pub(super) fn new(fds: Vec<OwnedFd>, lane: &Lane) -> Self {
-        let lane = (!fds.is_empty()).then(|| lane.clone());
-        Self { fds, lane }
-    }
-
-    pub(super) fn fds(&self) -> &[OwnedFd] {
-        &self.fds
-    }
-
-    /// Takes the first.
-    pub(super) fn take_first(&mut self) -> Option<OwnedFd> {
-        (!self.fds.is_empty()).then(|| self.fds.swap_remove(0))
+impl AsFd for Memory {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 
-impl Drop for Deferred {
+impl Drop for Memory {
     fn drop(&mut self) {
         if let Some(lane) = &self.lane {
-            // A lease's lifeline is the last of its files: it goes first.
-            lane.close(self.fds.drain(..).rev());
+            // Ours is closed here and is not the last one then.
+            lane.close(self.file.try_clone());
         }
     }
 }
@@ -188,7 +178,6 @@ mod tests {
     use super::*;
     use crate::sys::fdpass;
     use nix::sys::socket::MsgFlags;
-    use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
     const INFO: &[u8] = b"{\"method\":\"org.varlink.service.GetInfo\"}\0";

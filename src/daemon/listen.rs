@@ -127,10 +127,9 @@ pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
 }
 
 /// Keeps other daemons from serving the same kernel for as long as it is held: only the one that has
-/// handed a device out knows who may have it. The record of that is beside `socket`.
-pub(super) fn be_the_only_one(socket: &Path) -> Result<Flock<File>, StartError> {
-    make_directory(socket)?;
-    lock(&beside(socket, ".given"), LOCK_DEADLINE).map_err(|error| match error {
+/// handed a device out knows who may have it.
+pub(super) fn be_the_only_one(keepers: &Path) -> Result<Flock<File>, StartError> {
+    lock(keepers, LOCK_DEADLINE).map_err(|error| match error {
         StartError::Locked(path) => StartError::Another(path),
         error => error,
     })

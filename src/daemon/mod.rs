@@ -1,10 +1,8 @@
 //! The daemon: sockets, peers, limits, one task a connection.
 //!
-//! One thread serves all connections. Whatever can block in the kernel is done elsewhere: broker
-//! calls on worker threads with a deadline ([`workers`]), taking back on threads of its own
-//! ([`reclaim`]), closing the broker's own files on closer
-//! threads ([`closer`]), receiving and closing what peers sent, and taking devices off their drivers, in
-//! processes of their own ([`porter`], [`rebinder`]).
+//! One thread serves all connections. Whatever can block in the kernel is done elsewhere: every call on
+//! a VFIO file in the lease's keeper ([`keepers`]), receiving and closing what peers sent in processes
+//! of their own ([`porter`]), and freeing guests' memory on closer threads ([`closer`]).
 
 mod accept;
 mod account;
@@ -13,7 +11,7 @@ mod closer;
 mod connection;
 mod incoming;
 mod info;
-mod lifelines;
+mod keepers;
 mod limit;
 mod listen;
 mod log;
@@ -22,15 +20,10 @@ mod options;
 mod outgoing;
 mod peer;
 mod porter;
-mod proxy;
-mod rebinder;
-mod reclaim;
-mod record;
 mod start;
 mod start_error;
 mod trust;
 mod watch;
-mod workers;
 
 pub use log::LogFormat;
 pub use options::Options;
@@ -46,16 +39,13 @@ use observer::DaemonObserver;
 use porter::Porters;
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::runtime::Handle;
-use tokio::sync::Notify;
 use tracing::{debug, info};
 
 /// Does what one of the daemon's own processes is for, if this program was started as one: call it
 /// first of all in `main`.
 pub fn be_process_if_asked() -> Option<std::process::ExitCode> {
-    porter::be_one_if_asked().or_else(rebinder::be_one_if_asked).or_else(proxy::be_one_if_asked)
+    porter::be_one_if_asked().or_else(crate::keeper::be_one_if_asked)
 }
 
 /// The arguments, if this program was started under that name.
@@ -66,14 +56,8 @@ fn started_as(name: &str) -> Option<std::env::ArgsOs> {
 
 /// What all connections share; lives on the event loop.
 struct Daemon {
-    broker: Arc<Broker>,
-    observer: Arc<DaemonObserver>,
-    /// Told when something may have become pending for [`reclaim::retry`].
-    pending: Arc<Notify>,
-    /// Told when somebody wants what is pending.
-    wanted: Notify,
-    /// Threads that reclaim.
-    reclaims: Handle,
+    broker: Rc<Broker>,
+    observer: Rc<DaemonObserver>,
     accounts: Rc<Accounts>,
     porters: Rc<Porters>,
     deadlines: Deadlines,
@@ -92,9 +76,8 @@ struct Deadlines {
 
 impl Daemon {
     fn new(
-        broker: Arc<Broker>,
-        observer: Arc<DaemonObserver>,
-        reclaims: Handle,
+        broker: Rc<Broker>,
+        observer: Rc<DaemonObserver>,
         most_connections: usize,
         options: &Options,
     ) -> std::io::Result<Self> {
@@ -102,9 +85,6 @@ impl Daemon {
         Ok(Self {
             broker,
             observer,
-            pending: Arc::default(),
-            wanted: Notify::new(),
-            reclaims,
             accounts: Rc::new(Accounts::new(most_connections, Closer::new()?)),
             porters: Rc::default(),
             deadlines: Deadlines {

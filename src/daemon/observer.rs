@@ -1,40 +1,37 @@
-//! What the broker tells the daemon, on whichever thread it does.
+//! What the broker tells the daemon of leases: for the log, and for those who watch.
 
-use super::lifelines::Lifelines;
 use super::limit::RateLimit;
-use crate::broker::{LifelineId, Observer};
+use crate::broker::Observer;
 use crate::protocol::{Event, EventKind};
+use std::cell::RefCell;
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::broadcast;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 /// How many events a watcher may lag behind before it is dropped.
 const QUEUE: usize = 256;
 
-/// Takes lifelines to [`Lifelines`], and events to the log and to those who watch.
+/// Takes events to the log and to those who watch.
 #[derive(Debug)]
 pub(super) struct DaemonObserver {
-    pub(super) lifelines: Lifelines,
     pub(super) events: broadcast::Sender<Arc<Event>>,
     /// By tenant, so that nobody's leases push another's out of the log.
-    lines: Mutex<HashMap<String, RateLimit>>,
+    lines: RefCell<HashMap<String, RateLimit>>,
 }
 
 /// How many lines about a tenant's leases get into the log.
 const LINES: u32 = 400;
 
 impl DaemonObserver {
-    pub(super) fn new() -> Result<Self, nix::errno::Errno> {
-        let (lifelines, events) = (Lifelines::new()?, broadcast::Sender::new(QUEUE));
-        Ok(Self { lifelines, events, lines: Mutex::default() })
+    pub(super) fn new() -> Self {
+        Self { events: broadcast::Sender::new(QUEUE), lines: RefCell::default() }
     }
 
     /// Whether a line about a tenant's leases may be logged.
     pub(super) fn may_log(&self, tenant: &str) -> bool {
-        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lines = self.lines.borrow_mut();
         let limit = lines.entry(tenant.to_owned()).or_insert_with(|| RateLimit::new(LINES));
         let passed = limit.pass(Instant::now());
         drop(lines);
@@ -44,18 +41,7 @@ impl DaemonObserver {
         passed.is_some()
     }
 }
-
 impl Observer for DaemonObserver {
-    fn lifeline_opened(&self, id: LifelineId, write_end: Arc<OwnedFd>) {
-        if let Err(errno) = self.lifelines.add(id, write_end) {
-            error!(%errno, "can't watch a lease's pipe: the lease ends by Release alone");
-        }
-    }
-
-    fn lifeline_closed(&self, id: LifelineId) {
-        self.lifelines.remove(id);
-    }
-
     fn event(&self, event: &Event) {
         if self.may_log(&event.tenant) {
             log(event);

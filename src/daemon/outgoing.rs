@@ -1,7 +1,5 @@
-//! What goes back: a reply or an error, with its fds beside the first byte.
+//! What goes back: a reply or an error.
 
-use super::incoming::Deferred;
-use crate::broker::SentFd;
 use crate::protocol::{Error, Reply};
 use crate::sys::fdpass;
 use nix::errno::Errno;
@@ -12,55 +10,23 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 
-/// A message to be sent.
+/// A message to be sent. None of them has open files: those are sent by the keeper that has them.
 #[derive(Debug)]
-pub(super) struct Answer {
-    bytes: Vec<u8>,
-    fds: Enclosed,
-}
-
-/// The open files that go with an answer.
-#[derive(Debug)]
-enum Enclosed {
-    /// Its own.
-    Own(Deferred),
-    /// The broker's, which it goes on keeping, and a lease pipe: dropping them here can't block.
-    Kept(Vec<SentFd>),
-}
-
-impl Enclosed {
-    fn borrowed(&self) -> Vec<BorrowedFd<'_>> {
-        match self {
-            Self::Own(fds) => fds.fds().iter().map(AsFd::as_fd).collect(),
-            Self::Kept(fds) => fds.iter().map(AsFd::as_fd).collect(),
-        }
-    }
-}
+pub(super) struct Answer(Vec<u8>);
 
 impl Answer {
-    /// A reply without fds.
+    /// A reply.
     pub(super) fn reply<T: Serialize>(parameters: T) -> Self {
-        Self::with_fds(parameters, Deferred::default())
-    }
-
-    /// A reply with fds.
-    pub(super) fn with_fds<T: Serialize>(parameters: T, fds: Deferred) -> Self {
-        Self { bytes: encode(&Reply { parameters, continues: false }), fds: Enclosed::Own(fds) }
-    }
-
-    /// A reply with what the broker keeps.
-    pub(super) fn with_kept<T: Serialize>(parameters: T, fds: Vec<SentFd>) -> Self {
-        Self { bytes: encode(&Reply { parameters, continues: false }), fds: Enclosed::Kept(fds) }
+        Self(encode(&Reply { parameters, continues: false }))
     }
 
     /// One reply of several.
     pub(super) fn one_of_many<T: Serialize>(parameters: T) -> Self {
-        let bytes = encode(&Reply { parameters, continues: true });
-        Self { bytes, fds: Enclosed::Kept(Vec::new()) }
+        Self(encode(&Reply { parameters, continues: true }))
     }
 
     pub(super) fn error(error: &Error) -> Self {
-        Self { bytes: encode(error), fds: Enclosed::Kept(Vec::new()) }
+        Self(encode(error))
     }
 
     /// Sends what can be sent at once; whatever is missing then is lost.
@@ -69,14 +35,14 @@ impl Answer {
     }
 
     /// Sends all of it. A peer that does not read has `deadline` to do so; what it does not take
-    /// is dropped, fds and all.
+    /// is dropped.
     pub(super) async fn send(
         self,
         socket: &AsyncFd<OwnedFd>,
         deadline: Duration,
     ) -> Result<(), SendError> {
         let sent = self.send_part(socket.as_fd(), 0)?;
-        if sent == self.bytes.len() {
+        if sent == self.0.len() {
             return Ok(());
         }
         // Boxed, because nearly every answer goes out at once and a connection's task should be
@@ -86,7 +52,7 @@ impl Answer {
     }
 
     async fn send_rest(&self, socket: &AsyncFd<OwnedFd>, mut sent: usize) -> Result<(), SendError> {
-        while sent < self.bytes.len() {
+        while sent < self.0.len() {
             let mut writable = socket.writable().await.map_err(|_| SendError::NotRead)?;
             let count = self.send_part(socket.as_fd(), sent)?;
             if count == 0 {
@@ -97,13 +63,9 @@ impl Answer {
         Ok(())
     }
 
-    /// Sends from `start` on; the fds go with the first byte. 0 says that the peer's queue is full.
+    /// Sends from `start` on. 0 says that the peer's queue is full.
     fn send_part(&self, socket: BorrowedFd<'_>, start: usize) -> Result<usize, SendError> {
-        let fds: Vec<_> = match start {
-            0 => self.fds.borrowed(),
-            _ => Vec::new(),
-        };
-        match fdpass::send(socket, &self.bytes[start..], &fds, MsgFlags::MSG_DONTWAIT) {
+        match fdpass::send(socket, &self.0[start..], &[], MsgFlags::MSG_DONTWAIT) {
             Err(Errno::EAGAIN) => Ok(0),
             Err(errno) => Err(SendError::Errno(errno)),
             Ok(count) => Ok(count),

@@ -1,32 +1,27 @@
 //! From the command line to the first connection, and from SIGTERM to the end.
 
+use super::keepers::Processes;
 use super::listen::{self, Listening};
 use super::observer::DaemonObserver;
 use super::options::Options;
-use super::proxy::{Machine, Proxy};
-use super::rebinder::{DaemonRebinder, Processes};
-use super::record::RecordFile;
 use super::start_error::StartError;
-use super::{Daemon, accept, log, reclaim, trust, workers};
-use crate::broker::{Broker, Given};
+use super::{Daemon, accept, log, trust};
+use crate::broker::{Broker, Parts};
 use crate::host::Host;
+use crate::keeper::{Machine, PATIENCE, Place};
 use crate::kernel::{Kernel, Linux};
 use crate::policy::{POLICY_PATH, Policy};
 use crate::protocol::Lease;
 use crate::sim::{Sim, Topology, Wire};
-use crate::sys::readiness::watch;
 use crate::users::SystemUsers;
 use nix::errno::Errno;
-use nix::fcntl::Flock;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
-use tokio::io::Interest;
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::{LocalSet, spawn_local};
 use tracing::{info, warn};
@@ -39,74 +34,54 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     log::start(options.log_format);
     let passed = listen::passed()?;
     let files = raise_file_limit().map_err(StartError::set_up("the limit of open files"))?;
-    // The simulation ends when this does.
-    let (kernel, processes, machine, _sim) = kernel(options)?;
+    // The simulation ends when this does, and its keepers with it.
+    let (kernel, machine, sim) = kernel(options)?;
     let policy = Arc::new(policy(options, &*kernel)?);
-    let observer = DaemonObserver::new().map_err(StartError::set_up("epoll for lease pipes"))?;
-    let observer = Arc::new(observer);
-    let proxy = Proxy::new(Arc::clone(&kernel), machine, options.call_deadline / 3);
-    let broker = Broker::new(kernel, policy, observer.clone());
-    broker.set_rebinder(Arc::new(DaemonRebinder::new(processes)));
-    broker.set_contested(Box::new(Arc::clone(&proxy)));
-    let kept = Arc::clone(&broker);
     let activated = passed.is_some();
     let listening = Listening::new(passed, &options.socket)?;
-    // Now no other daemon is there.
-    let only = take_over(&broker, options).inspect_err(|_| listening.remove_file())?;
+    let place = keepers_place(options, sim.as_ref()).inspect_err(|_| listening.remove_file())?;
+    // Two daemons would not know what the other has handed out.
+    let only = listen::be_the_only_one(place.path()).inspect_err(|_| listening.remove_file())?;
     tell_the_start(options, activated);
-    let runtime = with_workers(workers::MOST_THREADS, Builder::new_current_thread().enable_all());
+    let runtime = Builder::new_current_thread().enable_all().max_blocking_threads(WORKERS).build();
     let runtime = runtime.map_err(StartError::set_up("the event loop"))?;
-    let reclaims = with_workers(reclaim::MOST_THREADS, &mut Builder::new_current_thread());
-    let reclaims = reclaims.map_err(StartError::set_up("the reclaims' threads"))?;
-    let workers = reclaims.handle().clone();
-    let daemon = Daemon::new(broker, observer, workers, most_connections(files), options)
+    let observer = Rc::new(DaemonObserver::new());
+    let broker = Broker::new(Parts {
+        kernel,
+        policy,
+        observer: observer.clone(),
+        keepers: Box::new(Processes::new(machine, place)),
+        patience: PATIENCE.iter().sum(),
+        deadline: options.call_deadline,
+    });
+    let daemon = Daemon::new(broker, observer, most_connections(files), options)
         .map_err(StartError::set_up("the closer thread"))?;
     let tasks = LocalSet::new();
-    let served = tasks.block_on(&runtime, serve(Rc::new(daemon), &listening));
+    let served = tasks.block_on(&runtime, serve(Rc::new(daemon), &listening, sim.is_some()));
     listening.remove_file();
-    // Their close can hang, and this process with it, and all other files with that.
-    proxy.close_at_the_end(kept.leave_contested(options.call_deadline));
     drop(only);
-    // A worker may be stuck in the kernel: it ends with the process. So do the connections: what
-    // peers sent and nobody has read must not be closed here, where that can block.
+    // Connections end with the process: what peers sent and nobody has read must not be closed here,
+    // where that can block.
     std::mem::forget(tasks);
     runtime.shutdown_background();
-    reclaims.shutdown_background();
     served
 }
 
-/// Takes over what the last daemon of this kernel has left, and keeps others from doing so. A simulated
-/// machine that ends with its daemon leaves nothing.
-fn take_over(broker: &Broker, options: &Options) -> Result<Option<Flock<File>>, StartError> {
-    if options.sim.is_some() {
-        return Ok(None);
-    }
-    // Wherever this one listens: what was handed out is the same.
-    let place = match options.sim_at.is_none() && nix::unistd::geteuid().is_root() {
-        true => Path::new(crate::protocol::SOCKET_PATH),
-        false => &options.socket,
-    };
-    let only = listen::be_the_only_one(place)?;
-    let record = RecordFile::of(place)?;
-    let given = record.read()?;
-    for Given { device, lease, vm, tenant, .. } in &given {
-        info!(%device, lease, vm, tenant, "may be open since before the restart");
-    }
-    let unusable = record.unusable();
-    let taken = broker.set_record(Arc::new(record), given);
-    taken.map_err(|error| unusable(error.to_string()))?;
-    Ok(Some(only))
-}
+/// The most threads that wait for processes which receive what peers send.
+const WORKERS: usize = 64;
 
-/// A runtime with a worker thread that is always there. While there is none and the kernel can't start
-/// one (TasksMax, a user's fork bomb), handing over work would panic.
-fn with_workers(most: usize, runtime: &mut Builder) -> std::io::Result<Runtime> {
-    let runtime = runtime.max_blocking_threads(most).thread_keep_alive(Duration::MAX).build()?;
-    // Says whether there can be one; the runtime would not.
-    let thread = std::thread::Builder::new().spawn(|| {})?;
-    let _ = thread.join();
-    runtime.spawn_blocking(|| {});
-    Ok(runtime)
+/// Where the keepers' directories are. Wherever this daemon listens: who has a machine's devices is the
+/// same.
+fn keepers_place(options: &Options, sim: Option<&Sim>) -> Result<Place, StartError> {
+    let path = match sim.and_then(|sim| sim.control_path().parent()) {
+        Some(directory) => directory.join("keepers"),
+        None if options.sim_at.is_none() && nix::unistd::geteuid().is_root() => {
+            Path::new(crate::protocol::SOCKET_PATH).with_file_name("keepers")
+        }
+        None => listen::beside(&options.socket, ".keepers"),
+    };
+    listen::make_directory(&path)?;
+    Place::new(&path).map_err(|error| StartError::Keepers { path, why: error.to_string() })
 }
 
 /// Says what is served, and where.
@@ -123,17 +98,25 @@ fn tell_the_start(options: &Options, activated: bool) {
     info!(%socket, kernel, "listening");
 }
 
-/// Says who loses what.
-fn tell_the_end(broker: &Broker, signal: &str) {
+/// Says who loses what, if anybody does.
+fn tell_the_end(broker: &Broker, signal: &str, machine_ends: bool) {
     let leases = broker.held();
     info!(signal, leases = leases.len(), "stopping");
     for Lease { lease, vm, tenant, devices, .. } in leases {
-        info!(lease, vm, tenant, devices = devices.join(" "), "lease ends: broker stopping");
+        let devices = devices.join(" ");
+        match machine_ends {
+            true => info!(lease, vm, tenant, devices, "lease ends: its simulated machine does"),
+            false => info!(lease, vm, tenant, devices, "lease goes on without a broker"),
+        }
     }
 }
 
 /// Serves until told to stop.
-async fn serve(daemon: Rc<Daemon>, listening: &Listening) -> Result<(), StartError> {
+async fn serve(
+    daemon: Rc<Daemon>,
+    listening: &Listening,
+    machine_ends: bool,
+) -> Result<(), StartError> {
     let mut terminate =
         signal(SignalKind::terminate()).map_err(StartError::set_up("the SIGTERM handler"))?;
     let mut interrupt =
@@ -141,15 +124,9 @@ async fn serve(daemon: Rc<Daemon>, listening: &Listening) -> Result<(), StartErr
     // What closing the terminal sends; it would end us without a word.
     let mut hang_up =
         signal(SignalKind::hangup()).map_err(StartError::set_up("the SIGHUP handler"))?;
-    let watch_hang_ups = || {
-        let descriptor = daemon.observer.lifelines.descriptor()?;
-        watch(descriptor, Interest::READABLE)
-    };
-    let hang_ups = watch_hang_ups().map_err(StartError::set_up("the watch on lease pipes"))?;
+    let broker = Rc::clone(&daemon.broker);
+    broker.adopt().map_err(|error| StartError::Adopt(error.to_string()))?;
     let socket = listening.listener.try_clone().map_err(StartError::set_up("the socket"))?;
-    spawn_local(reclaim::on_hang_up(Rc::clone(&daemon), hang_ups));
-    spawn_local(reclaim::retry(Rc::clone(&daemon)));
-    let broker = Arc::clone(&daemon.broker);
     spawn_local(accept::serve(daemon, socket));
     notify(&[NotifyState::Ready]);
     let signal = tokio::select! {
@@ -157,7 +134,7 @@ async fn serve(daemon: Rc<Daemon>, listening: &Listening) -> Result<(), StartErr
         _ = interrupt.recv() => "SIGINT",
         _ = hang_up.recv() => "SIGHUP",
     };
-    tell_the_end(&broker, signal);
+    tell_the_end(&broker, signal, machine_ends);
     notify(&[NotifyState::Stopping]);
     Ok(())
 }
@@ -214,24 +191,22 @@ fn sim_policy(kernel: &dyn Kernel) -> Result<String, StartError> {
     ))
 }
 
-/// A kernel, what rebinds devices there, where a proxy finds it, and the simulation if it is ours.
-type Served = (Arc<dyn Kernel>, Processes, Machine, Option<Sim>);
+/// A kernel, where a keeper finds it, and the simulation if it is ours.
+type Served = (Arc<dyn Kernel>, Machine, Option<Sim>);
 
 fn kernel(options: &Options) -> Result<Served, StartError> {
     if let Some(topology) = &options.sim {
         let sim = simulated(topology, options.sim_control.as_deref())?;
         let machine = Machine::Simulated(sim.control_path().to_owned());
-        return Ok((sim.kernel(), Processes::Simulated(sim.wire()), machine, Some(sim)));
+        return Ok((sim.kernel(), machine, Some(sim)));
     }
     if let Some(socket) = &options.sim_at {
         let wire = Wire::connect(socket)
             .map_err(|error| StartError::Sim(format!("{}: {error}", socket.display())))?;
-        let wire = Arc::new(wire);
-        let machine = Machine::Simulated(socket.clone());
-        return Ok((wire.clone(), Processes::Simulated(wire), machine, None));
+        return Ok((Arc::new(wire), Machine::Simulated(socket.clone()), None));
     }
     match Path::new("/dev/vfio/vfio").exists() {
-        true => Ok((Arc::new(Linux), Processes::Linux, Machine::Linux, None)),
+        true => Ok((Arc::new(Linux), Machine::Linux, None)),
         false => Err(StartError::NoVfio),
     }
 }

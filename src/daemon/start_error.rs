@@ -85,18 +85,23 @@ pub enum StartError {
         /// Why.
         source: std::io::Error,
     },
-    /// Nobody knows who may have devices open.
+    /// The keepers' directory is of no use.
     #[error(
-        "can't read {path}, in which is written down who may have devices open by their own nodes: \
-         {why}; remove it once no program runs any more that was given a device by iommufd (\"fuser -v \
-         /dev/vfio/devices/*\"), or when the machine has been started since"
+        "can't have keepers in {path}: {why}; it must be a directory that only vfio-brokerd can write to"
     )]
-    Record {
-        /// The file.
+    Keepers {
+        /// The directory.
         path: PathBuf,
         /// Why.
         why: String,
     },
+    /// Nobody knows who may have devices open.
+    #[error(
+        "can't tell who has devices that were handed out before: {0}; once no program runs any more \
+         that was given a device, or when the machine has been started since, remove that keeper's \
+         directory"
+    )]
+    Adopt(String),
     /// What the service manager passed is of no use.
     #[error("socket activation: {0}")]
     Activation(String),

@@ -72,6 +72,11 @@ impl Lease {
         self.broker_maps().then_some((self.mappings.len() as u64, bytes))
     }
 
+    /// The devices that are being added to it.
+    pub fn adding(&self) -> impl Iterator<Item = &Handed> {
+        self.adding.iter().flat_map(|adding| &adding.devices)
+    }
+
     /// Whether the broker alone holds the container, so that mappings have owners.
     pub fn broker_maps(&self) -> bool {
         let mutual = matches!(self.space, Space::Shared { trust: Trust::Mutual, .. });

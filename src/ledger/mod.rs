@@ -8,6 +8,7 @@
 //! A request that is refused changes nothing.
 
 mod acquire;
+mod adopt;
 mod lease;
 mod mapping;
 mod reclaim;
@@ -17,7 +18,9 @@ mod unproved;
 pub use lease::{
     Group, GroupState, Handed, Lease, LeaseId, Mapping, Member, NotALeaseId, Phase, Space, Trust,
 };
-pub use request::{Acquire, Effect, Extend, Quota, Refusal, Request, Restored, WantedGroup};
+pub use request::{
+    Acquire, Adopted, AdoptedGroup, Effect, Extend, Quota, Refusal, Request, WantedGroup,
+};
 pub use unproved::Unproved;
 
 use std::collections::BTreeMap;
@@ -49,8 +52,9 @@ impl Ledger {
             Request::Unmap { lease, iova, size } => self.unmap(lease, iova, size),
             Request::UnmapDone { lease, iova, gone } => self.unmap_done(lease, iova, gone),
             Request::End { lease, at } => self.end(lease, at),
-            Request::Reclaim { lease } => self.reclaim(lease),
-            Request::Restore(restored) => self.restore(restored),
+            Request::Adopt(adopted) => self.adopt(adopted),
+            Request::Mapped { lease, mappings } => self.mapped(lease, mappings),
+            Request::Retract { lease, devices, groups } => self.retract(lease, &devices, &groups),
             Request::Detached { group } => self.detached(group),
             Request::Freed { group } => self.freed(group),
             Request::Unbound { group, at, left } => self.unbound(group, at, left),

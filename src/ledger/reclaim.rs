@@ -1,10 +1,6 @@
 //! The end of a lease: its mappings undone, its groups shown to be free, one by one.
 
-use super::{
-    Effect, Group, GroupState, Handed, Lease, LeaseId, Ledger, Phase, Refusal, Restored, Space,
-};
-use crate::protocol::Handout;
-use std::collections::BTreeMap;
+use super::{Effect, GroupState, LeaseId, Ledger, Phase, Refusal, Space};
 
 impl Ledger {
     pub(super) fn end(&mut self, id: LeaseId, at: u64) -> Result<Vec<Effect>, Refusal> {
@@ -17,75 +13,6 @@ impl Ledger {
             }
         }
         Ok(Vec::new())
-    }
-
-    /// A lease that ended with the broker that had it.
-    pub(super) fn restore(&mut self, restored: Restored) -> Result<Vec<Effect>, Refusal> {
-        let Restored { lease: id, tenant, vm, uid, pid, since, at, groups } = restored;
-        let taken = groups.iter().find(|(number, ..)| self.groups.contains_key(number));
-        if let Some((number, ..)) = taken {
-            let what = format!("group {number}");
-            return Err(Refusal::Conflict { what, why: "is another lease's".into() });
-        }
-        if self.leases.contains_key(&id) {
-            return Err(Refusal::Conflict { what: id.to_string(), why: "is in use".into() });
-        }
-        let mut devices = Vec::new();
-        for (group, members, here) in groups {
-            devices.extend(here.into_iter().map(|bdf| Handed { bdf, group, withheld: false }));
-            let state = GroupState::Reclaiming { since: at };
-            self.groups.insert(group, Group { lease: id, state, attached: false, members });
-        }
-        let (handout, space, phase) = (Handout::Iommufd, Space::None, Phase::Ending);
-        let (noiommu, mappings, adding) = (false, BTreeMap::new(), None);
-        let lease = Lease {
-            id,
-            tenant,
-            vm,
-            uid,
-            pid,
-            since,
-            handout,
-            space,
-            noiommu,
-            phase,
-            devices,
-            mappings,
-            adding,
-        };
-        self.leases.insert(id, lease);
-        Ok(Vec::new())
-    }
-
-    /// What is left to do for an ended lease.
-    pub(super) fn reclaim(&mut self, id: LeaseId) -> Result<Vec<Effect>, Refusal> {
-        let lease = self.leases.get(&id).filter(|lease| lease.phase == Phase::Ending);
-        let lease = lease.ok_or(Refusal::NoSuchLease(id))?;
-        let busy = lease.mappings.values().any(|mapping| mapping.busy);
-        if busy || lease.adding.is_some() {
-            return Err(Refusal::InFlight(id));
-        }
-        let attached = self.groups_of(id).any(|(_, group)| group.attached);
-        let alone = self.members(lease).all(|member| member.phase == Phase::Ending);
-        let mut effects = Vec::new();
-        // Where others live in the same container, only what is known to be this lease's may go;
-        // where it was given away, nothing is.
-        if lease.broker_maps() {
-            let own = lease.mappings.iter();
-            effects.extend(own.map(|(&iova, m)| Effect::Unmap { iova, size: m.size }));
-        } else if attached && alone && !lease.noiommu {
-            effects.push(Effect::UnmapAll);
-        }
-        for (number, group) in self.groups_of(id) {
-            if group.attached {
-                effects.push(Effect::Detach(number));
-            }
-            effects.push(match lease.handout {
-                Handout::Iommufd => Effect::ProveUnbound(number),
-                _ => Effect::Prove(number),
-            });
-        }
-        Ok(effects)
     }
 
     pub(super) fn detached(&mut self, number: u32) -> Result<Vec<Effect>, Refusal> {

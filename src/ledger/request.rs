@@ -1,6 +1,6 @@
 //! What the ledger is asked and told, and what it answers.
 
-use super::{LeaseId, Member, Space};
+use super::{Handed, LeaseId, Member, Space};
 use crate::protocol::{Bdf, Handout};
 use std::collections::BTreeMap;
 
@@ -66,13 +66,24 @@ pub enum Request {
         /// When, in seconds since 1970.
         at: u64,
     },
-    /// An ended lease is to be taken back, for the first time or again.
-    Reclaim {
+    /// A lease that was there before this ledger.
+    Adopt(Adopted),
+    /// What is mapped for a lease that was adopted.
+    Mapped {
         /// Which lease.
         lease: LeaseId,
+        /// First addresses and bytes.
+        mappings: Vec<(u64, u64)>,
     },
-    /// A lease by iommufd of a broker that was there before has ended with it.
-    Restore(Restored),
+    /// What was just committed has not reached its holder and is undone.
+    Retract {
+        /// Which lease.
+        lease: LeaseId,
+        /// The devices that it does not get.
+        devices: Vec<Bdf>,
+        /// The groups that it does not get.
+        groups: Vec<u32>,
+    },
     /// A group of an ended lease is in no address space any more.
     Detached {
         /// Which group.
@@ -140,25 +151,49 @@ pub struct Acquire {
     pub quota: Quota,
 }
 
-/// A lease by iommufd as it was when the broker that had it ended.
+/// A lease as its keeper has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Restored {
+pub struct Adopted {
     /// Its public name, not used by any lease that is known.
     pub lease: LeaseId,
-    /// Whose it was.
+    /// Whose it is.
     pub tenant: String,
-    /// What its holder called the VM.
+    /// What its holder calls the VM.
     pub vm: String,
-    /// Who acquired it.
+    /// The uid that acquired it.
     pub uid: u32,
-    /// Who acquired it.
+    /// The process that acquired it.
     pub pid: i32,
     /// When that was, in seconds since 1970.
     pub since: u64,
-    /// When it ended, in seconds since 1970.
+    /// In which form its fds are given.
+    pub handout: Handout,
+    /// The address space.
+    pub space: Space,
+    /// Its groups have no IOMMU behind them.
+    pub noiommu: bool,
+    /// Its holder has it; else it has ended.
+    pub held: bool,
+    /// Now, in seconds since 1970.
     pub at: u64,
-    /// Its groups, each with its devices on VFIO drivers and those that were handed out.
-    pub groups: Vec<(u32, Vec<Member>, Vec<Bdf>)>,
+    /// Its devices.
+    pub devices: Vec<Handed>,
+    /// Its groups.
+    pub groups: Vec<AdoptedGroup>,
+}
+
+/// A group of such a lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdoptedGroup {
+    /// Its number.
+    pub id: u32,
+    /// It is attached to the lease's address space.
+    pub attached: bool,
+    /// Its devices on VFIO drivers, as they were when it was acquired.
+    pub members: Vec<Member>,
+    /// Nothing of it is bound; the nodes of these devices may be open, each with the number of its
+    /// registration with VFIO. `None` where that has not been shown.
+    pub unbound: Option<BTreeMap<Bdf, u64>>,
 }
 
 /// More devices for a lease.
@@ -232,15 +267,6 @@ pub enum Effect {
         /// Bytes.
         size: u64,
     },
-    /// Unmap whatever is in the container, whoever mapped it.
-    UnmapAll,
-    /// Take a group out of its container and close it.
-    Detach(u32),
-    /// Open the group afresh, which shows that nobody else has it open, and close it.
-    Prove(u32),
-    /// Open the group afresh, which shows that no device of it is bound to an iommufd, and close
-    /// it. `Unbound` is to be reported, or `Stuck`.
-    ProveUnbound(u32),
 }
 
 /// Why something was not entered.

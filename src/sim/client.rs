@@ -44,6 +44,11 @@ impl Wire {
         Self { control: None }
     }
 
+    /// What hangs up when the simulation ends; `None` detached.
+    pub fn end(&self) -> Option<OwnedFd> {
+        self.control.as_ref().and_then(|control| control.try_clone().ok())
+    }
+
     /// Adds a fault to the simulation.
     ///
     /// # Errors

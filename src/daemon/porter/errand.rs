@@ -1,7 +1,8 @@
 //! What a porter does, in its own process: one errand, and then it ends.
 
 use super::{NotTaken, Taken};
-use crate::broker::check_memory;
+use crate::keeper::check_memory;
+use crate::process::keeper::Failure;
 use crate::protocol::{Error, MAX_MESSAGE};
 use crate::sys::fdpass;
 use nix::errno::Errno;
@@ -205,10 +206,10 @@ fn take(socket: &OwnedFd) -> nix::Result<()> {
     sent.map(drop)
 }
 
-fn reason(error: Error) -> String {
-    let mut reason = match error {
-        Error::BadRequest { reason, .. } => reason,
-        error => error.to_string(),
+fn reason(failure: Failure) -> String {
+    let mut reason = match failure {
+        Failure::Bad { reason, .. } => reason,
+        other => format!("it can't be looked at: {other:?}"),
     };
     // Its end says what is wrong.
     if let Some((from, _)) = reason.char_indices().rev().nth(MOST_REASON) {

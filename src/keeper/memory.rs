@@ -1,7 +1,7 @@
 //! Memory that a peer hands over: checked before anything touches it, and its bytes never are.
 
-use super::hint::system;
-use crate::protocol::Error;
+use crate::kernel;
+use crate::process::keeper::Failure;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::stat::{SFlag, fstat};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
@@ -20,8 +20,8 @@ impl Memory {
     /// Takes a file if it is a regular one on tmpfs or hugetlbfs.
     ///
     /// # Errors
-    /// [`Error::BadRequest`] that says what it is instead.
-    pub(super) fn check(fd: OwnedFd) -> Result<Self, Error> {
+    /// [`Failure::Bad`] that says what it is instead.
+    pub(super) fn check(fd: OwnedFd) -> Result<Self, Failure> {
         check_memory(&fd)?;
         let stat = fstat(&fd).map_err(|errno| system("fstat", "memory", errno))?;
         let fs = fstatfs(&fd).map_err(|errno| system("fstatfs", "memory", errno))?;
@@ -33,21 +33,21 @@ impl Memory {
     /// Whether these bytes of it can be mapped.
     ///
     /// # Errors
-    /// [`Error::BadRequest`] about the field that is wrong.
-    pub(super) fn check_range(&self, offset: u64, size: u64) -> Result<(), Error> {
+    /// [`Failure::Bad`] about the field that is wrong.
+    pub(super) fn check_range(&self, offset: u64, size: u64) -> Result<(), Failure> {
         let Self { size: there, page, .. } = self;
         for (field, value) in [("offset", offset), ("size", size)] {
             if value % page != 0 {
                 let reason = format!("0x{value:x} is no multiple of the file's page, 0x{page:x}");
-                return Err(Error::bad(field, reason));
+                return Err(bad(field, reason));
             }
         }
         let Some(end) = offset.checked_add(size) else {
-            return Err(Error::bad("offset", "offset and size together pass 2^64"));
+            return Err(bad("offset", "offset and size together pass 2^64"));
         };
         if end > *there {
             let reason = format!("the file has 0x{there:x} bytes, offset and size want 0x{end:x}");
-            return Err(Error::bad("memory", reason));
+            return Err(bad("memory", reason));
         }
         Ok(())
     }
@@ -56,8 +56,8 @@ impl Memory {
 /// Whether a file is a regular one on tmpfs or hugetlbfs, whose close asks nobody. Never blocks.
 ///
 /// # Errors
-/// [`Error::BadRequest`] that says what it is instead.
-pub fn check_memory(fd: &OwnedFd) -> Result<(), Error> {
+/// [`Failure::Bad`] that says what it is instead.
+pub fn check_memory(fd: &OwnedFd) -> Result<(), Failure> {
     // Only these two have seals, and asking for seals asks no file system: everything below could
     // block for ever on a hostile one.
     if fcntl(fd, FcntlArg::F_GET_SEALS).is_err() {
@@ -79,10 +79,18 @@ pub(super) fn page_size() -> u64 {
 }
 
 /// Says what the file is as its link in /proc does, which asks no file system either.
-fn refused(fd: &OwnedFd, why: &str) -> Error {
+fn refused(fd: &OwnedFd, why: &str) -> Failure {
     let link = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
     let is = link.map_or_else(|_| "something else".into(), |to| to.display().to_string());
-    Error::bad("memory", format!("{is} is {why}"))
+    bad("memory", format!("{is} is {why}"))
+}
+
+fn bad(field: &str, reason: impl ToString) -> Failure {
+    Failure::Bad { field: field.into(), reason: reason.to_string() }
+}
+
+fn system(call: &'static str, object: &str, errno: nix::errno::Errno) -> Failure {
+    kernel::Error::new(call, object, errno).into()
 }
 
 #[cfg(test)]
@@ -94,7 +102,7 @@ mod tests {
 
     fn reason(fd: impl Into<OwnedFd>) -> String {
         match Memory::check(fd.into()) {
-            Err(Error::BadRequest { field, reason }) if field == "memory" => reason,
+            Err(Failure::Bad { field, reason }) if field == "memory" => reason,
             other => panic!("{other:?}"),
         }
     }
@@ -120,7 +128,7 @@ mod tests {
         let memory = Memory::check(memfd).unwrap();
         let page = page_size();
         let field = |offset, size| match memory.check_range(offset, size) {
-            Err(Error::BadRequest { field, .. }) => field,
+            Err(Failure::Bad { field, .. }) => field,
             other => panic!("{other:?}"),
         };
         assert_eq!(memory.check_range(0, 2 * page), Ok(()));

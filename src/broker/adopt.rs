@@ -1,0 +1,319 @@
+//! Keepers: starting them, listening to them, and what those have that were there before.
+
+use super::books::{Books, Entry};
+use super::keeper::KeeperHandle;
+use super::key::Key;
+use super::{Broker, now};
+use crate::kernel;
+use crate::ledger::{Adopted, AdoptedGroup, Handed, LeaseId, Member, Request, Space, Trust};
+use crate::process::keeper::{LeaseState, Mappings, Phase, Stage, Watch};
+use crate::process::link::{self, Answer, Asking, Lost};
+use crate::protocol::{Error, EventKind};
+use nix::errno::Errno;
+use std::os::fd::OwnedFd;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+use tokio::task::spawn_local;
+use tokio::time::{Instant, sleep};
+use tracing::{debug, info, warn};
+
+/// How often a way to a keeper is looked for where there is none.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
+/// How long a keeper that salvages may take to begin.
+const SALVAGE: Duration = Duration::from_secs(2);
+
+impl Broker {
+    /// Takes over what is there: every lease that some keeper has, living, hanging or dead, is known
+    /// from here on. Once, before anything is acquired.
+    ///
+    /// # Errors
+    /// What a dead keeper wrote can't be relied on, or two claim the same.
+    pub fn adopt(self: &Rc<Self>) -> Result<(), Error> {
+        let all = self.keepers.all().map_err(|error| started("readdir", "keepers", &error))?;
+        for (name, saved) in all {
+            let keeper = Rc::new(KeeperHandle::new(name.clone()));
+            match saved {
+                Ok(saved) => {
+                    for state in saved.leases {
+                        let lease = &state.record.lease;
+                        info!(
+                            lease,
+                            vm = state.record.vm,
+                            tenant = state.record.tenant,
+                            "known since before the restart"
+                        );
+                        self.adopt_lease(&keeper, state, false)?;
+                    }
+                }
+                // One that lives can be asked.
+                Err(why) if self.keepers.has_files(&name) => {
+                    warn!(why, "asking its keeper instead")
+                }
+                Err(why) => return Err(Error::bad(format!("keeper {name}"), why)),
+            }
+            self.attend(&keeper, None);
+        }
+        Ok(())
+    }
+
+    /// Starts a keeper.
+    pub(super) fn start_keeper(self: &Rc<Self>) -> Result<Rc<KeeperHandle>, Error> {
+        let name = super::key::new_lease_id()?.to_string();
+        let failed = |error: std::io::Error| started("fork", "a keeper's process", &error);
+        let links = self.keepers.start(&name).map_err(failed)?;
+        let keeper = Rc::new(KeeperHandle::new(name));
+        let watch = self.link_up(&keeper, links).map_err(failed)?;
+        self.attend(&keeper, Some(watch));
+        Ok(keeper)
+    }
+
+    /// Has a keeper asked on the first of two links; gives the second.
+    fn link_up(&self, keeper: &KeeperHandle, links: [OwnedFd; 2]) -> std::io::Result<Asking> {
+        let [ask, watch] = links;
+        keeper.set_link(Some(Asking::new(ask)?));
+        Asking::new(watch)
+    }
+
+    /// Listens to a keeper for as long as anything here needs it; finds a new way to it where there is
+    /// none, and has a dead one's things taken back.
+    fn attend(self: &Rc<Self>, keeper: &Rc<KeeperHandle>, watch: Option<Asking>) {
+        let (broker, over) = (Rc::downgrade(self), Rc::clone(&keeper.over));
+        let keeper = Rc::downgrade(keeper);
+        spawn_local(async move {
+            tokio::select! {
+                () = over.notified() => {}
+                () = listen(broker, keeper, watch) => {}
+            }
+        });
+    }
+
+    /// A keeper has told of a lease that has no entry here.
+    pub(super) fn learn_of_unknown(
+        self: &Rc<Self>,
+        keeper: &Rc<KeeperHandle>,
+        id: LeaseId,
+        state: LeaseState,
+    ) {
+        let mut books = self.books();
+        if state.phase == Phase::Gone {
+            books.left_behind.remove(&id);
+            return;
+        }
+        // Being acquired here and now, or known to have left something open.
+        if books.ledger.lease(id).is_some() || books.left_behind.contains(&id) {
+            return;
+        }
+        drop(books);
+        if let Err(error) = self.adopt_lease(keeper, state, true) {
+            warn!(%error, "a keeper has what it can't have");
+        }
+    }
+
+    /// Enters a lease as its keeper has it. One that was never delivered has ended.
+    fn adopt_lease(
+        self: &Rc<Self>,
+        keeper: &Rc<KeeperHandle>,
+        state: LeaseState,
+        is_told: bool,
+    ) -> Result<(), Error> {
+        let bad = |reason: String| Error::bad(format!("lease {}", state.record.lease), reason);
+        let record = &state.record;
+        let id: LeaseId = record.lease.parse().map_err(|error| bad(format!("{error}")))?;
+        let key = Key::from_hex(&record.key).ok_or_else(|| bad("its key is none".into()))?;
+        let tenant = match self.policy.people(&record.tenant) {
+            Some(people) if people == record.people => record.tenant.clone(),
+            // Nobody's: no tenant can have such a name.
+            _ => format!("{} (as it was before the restart)", record.tenant),
+        };
+        let adopted = adopted(id, &tenant, &state);
+        let held = adopted.held;
+        let entry = Rc::new(Entry::new(id, &tenant, key, Rc::clone(keeper)));
+        entry.lifelines.set(state.lifelines);
+        if is_told {
+            entry.revision.set(state.revision);
+        }
+        *entry.call.borrow_mut() = state.call.clone();
+        let mut books = self.books();
+        let Books { ledger, entries, shared, left_behind } = &mut *books;
+        ledger.apply(Request::Adopt(adopted)).map_err(|why| bad(why.to_string()))?;
+        if let Some(container) = &record.container {
+            shared.insert(container.name.clone(), Rc::downgrade(keeper));
+        }
+        match ledger.lease(id).is_some() {
+            true => drop(entries.insert(id, entry)),
+            false => drop(left_behind.insert(id)),
+        }
+        drop(books);
+        if !held {
+            self.expect_news(id);
+        }
+        Ok(())
+    }
+
+    /// The process of a keeper is no more: its leases have ended with it.
+    fn end_with_keeper(self: &Rc<Self>, name: &str) {
+        let books = self.books();
+        let its = books.entries.values().filter(|entry| entry.keeper.name == name);
+        let its: Vec<_> = its.map(|entry| entry.id).collect();
+        drop(books);
+        for id in its {
+            if self.end(id, EventKind::Gone) {
+                warn!(lease = %id, keeper = name, "a lease has ended with its keeper");
+            }
+        }
+    }
+
+    /// Nothing is to be known of a keeper: what it had is free.
+    fn free_with_keeper(self: &Rc<Self>, keeper: &Rc<KeeperHandle>) {
+        let books = self.books();
+        let its = books.entries.values().filter(|entry| entry.keeper.name == keeper.name);
+        let its: Vec<_> = its.map(|entry| entry.id).collect();
+        drop(books);
+        for id in its {
+            self.end(id, EventKind::Gone);
+            let mut books = self.books();
+            let groups: Vec<u32> = books.ledger.groups_of(id).map(|(id, _)| id).collect();
+            for group in groups {
+                let _ = books.ledger.apply(Request::Detached { group });
+                let _ = books.ledger.apply(Request::Freed { group });
+            }
+            if books.ledger.lease(id).is_none() {
+                books.entries.remove(&id);
+            }
+            drop(books);
+            self.has_changed();
+        }
+    }
+}
+
+/// Watches a keeper until nothing is to be known of it.
+async fn listen(broker: Weak<Broker>, keeper: Weak<KeeperHandle>, mut watch: Option<Asking>) {
+    let mut pause = FIRST_PAUSE;
+    let mut salvaged: Option<Instant> = None;
+    loop {
+        if let Some(link) = watch.take() {
+            let lost = hear(&broker, &keeper, link).await;
+            debug!(%lost, "a keeper's link has ended");
+            pause = FIRST_PAUSE;
+        }
+        let (Some(broker), Some(keeper)) = (broker.upgrade(), keeper.upgrade()) else { return };
+        keeper.set_link(None);
+        let keepers = &broker.keepers;
+        if !keepers.exists(&keeper.name) {
+            return broker.free_with_keeper(&keeper);
+        }
+        let is_under_way = salvaged.is_some_and(|at| at.elapsed() < SALVAGE);
+        if !is_under_way && !keepers.has_files(&keeper.name) {
+            salvaged = Some(Instant::now());
+            broker.end_with_keeper(&keeper.name);
+            if let Err(error) = keepers.salvage(&keeper.name) {
+                warn!(%error, keeper = keeper.name, "can't take back what a keeper has left");
+            }
+        }
+        match keepers.connect(&keeper.name).and_then(|links| broker.link_up(&keeper, links)) {
+            Ok(link) => watch = Some(link),
+            Err(error) => debug!(%error, keeper = keeper.name, "no way to a keeper"),
+        }
+        drop((broker, keeper));
+        if watch.is_none() {
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+}
+
+/// Takes down what a keeper tells, for as long as it does.
+async fn hear(broker: &Weak<Broker>, keeper: &Weak<KeeperHandle>, mut link: Asking) -> Lost {
+    if let Err(lost) = link.send(&link::call(&Watch {}, true), &[]).await {
+        return lost;
+    }
+    loop {
+        let parameters = match link.next().await {
+            Ok(Answer::Reply(parameters)) => parameters,
+            Ok(Answer::Error(name, _)) => return Lost::Malformed(name),
+            Err(lost) => return lost,
+        };
+        let state: LeaseState = match serde_json::from_str(&parameters) {
+            Ok(state) => state,
+            Err(error) => return Lost::Malformed(error.to_string()),
+        };
+        let (Some(broker), Some(keeper)) = (broker.upgrade(), keeper.upgrade()) else {
+            return Lost::Closed;
+        };
+        broker.learn_mappings(&keeper, &state).await;
+        broker.learn(&keeper, state);
+    }
+}
+
+impl Broker {
+    /// The mappings of a lease that is not known here yet.
+    async fn learn_mappings(self: &Rc<Self>, keeper: &Rc<KeeperHandle>, state: &LeaseState) {
+        let Ok(id) = state.record.lease.parse::<LeaseId>() else { return };
+        let known = self.books().ledger.lease(id).is_some_and(|lease| {
+            lease.mappings.len() as u64 >= state.mappings || state.mappings == 0
+        });
+        if known || state.mappings == 0 {
+            return;
+        }
+        let Some(mut turn) = keeper.turn().await else { return };
+        let (mut all, mut from) = (Vec::new(), 0);
+        while let Ok(page) = turn.ask(&Mappings { lease: id.to_string(), from }, &[]).await
+            && let Some((last, _)) = page.mappings.last().copied()
+        {
+            all.extend(page.mappings);
+            let Some(next) = last.checked_add(1) else { break };
+            from = next;
+        }
+        self.report(Request::Mapped { lease: id, mappings: all });
+    }
+}
+
+/// A lease as the ledger is told of it.
+fn adopted(id: LeaseId, tenant: &str, state: &LeaseState) -> Adopted {
+    let record = &state.record;
+    let space = match (&record.container, record.handout) {
+        (Some(shared), _) => {
+            let trust = if shared.mutual { Trust::Mutual } else { Trust::Enforced };
+            Space::Shared { name: shared.name.clone(), trust }
+        }
+        (None, crate::protocol::Handout::Group | crate::protocol::Handout::Iommufd) => Space::None,
+        (None, _) => Space::Own,
+    };
+    let group = |told: &crate::process::keeper::GroupState| AdoptedGroup {
+        id: told.group.id,
+        attached: told.attached,
+        members: told.group.members.iter().map(|&(bdf, physfn)| Member { bdf, physfn }).collect(),
+        unbound: match &told.stage {
+            Stage::Unbound(left) => Some(left.clone()),
+            _ => None,
+        },
+    };
+    let device = |device: &crate::process::keeper::LeasedDevice| Handed {
+        bdf: device.bdf,
+        group: device.group,
+        withheld: device.withheld,
+    };
+    let there = |device: &Handed| state.groups.iter().any(|told| told.group.id == device.group);
+    Adopted {
+        lease: id,
+        tenant: tenant.to_owned(),
+        vm: record.vm.clone(),
+        uid: record.uid,
+        pid: record.pid,
+        since: record.since,
+        handout: record.handout,
+        space,
+        noiommu: record.noiommu,
+        held: state.phase == Phase::Held,
+        at: now(),
+        devices: record.devices.iter().map(device).filter(there).collect(),
+        groups: state.groups.iter().map(group).collect(),
+    }
+}
+
+fn started(call: &'static str, object: &str, error: &std::io::Error) -> Error {
+    let errno = error.raw_os_error().map_or(Errno::EAGAIN, Errno::from_raw);
+    kernel::Error::new(call, object, errno).into()
+}

@@ -1,0 +1,125 @@
+//! Asking a keeper: one call after the other, with a deadline for whoever waits. A call that has begun
+//! comes to its end without being waited for, and what comes of it too late is undone.
+
+use super::hint::{keeper_lost, no_answer};
+use super::{Broker, Delivery};
+use crate::process::keeper::{FAILED, Failed, Failure};
+use crate::process::link::{self, Answer, Asking, Call, Lost};
+use crate::protocol::Error;
+use std::cell::RefCell;
+use std::future::Future;
+use std::os::fd::BorrowedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use tokio::sync::{Mutex, Notify, OwnedMutexGuard, oneshot};
+use tokio::task::spawn_local;
+use tokio::time::{Instant, timeout_at};
+
+/// A keeper, as far as the broker has to do with it.
+#[derive(Debug)]
+pub(super) struct KeeperHandle {
+    pub(super) name: String,
+    /// The link to ask it on; none while there is no way to it.
+    link: RefCell<Option<Arc<Mutex<Asking>>>>,
+    /// Told when nothing here needs it any more.
+    pub(super) over: Rc<Notify>,
+}
+
+impl Drop for KeeperHandle {
+    fn drop(&mut self) {
+        self.over.notify_one();
+    }
+}
+
+/// The right to ask a keeper; whoever else wants to waits.
+#[derive(Debug)]
+pub(super) struct Turn(OwnedMutexGuard<Asking>);
+
+/// Why a keeper did not do it.
+#[derive(Debug)]
+pub(super) enum NotDone {
+    /// It says why.
+    Failed(Failure),
+    /// It is gone, and with it all that it had.
+    Lost(Lost),
+}
+
+impl KeeperHandle {
+    pub(super) fn new(name: String) -> Self {
+        Self { name, link: RefCell::default(), over: Rc::default() }
+    }
+
+    /// Has it asked on this link from now on; on none where it is lost.
+    pub(super) fn set_link(&self, link: Option<Asking>) {
+        *self.link.borrow_mut() = link.map(|link| Arc::new(Mutex::new(link)));
+    }
+
+    /// Waits for one's turn; however long that takes.
+    pub(super) async fn turn(&self) -> Option<Turn> {
+        let link = self.link.borrow().clone()?;
+        Some(Turn(link.lock_owned().await))
+    }
+
+    /// Waits for one's turn until then.
+    pub(super) async fn turn_until(&self, call: &str, until: Instant) -> Result<Turn, Error> {
+        let turn = timeout_at(until, self.turn()).await;
+        turn.ok().flatten().ok_or_else(|| no_answer(call, &self.name))
+    }
+}
+
+impl Turn {
+    pub(super) async fn ask<C: Call>(
+        &mut self,
+        call: &C,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<C::Reply, NotDone> {
+        self.0.send(&link::call(call, false), fds).await.map_err(NotDone::Lost)?;
+        let malformed = |error: serde_json::Error| {
+            NotDone::Lost(Lost::Malformed(format!("{}: {error}", C::NAME)))
+        };
+        match self.0.next().await.map_err(NotDone::Lost)? {
+            Answer::Reply(parameters) => serde_json::from_str(&parameters).map_err(malformed),
+            Answer::Error(name, parameters) if name == FAILED => {
+                let Failed { failure } = serde_json::from_str(&parameters).map_err(malformed)?;
+                Err(NotDone::Failed(failure))
+            }
+            Answer::Error(name, _) => Err(NotDone::Lost(Lost::Malformed(name))),
+        }
+    }
+}
+
+impl Broker {
+    /// Does `work` to its end, and gives what came of it if that is there in time; else it goes to
+    /// `late`.
+    pub(super) async fn in_time<T: 'static, Late: Future<Output = ()>>(
+        &self,
+        (call, object): (&str, &str),
+        until: Instant,
+        work: impl Future<Output = Result<T, Error>> + 'static,
+        late: impl FnOnce(T) -> Late + 'static,
+    ) -> Result<T, Error> {
+        let (sender, mut receiver) = oneshot::channel();
+        spawn_local(async move {
+            if let Err(Ok(done)) = sender.send(work.await) {
+                late(done).await;
+            }
+        });
+        let mut result = timeout_at(until, &mut receiver).await;
+        if result.is_err() {
+            // It may have come just now; from here on it can't.
+            receiver.close();
+            result = receiver.try_recv().map_or(result, |done| Ok(Ok(done)));
+        }
+        match result {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(keeper_lost(object)),
+            Err(_) => Err(no_answer(call, object)),
+        }
+    }
+}
+
+impl From<bool> for Delivery {
+    fn from(whole: bool) -> Self {
+        if whole { Self::Whole } else { Self::Part }
+    }
+}

@@ -1,0 +1,84 @@
+//! The keepers' processes, as the broker has to do with them.
+
+use crate::broker::Keepers;
+use crate::keeper::{Found, Machine, Place, start, start_salvage};
+use crate::process::keeper::{Saved, VERSION};
+use std::cell::RefCell;
+use std::io::Result;
+use std::os::fd::OwnedFd;
+use std::process::Child;
+
+/// Keepers that are processes of this program.
+#[derive(Debug)]
+pub(super) struct Processes {
+    machine: Machine,
+    place: Place,
+    /// Those that were started here and are not known to have ended.
+    children: RefCell<Vec<Child>>,
+}
+
+impl Processes {
+    pub(super) fn new(machine: Machine, place: Place) -> Self {
+        Self { machine, place, children: RefCell::default() }
+    }
+
+    fn add(&self, child: Child) {
+        let mut children = self.children.borrow_mut();
+        children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        children.push(child);
+    }
+
+    fn reap(&self) {
+        self.children.borrow_mut().retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+    }
+}
+
+impl Keepers for Processes {
+    fn start(&self, name: &str) -> Result<[OwnedFd; 2]> {
+        let (child, links) = start(&self.machine, &self.place, name)?;
+        self.add(child);
+        Ok(links)
+    }
+
+    fn connect(&self, name: &str) -> Result<[OwnedFd; 2]> {
+        Ok([self.place.connect(name)?, self.place.connect(name)?])
+    }
+
+    fn exists(&self, name: &str) -> bool {
+        self.reap();
+        self.place.path().join(name).exists()
+    }
+
+    fn has_files(&self, name: &str) -> bool {
+        self.place.is_locked(name)
+    }
+
+    fn salvage(&self, name: &str) -> Result<()> {
+        self.add(start_salvage(&self.machine, &self.place, name)?);
+        Ok(())
+    }
+
+    fn all(&self) -> Result<Vec<(String, std::result::Result<Saved, String>)>> {
+        let mut all = Vec::new();
+        for name in self.place.names().map_err(|error| std::io::Error::other(error.to_string()))? {
+            match self.place.read(&name) {
+                Found::Saved(saved) if saved.version > VERSION => {
+                    let why = format!(
+                        "{name}: it is of version {}, and this daemon understands {VERSION}",
+                        saved.version
+                    );
+                    all.push((name, Err(why)));
+                }
+                Found::Saved(saved) => all.push((name, Ok(saved))),
+                Found::Unusable(why) => all.push((name, Err(why))),
+                Found::Nothing if self.place.is_locked(&name) => {
+                    let (version, boot, pid) = (VERSION, String::new(), 0);
+                    all.push((name, Ok(Saved { version, boot, pid, leases: Vec::new() })));
+                }
+                // Of another start of the kernel, or of one that never had anything.
+                Found::Nothing => self.place.remove(&name),
+            }
+        }
+        Ok(all)
+    }
+}

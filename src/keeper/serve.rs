@@ -1,0 +1,233 @@
+//! A keeper's loop: links, lease pipes, and what is to be tried again.
+
+use super::state_file::{Place, StateFile};
+use super::{Keeper, KeptLease};
+use crate::kernel::Kernel;
+use crate::process::keeper::{
+    Check, Deliver, End, FAILED, Failed, Failure, LeaseState, Map, Mappings, Open, Phase, Reopen,
+    Undo, Unmap, Watch,
+};
+use crate::process::link::{self, Answering, Call, Lost, Message};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How a keeper begins.
+#[derive(Debug)]
+pub struct Links {
+    /// The links of the broker that wants it; none where it is to salvage what a dead one left.
+    pub first: Vec<OwnedFd>,
+    /// What hangs up when the kernel's machine is no more: a simulated one can end.
+    pub machine: Option<OwnedFd>,
+    /// Take over the directory of a dead keeper.
+    pub salvage: bool,
+}
+
+/// A link, and what it wants to know.
+#[derive(Debug)]
+pub(super) struct Link {
+    id: u64,
+    answering: Answering,
+    /// The leases that have changed since it was told; `None` where it does not watch.
+    untold: Option<BTreeSet<String>>,
+}
+
+/// Keeps until nothing is left to keep.
+///
+/// # Errors
+/// The keeper's directory can't be made, or taken over: nothing has been opened then.
+pub fn run(
+    kernel: Arc<dyn Kernel>,
+    place: &Place,
+    name: &str,
+    patience: Vec<Duration>,
+    links: Links,
+) -> crate::kernel::Result<()> {
+    let file = match links.salvage {
+        true => StateFile::take_over(place, name)?,
+        false => StateFile::create(place, name)?,
+    };
+    let listener = file.listen()?;
+    let saved = if links.salvage { file.read()? } else { Vec::new() };
+    let mut keeper = Keeper {
+        kernel,
+        file,
+        patience,
+        container: None,
+        leases: BTreeMap::new(),
+        changed: BTreeSet::new(),
+        gone: BTreeMap::new(),
+        links: Vec::new(),
+        next_link: 0,
+        revision: 0,
+    };
+    links.first.into_iter().for_each(|socket| keeper.take_in(socket));
+    keeper.salvage(saved);
+    keeper.serve(&listener, links.machine.as_ref());
+    keeper.file.remove();
+    Ok(())
+}
+
+impl Keeper {
+    fn serve(&mut self, listener: &UnixListener, machine: Option<&OwnedFd>) {
+        while !(self.leases.is_empty() && self.links.is_empty()) {
+            if self.wait(listener, machine) {
+                // With its machine all that was kept is gone.
+                return;
+            }
+            while let Ok((socket, _)) = listener.accept() {
+                self.take_in(socket.into());
+            }
+            self.answer_links();
+            self.see_hang_ups();
+            self.try_again(Instant::now());
+            self.tell();
+        }
+    }
+
+    /// Waits for something to do. True at the end of the machine.
+    fn wait(&self, listener: &UnixListener, machine: Option<&OwnedFd>) -> bool {
+        let mut fds = vec![PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+        for link in &self.links {
+            let untold = link.untold.as_ref().is_some_and(|untold| !untold.is_empty());
+            let writable = if untold { PollFlags::POLLOUT } else { PollFlags::empty() };
+            fds.push(PollFd::new(link.answering.as_fd(), PollFlags::POLLIN | writable));
+        }
+        let pipes = self.leases.values().flat_map(|lease| &lease.lifelines);
+        fds.extend(pipes.map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::empty())));
+        fds.extend(machine.map(|machine| PollFd::new(machine.as_fd(), PollFlags::empty())));
+        let until = self.next_attempt().map(|at| at.saturating_duration_since(Instant::now()));
+        let until = until.map(|left| left + Duration::from_millis(1));
+        let until = until.map_or(PollTimeout::NONE, |left| {
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        // Whatever poll says: what there is to do is looked for.
+        let _ = poll(&mut fds, until);
+        let end = fds.last().and_then(PollFd::revents).unwrap_or(PollFlags::empty());
+        machine.is_some() && end.intersects(PollFlags::POLLHUP | PollFlags::POLLERR)
+    }
+
+    fn take_in(&mut self, socket: OwnedFd) {
+        self.next_link += 1;
+        let answering = Answering::new(socket);
+        self.links.push(Link { id: self.next_link, answering, untold: None });
+    }
+
+    fn answer_links(&mut self) {
+        let ids: Vec<u64> = self.links.iter().map(|link| link.id).collect();
+        for id in ids {
+            if let Err(_lost) = self.answer_link(id) {
+                self.links.retain(|link| link.id != id);
+                self.undo_of_link(id);
+            }
+        }
+    }
+
+    fn link_mut(&mut self, id: u64) -> Result<&mut Link, Lost> {
+        self.links.iter_mut().find(|link| link.id == id).ok_or(Lost::Closed)
+    }
+
+    fn answer_link(&mut self, id: u64) -> Result<(), Lost> {
+        while let Some(message) = self.link_mut(id)?.answering.next()? {
+            let Message { bytes, fds } = message;
+            let (method, parameters) = link::parse_call(&bytes)?;
+            let answer = self.answer(id, &method, parameters, fds)?;
+            // Those who watch hear of it before the one who asked can ask again.
+            self.tell();
+            if let Some(answer) = answer {
+                self.link_mut(id)?.answering.send(&answer)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(
+        &mut self,
+        link: u64,
+        method: &str,
+        parameters: &str,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Option<Vec<u8>>, Lost> {
+        let parameters = parameters.as_bytes();
+        let mut fds = fds.into_iter();
+        let mut file = || fds.next().ok_or_else(|| Lost::Malformed("no file".into()));
+        let answer = match method {
+            Open::NAME => framed(self.open(link, link::parse(parameters)?)),
+            Reopen::NAME => framed(self.reopen(link, link::parse(parameters)?)),
+            Deliver::NAME => framed(self.deliver(link::parse(parameters)?, &file()?)),
+            Undo::NAME => framed(self.undo(&link::parse(parameters)?)),
+            Map::NAME => framed(self.map(&link::parse(parameters)?, file()?)),
+            Unmap::NAME => framed(self.unmap(&link::parse(parameters)?)),
+            Check::NAME => framed(self.check(&link::parse(parameters)?)),
+            End::NAME => framed(self.end(&link::parse(parameters)?)),
+            Mappings::NAME => framed(self.mappings(&link::parse(parameters)?)),
+            Watch::NAME => {
+                let all = self.leases.keys().cloned().collect();
+                self.link_mut(link)?.untold = Some(all);
+                return Ok(None);
+            }
+            _ => {
+                let what = BTreeMap::from([("method", method)]);
+                link::error("org.varlink.service.MethodNotFound", &what)
+            }
+        };
+        Ok(Some(answer))
+    }
+
+    /// Tells those who watch what has changed. Who does not read is told later, and then only how
+    /// things stand by then.
+    pub(super) fn tell(&mut self) {
+        let changed = std::mem::take(&mut self.changed);
+        let (leases, gone) = (&self.leases, &self.gone);
+        let state = |name: &String| -> Option<&LeaseState> {
+            leases.get(name).map(|lease: &KeptLease| &lease.state).or_else(|| gone.get(name))
+        };
+        for link in &mut self.links {
+            let Some(untold) = &mut link.untold else { continue };
+            untold.extend(changed.iter().cloned());
+            while let Some(name) = untold.first().cloned() {
+                if let Some(state) = state(&name) {
+                    match link.answering.send(&link::reply(state, true)) {
+                        Ok(()) => {}
+                        Err(Lost::Errno { errno: Errno::EAGAIN, .. }) => break,
+                        // Its end is seen when it is read from.
+                        Err(_) => {}
+                    }
+                }
+                untold.remove(&name);
+            }
+        }
+        let untold = self.links.iter().filter_map(|link| link.untold.as_ref());
+        let untold: BTreeSet<&String> = untold.flatten().collect();
+        self.gone.retain(|name, _| untold.contains(name));
+    }
+
+    /// What a keeper had that is no more: all of it has ended.
+    fn salvage(&mut self, saved: Vec<LeaseState>) {
+        for mut state in saved {
+            let name = state.record.lease.clone();
+            state.phase = Phase::Held;
+            (state.lifelines, state.mappings, state.call) = (0, 0, None);
+            self.revision = self.revision.max(state.revision);
+            for group in &mut state.groups {
+                // The files have gone with their process, and the kernel has undone what they did.
+                group.attached = false;
+            }
+            self.leases.insert(name.clone(), KeptLease::new(state));
+            self.end_lease(&name);
+            self.take_back(&name);
+        }
+    }
+}
+
+fn framed<T: Serialize>(result: Result<T, Failure>) -> Vec<u8> {
+    match result {
+        Ok(done) => link::reply(&done, false),
+        Err(failure) => link::error(FAILED, &Failed { failure }),
+    }
+}
