@@ -371,20 +371,25 @@ impl Broker {
             "handout": lease.handout,
             "iommu": opened.iommu,
             "container": container_name(&lease),
-            "devices": named,
+            "devices": named.clone(),
         });
         let (lifeline, kept) = (true, None);
         let deliver =
             Deliver { lease: entry.id.to_string(), parameters: object(parameters), lifeline, kept };
+        // Its end can be heard of before the answer to this.
+        let kind = if is_new { EventKind::Acquired } else { EventKind::Extended };
+        self.tell(&event(kind, &lease, devices(&lease, false)));
         match turn.ask(&deliver, &[client]).await {
             Ok(delivered) => {
-                let kind = if is_new { EventKind::Acquired } else { EventKind::Extended };
-                self.tell(&event(kind, &lease, devices(&lease, false)));
                 self.learn(&entry.keeper, delivered.state);
                 Ok(delivered.whole.into())
             }
             Err(why) => {
                 self.retract(entry, chosen);
+                if is_new {
+                    self.tell(&event(EventKind::Gone, &lease, devices(&lease, false)));
+                }
+                self.tell(&event(EventKind::Reclaimed, &lease, named));
                 Err(self.not_done(why, &[], "Acquire"))
             }
         }

@@ -96,16 +96,9 @@ impl Broker {
         id: LeaseId,
         state: LeaseState,
     ) {
-        let mut books = self.books();
-        if state.phase == Phase::Gone {
-            books.left_behind.remove(&id);
+        if state.phase == Phase::Gone || keeper.has_seen(id) {
             return;
         }
-        // Being acquired here and now, or known to have left something open.
-        if books.ledger.lease(id).is_some() || books.left_behind.contains(&id) {
-            return;
-        }
-        drop(books);
         if let Err(error) = self.adopt_lease(keeper, state, true) {
             warn!(%error, "a keeper has what it can't have");
         }
@@ -127,6 +120,7 @@ impl Broker {
             // Nobody's: no tenant can have such a name.
             _ => format!("{} (as it was before the restart)", record.tenant),
         };
+        keeper.has_seen(id);
         let adopted = adopted(id, &tenant, &state);
         let held = adopted.held;
         let entry = Rc::new(Entry::new(id, &tenant, key, Rc::clone(keeper)));
@@ -136,14 +130,14 @@ impl Broker {
         }
         *entry.call.borrow_mut() = state.call.clone();
         let mut books = self.books();
-        let Books { ledger, entries, shared, left_behind } = &mut *books;
+        let Books { ledger, entries, shared } = &mut *books;
         ledger.apply(Request::Adopt(adopted)).map_err(|why| bad(why.to_string()))?;
         if let Some(container) = &record.container {
             shared.insert(container.name.clone(), Rc::downgrade(keeper));
         }
-        match ledger.lease(id).is_some() {
-            true => drop(entries.insert(id, entry)),
-            false => drop(left_behind.insert(id)),
+        // Of one that has only left nodes open, no more than that is known.
+        if ledger.lease(id).is_some() {
+            entries.insert(id, entry);
         }
         drop(books);
         if !held {

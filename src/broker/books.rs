@@ -5,7 +5,7 @@ use super::key::Key;
 use crate::ledger::{Lease, LeaseId, Ledger};
 use crate::process::keeper::UnderWay;
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::rc::{Rc, Weak};
 
 /// The ledger and what stands beside it.
@@ -15,8 +15,6 @@ pub(super) struct Books {
     pub(super) entries: HashMap<LeaseId, Rc<Entry>>,
     /// The keepers of shared containers, by the container's name.
     pub(super) shared: HashMap<String, Weak<KeeperHandle>>,
-    /// Leases that are forgotten here while a keeper still watches nodes that they left open.
-    pub(super) left_behind: HashSet<LeaseId>,
 }
 
 /// A lease's secret and its keeper.
@@ -37,6 +35,7 @@ pub(super) struct Entry {
 impl Entry {
     pub(super) fn new(id: LeaseId, tenant: &str, key: Key, keeper: Rc<KeeperHandle>) -> Self {
         let (tenant, lifelines) = (tenant.to_owned(), Cell::new(0));
+        keeper.has_seen(id);
         Self {
             id,
             tenant,

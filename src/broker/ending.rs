@@ -142,23 +142,19 @@ impl Broker {
         let Some(before) = self.books().ledger.lease(id).cloned() else { return };
         let known = quarantined(&self.books(), id);
         let mut books = self.books();
-        for request in reports(&books, &before, &state) {
+        let reports = reports(&books, &before, &state);
+        let has_reports = !reports.is_empty();
+        for request in reports {
             let _ = books.ledger.apply(request);
         }
-        self.forget_ended(&mut books, id, state.phase);
+        if has_reports {
+            // The last group to leave a shared container settles other members' mappings too.
+            let Books { ledger, entries, .. } = &mut *books;
+            entries.retain(|id, _| ledger.lease(*id).is_some());
+        }
         drop(books);
         self.has_changed();
         self.tell_outcome(&before, &known);
-    }
-
-    /// Forgets leases of which nothing is left; the last group to leave a shared container settles
-    /// other members' mappings too.
-    fn forget_ended(&self, books: &mut Books, id: LeaseId, phase: Phase) {
-        let Books { ledger, entries, left_behind, .. } = books;
-        entries.retain(|id, _| ledger.lease(*id).is_some());
-        if ledger.lease(id).is_none() && phase != Phase::Gone {
-            left_behind.insert(id);
-        }
     }
 
     /// Says what became of an ended lease's devices; of those in groups that are `known` to be

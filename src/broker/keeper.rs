@@ -3,10 +3,12 @@
 
 use super::hint::{keeper_lost, no_answer};
 use super::{Broker, Delivery};
+use crate::ledger::LeaseId;
 use crate::process::keeper::{FAILED, Failed, Failure};
 use crate::process::link::{self, Answer, Asking, Call, Lost};
 use crate::protocol::Error;
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::future::Future;
 use std::os::fd::BorrowedFd;
 use std::rc::Rc;
@@ -23,6 +25,8 @@ pub(super) struct KeeperHandle {
     link: RefCell<Option<Arc<Mutex<Asking>>>>,
     /// Told when nothing here needs it any more.
     pub(super) over: Rc<Notify>,
+    /// The leases of it that are known or were; what is told of these too late is old news.
+    seen: RefCell<HashSet<LeaseId>>,
 }
 
 impl Drop for KeeperHandle {
@@ -46,7 +50,12 @@ pub(super) enum NotDone {
 
 impl KeeperHandle {
     pub(super) fn new(name: String) -> Self {
-        Self { name, link: RefCell::default(), over: Rc::default() }
+        Self { name, link: RefCell::default(), over: Rc::default(), seen: RefCell::default() }
+    }
+
+    /// Notes that a lease of it is known; whether it was before.
+    pub(super) fn has_seen(&self, lease: LeaseId) -> bool {
+        !self.seen.borrow_mut().insert(lease)
     }
 
     /// Has it asked on this link from now on; on none where it is lost.
