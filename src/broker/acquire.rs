@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 use tokio::time::Instant;
+use tracing::warn;
 
 /// Why nothing was reserved, and which lease has what was asked for.
 struct Refused {
@@ -383,6 +384,11 @@ impl Broker {
             Ok(delivered) => {
                 self.learn(&entry.keeper, delivered.state);
                 Ok(delivered.whole.into())
+            }
+            // It may have been delivered: who takes back what the keeper had finds out.
+            Err(NotDone::Lost(lost)) => {
+                warn!(%lost, lease = %entry.id, "a keeper has ended while it handed a lease over");
+                Ok(Delivery::Part)
             }
             Err(why) => {
                 self.retract(entry, chosen);

@@ -6,7 +6,7 @@ use super::key::Key;
 use super::{Broker, now};
 use crate::kernel;
 use crate::ledger::{Adopted, AdoptedGroup, Handed, LeaseId, Member, Request, Space, Trust};
-use crate::process::keeper::{LeaseState, Mappings, Phase, Stage, Watch};
+use crate::process::keeper::{LeaseState, Mappings, Phase, Stage, Told, Watch};
 use crate::process::link::{self, Answer, Asking, Lost};
 use crate::protocol::{Error, EventKind};
 use nix::errno::Errno;
@@ -146,11 +146,19 @@ impl Broker {
         Ok(())
     }
 
+    fn leases_of(&self, keeper: &KeeperHandle) -> Vec<LeaseId> {
+        let books = self.books();
+        let its = books.entries.values().filter(|entry| entry.keeper.name == keeper.name);
+        its.map(|entry| entry.id).collect()
+    }
+
     /// The process of a keeper is no more: its leases have ended with it.
     fn end_with_keeper(self: &Rc<Self>, name: &str) {
         let books = self.books();
         let its = books.entries.values().filter(|entry| entry.keeper.name == name);
-        let its: Vec<_> = its.map(|entry| entry.id).collect();
+        // Who takes it back begins with what was last written down.
+        let its: Vec<_> =
+            its.inspect(|entry| entry.revision.set(0)).map(|entry| entry.id).collect();
         drop(books);
         for id in its {
             if self.end(id, EventKind::Gone) {
@@ -159,13 +167,9 @@ impl Broker {
         }
     }
 
-    /// Nothing is to be known of a keeper: what it had is free.
-    fn free_with_keeper(self: &Rc<Self>, keeper: &Rc<KeeperHandle>) {
-        let books = self.books();
-        let its = books.entries.values().filter(|entry| entry.keeper.name == keeper.name);
-        let its: Vec<_> = its.map(|entry| entry.id).collect();
-        drop(books);
-        for id in its {
+    /// A keeper has nothing of these leases any more: what they had is free.
+    fn free_with_keeper(self: &Rc<Self>, leases: Vec<LeaseId>) {
+        for id in leases {
             self.end(id, EventKind::Gone);
             let mut books = self.books();
             let groups: Vec<u32> = books.ledger.groups_of(id).map(|(id, _)| id).collect();
@@ -196,7 +200,7 @@ async fn listen(broker: Weak<Broker>, keeper: Weak<KeeperHandle>, mut watch: Opt
         keeper.set_link(None);
         let keepers = &broker.keepers;
         if !keepers.exists(&keeper.name) {
-            return broker.free_with_keeper(&keeper);
+            return broker.free_with_keeper(broker.leases_of(&keeper));
         }
         let is_under_way = salvaged.is_some_and(|at| at.elapsed() < SALVAGE);
         if !is_under_way && !keepers.has_files(&keeper.name) {
@@ -223,21 +227,33 @@ async fn hear(broker: &Weak<Broker>, keeper: &Weak<KeeperHandle>, mut link: Aski
     if let Err(lost) = link.send(&link::call(&Watch {}, true), &[]).await {
         return lost;
     }
+    // Those that it may not have any more.
+    let mut doubtful = match (broker.upgrade(), keeper.upgrade()) {
+        (Some(broker), Some(keeper)) => broker.leases_of(&keeper),
+        _ => return Lost::Closed,
+    };
     loop {
         let parameters = match link.next().await {
             Ok(Answer::Reply(parameters)) => parameters,
             Ok(Answer::Error(name, _)) => return Lost::Malformed(name),
             Err(lost) => return lost,
         };
-        let state: LeaseState = match serde_json::from_str(&parameters) {
-            Ok(state) => state,
+        let told: Told = match serde_json::from_str(&parameters) {
+            Ok(told) => told,
             Err(error) => return Lost::Malformed(error.to_string()),
         };
         let (Some(broker), Some(keeper)) = (broker.upgrade(), keeper.upgrade()) else {
             return Lost::Closed;
         };
-        broker.learn_mappings(&keeper, &state).await;
-        broker.learn(&keeper, state);
+        match told.state {
+            Some(state) => {
+                doubtful.retain(|id| id.to_string() != state.record.lease);
+                broker.learn_mappings(&keeper, &state).await;
+                broker.learn(&keeper, state);
+            }
+            // What it has not told of is no more.
+            None => broker.free_with_keeper(std::mem::take(&mut doubtful)),
+        }
     }
 }
 

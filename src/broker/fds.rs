@@ -54,6 +54,8 @@ impl Broker {
                 self.learn(&entry.keeper, delivered.state);
                 Ok(delivered.whole.into())
             }
+            // It may have been delivered.
+            Err(NotDone::Lost(_)) => Ok(Delivery::Part),
             Err(why) => Err(self.not_done(why, &[], "GetFds")),
         }
     }

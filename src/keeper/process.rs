@@ -88,7 +88,7 @@ pub fn be_one_if_asked() -> Option<ExitCode> {
 /// `None` where it could not begin: its links' end says so.
 fn keep(salvage: bool, place: &Path, name: &str, control: Option<OsString>) -> Option<()> {
     let first = if salvage { Vec::new() } else { take_links()? };
-    let place = Place::new(place).ok()?;
+    let place = Place::at(place);
     let (kernel, machine): (Arc<dyn Kernel>, Option<OwnedFd>) = match control {
         None => (Arc::new(Linux), None),
         Some(control) => {

@@ -5,7 +5,7 @@ use super::{Keeper, KeptLease};
 use crate::kernel::Kernel;
 use crate::process::keeper::{
     Check, Deliver, End, FAILED, Failed, Failure, LeaseState, Map, Mappings, Open, Phase, Reopen,
-    Undo, Unmap, Watch,
+    Told, Undo, Unmap, Watch,
 };
 use crate::process::link::{self, Answering, Call, Lost, Message};
 use nix::errno::Errno;
@@ -35,6 +35,8 @@ pub(super) struct Link {
     answering: Answering,
     /// The leases that have changed since it was told; `None` where it does not watch.
     untold: Option<BTreeSet<String>>,
+    /// It has not been told yet that this is all.
+    is_listing: bool,
 }
 
 /// Keeps until nothing is left to keep.
@@ -48,12 +50,14 @@ pub fn run(
     patience: Vec<Duration>,
     links: Links,
 ) -> crate::kernel::Result<()> {
-    let file = match links.salvage {
-        true => StateFile::take_over(place, name)?,
-        false => StateFile::create(place, name)?,
-    };
-    let listener = file.listen()?;
-    let saved = if links.salvage { file.read()? } else { Vec::new() };
+    let begun = begin(place, name, links.salvage).inspect_err(|error| {
+        if let Some(link) = links.first.first().and_then(|link| link.try_clone().ok()) {
+            // Whoever asks first is told why it can't begin.
+            let failed = Failed { failure: error.clone().into() };
+            let _ = Answering::new(link).send(&link::error(FAILED, &failed));
+        }
+    });
+    let (file, listener, saved) = begun?;
     let mut keeper = Keeper {
         kernel,
         file,
@@ -71,6 +75,20 @@ pub fn run(
     keeper.serve(&listener, links.machine.as_ref());
     keeper.file.remove();
     Ok(())
+}
+
+fn begin(
+    place: &Place,
+    name: &str,
+    salvage: bool,
+) -> crate::kernel::Result<(StateFile, UnixListener, Vec<LeaseState>)> {
+    let file = match salvage {
+        true => StateFile::take_over(place, name)?,
+        false => StateFile::create(place, name)?,
+    };
+    let listener = file.listen()?;
+    let saved = if salvage { file.read()? } else { Vec::new() };
+    Ok((file, listener, saved))
 }
 
 impl Keeper {
@@ -95,6 +113,7 @@ impl Keeper {
         let mut fds = vec![PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
         for link in &self.links {
             let untold = link.untold.as_ref().is_some_and(|untold| !untold.is_empty());
+            let untold = untold || link.is_listing;
             let writable = if untold { PollFlags::POLLOUT } else { PollFlags::empty() };
             fds.push(PollFd::new(link.answering.as_fd(), PollFlags::POLLIN | writable));
         }
@@ -115,7 +134,7 @@ impl Keeper {
     fn take_in(&mut self, socket: OwnedFd) {
         self.next_link += 1;
         let answering = Answering::new(socket);
-        self.links.push(Link { id: self.next_link, answering, untold: None });
+        self.links.push(Link { id: self.next_link, answering, untold: None, is_listing: false });
     }
 
     fn answer_links(&mut self) {
@@ -168,7 +187,8 @@ impl Keeper {
             Mappings::NAME => framed(self.mappings(&link::parse(parameters)?)),
             Watch::NAME => {
                 let all = self.leases.keys().cloned().collect();
-                self.link_mut(link)?.untold = Some(all);
+                let link = self.link_mut(link)?;
+                (link.untold, link.is_listing) = (Some(all), true);
                 return Ok(None);
             }
             _ => {
@@ -192,7 +212,8 @@ impl Keeper {
             untold.extend(changed.iter().cloned());
             while let Some(name) = untold.first().cloned() {
                 if let Some(state) = state(&name) {
-                    match link.answering.send(&link::reply(state, true)) {
+                    let told = Told { state: Some(state.clone()) };
+                    match link.answering.send(&link::reply(&told, true)) {
                         Ok(()) => {}
                         Err(Lost::Errno { errno: Errno::EAGAIN, .. }) => break,
                         // Its end is seen when it is read from.
@@ -200,6 +221,10 @@ impl Keeper {
                     }
                 }
                 untold.remove(&name);
+            }
+            if link.is_listing && untold.is_empty() {
+                let all = link::reply(&Told { state: None }, true);
+                link.is_listing = link.answering.send(&all).is_err();
             }
         }
         let untold = self.links.iter().filter_map(|link| link.untold.as_ref());

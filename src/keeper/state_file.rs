@@ -66,6 +66,11 @@ impl Place {
         Ok(Self(directory.to_owned()))
     }
 
+    /// One that is there.
+    pub(super) fn at(directory: &Path) -> Self {
+        Self(directory.to_owned())
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.0

@@ -103,6 +103,8 @@ impl Keeper {
             let node = |id: &u32| node(*id, lease.state.record.noiommu).to_string();
             let object = groups.iter().map(node).collect::<Vec<_>>().join(" ");
             self.begin(name, "reclaim", object);
+            // Nothing more can be told while a call hangs.
+            self.tell();
             // What can't be written down now stands there from before.
             let _ = self.save();
         }

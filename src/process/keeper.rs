@@ -33,7 +33,7 @@ calls! {
     Check -> Changed,
     End -> Changed,
     Mappings -> MappingsPage,
-    Watch -> LeaseState,
+    Watch -> Told,
 }
 
 /// A shared container of the policy.
@@ -286,10 +286,16 @@ pub struct MappingsPage {
     pub mappings: Vec<(u64, u64)>,
 }
 
-/// Tells every lease as it is, then each that changes, for as long as the link is there. A name that is
-/// empty ends the first part.
+/// Tells every lease as it is, then each that changes, for as long as the link is there.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Watch {}
+
+/// What is told to those who watch.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Told {
+    /// A lease as it is; none once all that are there have been told.
+    pub state: Option<LeaseState>,
+}
 
 /// How far a lease is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -279,7 +279,10 @@ fn a_watch_says_that_the_broker_has_gone() {
     });
     let log = broker.end(Signal::SIGTERM);
     assert!(log.contains("stopping signal=\"SIGTERM\" leases=1"), "{log}");
-    assert!(log.contains("lease ends: broker stopping") && log.contains(&lease), "{log}");
+    assert!(
+        log.contains("lease ends: its simulated machine does") && log.contains(&lease),
+        "{log}"
+    );
     assert!(log.contains("kernel=\"SIMULATED") && log.contains("policy=\"tests"), "{log}");
     drop(events);
     let output = watch.wait_with_output().unwrap();

@@ -181,33 +181,6 @@ fn a_kernel_that_never_answers_is_waited_for_until_the_deadline() {
 }
 
 #[test]
-fn stuck_requests_of_a_tenant_are_limited() {
-    let policy = crate::common::policy("requests = 2");
-    let setup = Setup::policy(policy).argument("--call-deadline", "300");
-    let daemon = Daemon::with(setup);
-    let sim = daemon.sim();
-    sim.fault(&Fault::never("VFIO_SET_IOMMU").times(2)).unwrap();
-    let stuck: Vec<_> = [DEVICE, "0000:66:00.0"]
-        .map(|device| {
-            let client = daemon.connect();
-            client.send(&call("Acquire", &json!({ "vm": "a", "devices": [device] })));
-            client
-        })
-        .into();
-    until("both calls are in the kernel", || sim.stats().unwrap().held == 2);
-    for mut client in stuck {
-        client.reply().error("Kernel");
-    }
-    let mut client = daemon.connect();
-    let parameters = client.call("Topology", json!({})).error("OverLimit");
-    assert_eq!(parameters["most"], 2);
-    // What needs no worker is served.
-    client.call("Leases", json!({})).ok();
-    sim.clear_faults().unwrap();
-    until("there is room again", || matches!(client.call("Topology", json!({})), Reply::Ok(..)));
-}
-
-#[test]
 fn it_tells_what_it_is() {
     let daemon = Daemon::start();
     let mut client = daemon.connect();

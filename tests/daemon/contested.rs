@@ -80,7 +80,7 @@ fn a_daemon_ends_in_the_middle_of_a_call_that_is_not_answered() {
     }
 }
 
-/// A group that is opened again and again while an earlier open is not answered.
+/// A group whose open is not answered is being acquired until it is.
 #[test]
 fn an_open_that_is_not_answered_is_not_made_again() {
     let daemon = daemon();
@@ -88,10 +88,34 @@ fn an_open_that_is_not_answered_is_not_made_again() {
     cycle(&mut client, DEVICE);
     daemon.sim().fault(&Fault::never("open").on("/dev/vfio/26").times(1)).unwrap();
     let wanted = json!({ "vm": "test", "devices": [DEVICE], "handout": "container" });
+    let parameters = client.call("Acquire", wanted.clone()).error("Kernel");
+    assert_eq!(parameters["errno"], nix::libc::ETIMEDOUT, "{parameters}");
     for _ in 0..5 {
-        let parameters = client.call("Acquire", wanted.clone()).error("Kernel");
-        assert_eq!(parameters["errno"], nix::libc::ETIMEDOUT, "{parameters}");
+        client.call("Acquire", wanted.clone()).error("Busy");
     }
+    assert_eq!(daemon.sim().stats().unwrap().held, 1);
+    daemon.sim().clear_faults().unwrap();
+    until("it can be had", || {
+        let answer = client.call("Acquire", wanted.clone());
+        matches!(answer, crate::common::raw::Reply::Ok(..))
+    });
+}
+
+/// Of one tenant, some calls never come back from the kernel.
+#[test]
+fn what_hangs_costs_its_tenant_that_lease_and_no_other() {
+    let daemon = daemon();
+    let mut client = daemon.connect();
+    let other = Held::acquire(&mut client, OTHER, "devices");
+    daemon.sim().fault(&Fault::never("VFIO_SET_IOMMU").times(1)).unwrap();
+    let wanted = json!({ "vm": "test", "devices": [DEVICE], "handout": "container" });
+    client.call("Acquire", wanted.clone()).error("Kernel");
+    beside(&daemon, || {
+        client.call("GetFds", other.key()).ok();
+        let (leases, _) = client.call("Leases", json!({})).ok();
+        assert!(!leases["leases"].as_array().unwrap().is_empty());
+        client.call("Release", other.key()).ok();
+    });
     daemon.sim().clear_faults().unwrap();
     until("it can be had", || {
         let answer = client.call("Acquire", wanted.clone());

@@ -124,21 +124,3 @@ fn raised_limits_do_not_fill_the_log() {
     let raised = log.lines().filter(|line| line.contains("memlock limit raised")).count();
     assert!((1..rounds).contains(&raised), "{raised} lines");
 }
-
-/// More calls than there are workers never come back from the kernel; a lease that ends is taken back.
-#[test]
-fn calls_that_are_stuck_do_not_hold_up_a_reclaim() {
-    const CALLS: usize = 260;
-    let daemon = Daemon::with(Setup::policy(policy("connections = 400\nrequests = 400")));
-    let sim = daemon.sim();
-    let held = Held::acquire(&mut daemon.connect(), crate::DEVICE, "container");
-    sim.fault(&Fault::never("sysfs").times(u64::MAX)).unwrap();
-    let clients: Vec<_> = (0..CALLS).map(|_| daemon.connect()).collect();
-    for client in &clients {
-        client.send(&call("Topology", &json!({})));
-    }
-    until("every worker is stuck", || sim.stats().unwrap().held >= 256);
-    assert_eq!(sim.stats().unwrap().groups, 1);
-    drop(held);
-    until("the group is taken back", || sim.stats().unwrap().groups == 0);
-}

@@ -1,19 +1,20 @@
-//! The daemon is killed and started again while somebody has a device by its own node. The simulated
-//! kernel is this process's, so it goes on.
+//! The daemon is killed and started again while somebody has devices. The simulated kernel is this
+//! process's, so it goes on.
 
 use crate::DEVICE;
-use crate::common::raw::{Raw, Reply};
-use crate::common::{Daemon, as_uid, read_all, until};
+use crate::common::raw::{Raw, Reply, call};
+use crate::common::{Daemon, Held, as_uid, read_all, until};
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::fs::Permissions;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use vfio_broker::kernel::{Device, Iommufd};
-use vfio_broker::sim::{Sim, Topology, Wire};
+use vfio_broker::kernel::{Device, Iommufd, Mapped};
+use vfio_broker::sim::{Fault, Sim, Topology, Wire};
 
 /// Who else there is.
 const OTHER: u32 = 12345;
@@ -38,7 +39,7 @@ impl Machine {
 
     /// The tenant that the test is, and the other one.
     fn write_policy(&self, mine: &str) {
-        let rest = "devices = [\"8086:10d3\"]\nhandouts = [\"iommufd\", \"group\"]\n";
+        let rest = "devices = [\"8086:10d3\"]\nhandouts = [\"iommufd\", \"group\", \"container\", \"devices\"]\n";
         let text = format!(
             "version = 1\n[[tenant]]\nname = \"mine\"\n{mine}\n{rest}[[tenant]]\nname = \"other\"\n\
              user = {OTHER}\n{rest}"
@@ -54,8 +55,8 @@ impl Machine {
         self.directory.path().join("run/broker.sock")
     }
 
-    fn record(&self) -> PathBuf {
-        self.directory.path().join("run/broker.sock.given")
+    fn keepers(&self) -> PathBuf {
+        self.directory.path().join("run/broker.sock.keepers")
     }
 
     fn command(&self) -> Command {
@@ -129,6 +130,133 @@ fn others_refusal(daemon: &Daemon) -> Option<String> {
     })
 }
 
+/// The keepers' state files, one each.
+fn states(machine: &Machine) -> Vec<PathBuf> {
+    let Ok(keepers) = std::fs::read_dir(machine.keepers()) else { return Vec::new() };
+    let states = keepers.map(|entry| entry.unwrap().path().join("state"));
+    states.filter(|state| state.exists()).collect()
+}
+
+fn state(client: &mut Raw) -> Value {
+    let (topology, _) = client.call("Topology", json!({})).ok();
+    topology["groups"][0]["state"].clone()
+}
+
+/// The process of the only keeper there is.
+fn keeper(machine: &Machine) -> Pid {
+    let state = states(machine).remove(0);
+    let saved: Value = serde_json::from_slice(&std::fs::read(state).unwrap()).unwrap();
+    Pid::from_raw(saved["pid"].as_i64().unwrap() as i32)
+}
+
+#[test]
+fn a_lease_outlives_the_daemon_whatever_ends_it() {
+    for handout in ["container", "group", "devices", "iommufd"] {
+        let machine = Machine::start();
+        for signal in [Signal::SIGKILL, Signal::SIGTERM] {
+            let daemon = machine.daemon();
+            let mut client = daemon.connect();
+            let held = Held::acquire(&mut client, DEVICE, handout);
+            let mut pipe = std::fs::File::from(held.fds.last().unwrap().try_clone().unwrap());
+            end(daemon, signal);
+            let daemon = machine.daemon();
+            let mut client = daemon.connect();
+            let (leases, _) = client.call("Leases", json!({})).ok();
+            assert_eq!(leases["leases"][0]["lease"], held.reply["lease"], "{handout} {signal}");
+            assert_eq!(state(&mut client), "held");
+            acquire(&mut client).error("Busy");
+            // The key is the key still.
+            let wrong = held.with(json!({ "key": "0".repeat(32) }));
+            client.call("Release", wrong).error("NoSuchLease");
+            if handout == "container" {
+                let (again, fds) = client.call("GetFds", held.key()).ok();
+                assert_eq!((again["fds"].as_array().unwrap().len(), fds.len()), (3, 3));
+            }
+            if handout == "devices" {
+                let memory = Mapped::memfd(8192).unwrap().0;
+                let map = json!({ "iova": 0x1000, "size": 4096, "read": true, "write": true,
+                                  "memory": 0, "offset": 0 });
+                client.send_with(&call("MapDma", &held.with(map)), &[memory.as_fd()]).unwrap();
+                client.reply().ok();
+            }
+            client.call("Release", held.key()).ok();
+            assert_eq!(std::io::Read::read(&mut pipe, &mut [0]).unwrap(), 0, "its end is seen");
+            drop((held, pipe));
+            if handout == "iommufd" {
+                machine.rebind();
+            }
+            until("it is free", || state(&mut client) == "free");
+            end(daemon, Signal::SIGKILL);
+            until("no keeper is left", || states(&machine).is_empty());
+            assert!(machine.sim.stats().unwrap().is_idle(), "{:#?}", machine.sim.stats());
+        }
+    }
+}
+
+#[test]
+fn a_lease_ends_with_its_holder_while_no_daemon_is_there() {
+    let machine = Machine::start();
+    let daemon = machine.daemon();
+    let held = Held::acquire(&mut daemon.connect(), DEVICE, "container");
+    end(daemon, Signal::SIGKILL);
+    assert_eq!(machine.sim.stats().unwrap().groups, 1);
+    drop(held);
+    until("its keeper has ended", || states(&machine).is_empty());
+    assert!(machine.sim.stats().unwrap().is_idle(), "{:#?}", machine.sim.stats());
+    let daemon = machine.daemon();
+    drop(acquired(&daemon));
+}
+
+#[test]
+fn what_a_killed_keeper_leaves_is_taken_back() {
+    for with_daemon in [true, false] {
+        let machine = Machine::start();
+        let mut daemon = Some(machine.daemon());
+        let mut client = daemon.as_ref().unwrap().connect();
+        let held = Held::acquire(&mut client, DEVICE, "group");
+        let keeper = keeper(&machine);
+        if !with_daemon {
+            end(daemon.take().unwrap(), Signal::SIGKILL);
+        }
+        nix::sys::signal::kill(keeper, Signal::SIGKILL).unwrap();
+        let mut pipe = std::fs::File::from(held.fds.last().unwrap().try_clone().unwrap());
+        assert_eq!(std::io::Read::read(&mut pipe, &mut [0]).unwrap(), 0, "its holder is told");
+        let daemon = daemon.unwrap_or_else(|| machine.daemon());
+        let mut client = daemon.connect();
+        until("the lease has ended", || {
+            let (leases, _) = client.call("Leases", json!({})).ok();
+            leases["leases"].as_array().unwrap().is_empty()
+        });
+        client.call("Release", held.key()).error("NoSuchLease");
+        until("its group is in use", || state(&mut client) == "quarantined");
+        acquire(&mut client).error("Quarantined");
+        drop((held, pipe));
+        until("it is free", || state(&mut client) == "free");
+        until("no keeper is left", || states(&machine).is_empty());
+        drop(acquired(&daemon));
+    }
+}
+
+#[test]
+fn a_keeper_that_hangs_is_known_to_the_next_daemon() {
+    let machine = Machine::start();
+    let daemon = machine.daemon();
+    let held = Held::acquire(&mut daemon.connect(), DEVICE, "container");
+    machine.sim.wire().fault(&Fault::never("VFIO_IOMMU_UNMAP_DMA")).unwrap();
+    drop(held);
+    until("its keeper hangs", || machine.sim.stats().unwrap().held == 1);
+    end(daemon, Signal::SIGKILL);
+    let daemon = machine.daemon();
+    let mut client = daemon.connect();
+    until("it is not given to anybody", || {
+        let parameters = acquire(&mut client).error("Quarantined");
+        parameters["reason"].as_str().unwrap().contains("does not answer")
+    });
+    machine.sim.wire().clear_faults().unwrap();
+    until("it goes on by itself", || state(&mut client) == "free");
+    drop(acquired(&daemon));
+}
+
 #[test]
 fn an_open_node_is_remembered_whatever_ends_the_daemon() {
     let machine = Machine::start();
@@ -136,11 +264,9 @@ fn an_open_node_is_remembered_whatever_ends_the_daemon() {
         let daemon = machine.daemon();
         let (iommufd, stale) = acquired(&daemon);
         drop(iommufd);
+        let state = states(&machine).remove(0);
+        assert_eq!(std::fs::metadata(state).unwrap().permissions().mode() & 0o777, 0o600);
         end(daemon, signal);
-        assert_eq!(
-            std::fs::metadata(machine.record()).unwrap().permissions().mode() & 0o777,
-            0o600
-        );
         let daemon = machine.daemon();
         if let Some(reason) = others_refusal(&daemon) {
             assert!(reason.contains("may still have it open"), "{reason}");
@@ -156,30 +282,6 @@ fn an_open_node_is_remembered_whatever_ends_the_daemon() {
         end(daemon, Signal::SIGKILL);
         machine.rebind();
     }
-}
-
-#[test]
-fn a_lease_that_is_alive_is_taken_back_by_the_next_daemon() {
-    let machine = Machine::start();
-    let daemon = machine.daemon();
-    let (iommufd, device) = acquired(&daemon);
-    device.bind_iommufd(&iommufd).unwrap();
-    end(daemon, Signal::SIGKILL);
-    let daemon = machine.daemon();
-    if let Some(reason) = others_refusal(&daemon) {
-        assert!(reason.contains("open"), "{reason}");
-    }
-    let mut client = daemon.connect();
-    let mut state = || {
-        let (topology, _) = client.call("Topology", json!({})).ok();
-        topology["groups"][0]["state"].clone()
-    };
-    until("it is seen to be in use", || state() == "quarantined");
-    acquire(&mut daemon.connect()).error("Quarantined");
-    drop((iommufd, device));
-    drop(acquired(&daemon));
-    until("it is its tenant's alone", || state() == "free");
-    assert!(daemon.log().contains("may be open since before the restart"), "{}", daemon.log());
 }
 
 #[test]
@@ -203,25 +305,49 @@ fn a_tenant_that_means_somebody_else_has_nothing_of_it() {
 }
 
 #[test]
-fn a_record_that_can_not_be_read_is_no_reason_to_start() {
+fn a_dead_keeper_s_state_that_can_not_be_read_is_no_reason_to_start() {
     let machine = Machine::start();
     let daemon = machine.daemon();
-    drop(acquired(&daemon));
+    let held = Held::acquire(&mut daemon.connect(), DEVICE, "group");
+    let (file, keeper) = (states(&machine).remove(0), keeper(&machine));
     end(daemon, Signal::SIGKILL);
-    let good = std::fs::read(machine.record()).unwrap();
-    let path = machine.record();
-    let path = path.to_str().unwrap();
-    for bad in [&b""[..], b"garbage", &good[..good.len() - 1]] {
-        std::fs::write(machine.record(), bad).unwrap();
+    let good = std::fs::read(&file).unwrap();
+    let path = file.to_str().unwrap().to_owned();
+    nix::sys::signal::kill(keeper, Signal::SIGKILL).unwrap();
+    let mut pipe = std::fs::File::from(held.fds.last().unwrap().try_clone().unwrap());
+    assert_eq!(std::io::Read::read(&mut pipe, &mut [0]).unwrap(), 0, "it has ended");
+    let refused = |what: &str| {
         let said = machine.refusal();
-        assert!(said.contains(path) && said.contains("remove it"), "{said}");
+        assert!(said.contains(&path) && said.contains("remove"), "{what}: {said}");
         assert!(!machine.socket().exists(), "nobody listens there");
-        assert_eq!(std::fs::read(machine.record()).unwrap(), bad, "it is left for people to see");
+    };
+    for bad in [&b""[..], b"garbage", &good[..good.len() - 1]] {
+        std::fs::write(&file, bad).unwrap();
+        refused("bad content");
+        assert_eq!(std::fs::read(&file).unwrap(), bad, "it is left for people to see");
     }
+    std::fs::write(&file, &good).unwrap();
+    std::fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
+    refused("others can have written it");
+    std::fs::set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
+    let elsewhere = machine.directory.path().join("elsewhere");
+    std::fs::rename(&file, &elsewhere).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &file).unwrap();
+    refused("a link");
+    std::fs::remove_file(&file).unwrap();
+    // Two that claim the same lease.
+    std::fs::rename(&elsewhere, &file).unwrap();
+    let second = machine.keepers().join("00000000000000ff");
+    std::fs::create_dir(&second).unwrap();
+    std::fs::copy(&file, second.join("state")).unwrap();
+    let said = machine.refusal();
+    assert!(said.contains(held.reply["lease"].as_str().unwrap()), "{said}");
+    std::fs::remove_dir_all(&second).unwrap();
     // Another kernel's numbers mean nothing to this one.
     let text = String::from_utf8(good).unwrap();
     let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
-    std::fs::write(machine.record(), text.replace(boot.trim(), "another")).unwrap();
+    std::fs::write(&file, text.replace(boot.trim(), "another")).unwrap();
+    drop((held, pipe));
     let daemon = machine.daemon();
     as_uid(OTHER, || drop(acquired(&daemon)));
 }
@@ -231,21 +357,22 @@ fn what_can_not_be_written_down_is_not_handed_out() {
     let machine = Machine::start();
     let daemon = machine.daemon();
     let mut client = daemon.connect();
-    let mut in_the_way = machine.record().into_os_string();
-    in_the_way.push(".new");
-    std::fs::create_dir(&in_the_way).unwrap();
+    std::fs::rename(machine.keepers(), machine.directory.path().join("away")).unwrap();
+    std::fs::write(machine.keepers(), "").unwrap();
     acquire(&mut client).error("Kernel");
     let fds = daemon.open_fds();
     for _ in 0..3 {
         let error = acquire(&mut client).error("Kernel");
-        assert_eq!((&error["call"], &error["name"]), (&json!("create"), &json!("EEXIST")));
+        assert_eq!(
+            (&error["call"], &error["name"]),
+            (&json!("mkdir"), &json!("ENOTDIR")),
+            "{error}"
+        );
     }
     daemon.settles_at(fds);
     assert!(machine.sim.stats().unwrap().is_idle(), "{:#?}", machine.sim.stats());
-    assert!(!machine.record().exists());
-    let group = json!({ "vm": "web1", "devices": [DEVICE], "handout": "group" });
-    drop(client.call("Acquire", group).ok());
-    std::fs::remove_dir(&in_the_way).unwrap();
+    std::fs::remove_file(machine.keepers()).unwrap();
+    std::fs::rename(machine.directory.path().join("away"), machine.keepers()).unwrap();
     drop(acquired(&daemon));
-    assert!(machine.record().exists());
+    assert!(!states(&machine).is_empty());
 }
