@@ -17,8 +17,8 @@ use crate::sys::fdpass;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
-pub(super) use process::Machine;
 use process::{Answer, Argument, Call, NAME};
+pub(super) use process::Machine;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -259,6 +259,10 @@ impl Kernel for ProxyKernel {
 
     fn sysfs_read(&self, path: &str) -> Result<Vec<u8>, Errno> {
         self.proxy.kernel.sysfs_read(path)
+    }
+
+    fn sysfs_write(&self, path: &str, bytes: &[u8]) -> Result<(), Errno> {
+        self.proxy.kernel.sysfs_write(path, bytes)
     }
 
     fn sysfs_list(&self, path: &str) -> Result<Vec<String>, Errno> {
