@@ -4,7 +4,7 @@ use super::listen::{self, Listening};
 use super::observer::DaemonObserver;
 use super::options::Options;
 use super::proxy::{Machine, Proxy};
-use super::rebinder::{DaemonRebinder, Processes};
+use super::rebinder::DaemonRebinder;
 use super::record::RecordFile;
 use super::start_error::StartError;
 use super::{Daemon, accept, log, reclaim, trust, workers};
@@ -40,13 +40,13 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let passed = listen::passed()?;
     let files = raise_file_limit().map_err(StartError::set_up("the limit of open files"))?;
     // The simulation ends when this does.
-    let (kernel, processes, machine, _sim) = kernel(options)?;
+    let (kernel, machine, _sim) = kernel(options)?;
     let policy = Arc::new(policy(options, &*kernel)?);
     let observer = DaemonObserver::new().map_err(StartError::set_up("epoll for lease pipes"))?;
     let observer = Arc::new(observer);
-    let proxy = Proxy::new(Arc::clone(&kernel), machine, options.call_deadline / 3);
+    let proxy = Proxy::new(Arc::clone(&kernel), machine.clone(), options.call_deadline / 3);
     let broker = Broker::new(kernel, policy, observer.clone());
-    broker.set_rebinder(Arc::new(DaemonRebinder::new(processes)));
+    broker.set_rebinder(Arc::new(DaemonRebinder::new(machine)));
     broker.set_contested(Box::new(Arc::clone(&proxy)));
     let kept = Arc::clone(&broker);
     let activated = passed.is_some();
@@ -214,24 +214,22 @@ fn sim_policy(kernel: &dyn Kernel) -> Result<String, StartError> {
     ))
 }
 
-/// A kernel, what rebinds devices there, where a proxy finds it, and the simulation if it is ours.
-type Served = (Arc<dyn Kernel>, Processes, Machine, Option<Sim>);
+/// A kernel, where this program's other processes find it, and the simulation if it is ours.
+type Served = (Arc<dyn Kernel>, Machine, Option<Sim>);
 
 fn kernel(options: &Options) -> Result<Served, StartError> {
     if let Some(topology) = &options.sim {
         let sim = simulated(topology, options.sim_control.as_deref())?;
         let machine = Machine::Simulated(sim.control_path().to_owned());
-        return Ok((sim.kernel(), Processes::Simulated(sim.wire()), machine, Some(sim)));
+        return Ok((sim.kernel(), machine, Some(sim)));
     }
     if let Some(socket) = &options.sim_at {
         let wire = Wire::connect(socket)
             .map_err(|error| StartError::Sim(format!("{}: {error}", socket.display())))?;
-        let wire = Arc::new(wire);
-        let machine = Machine::Simulated(socket.clone());
-        return Ok((wire.clone(), Processes::Simulated(wire), machine, None));
+        return Ok((Arc::new(wire), Machine::Simulated(socket.clone()), None));
     }
     match Path::new("/dev/vfio/vfio").exists() {
-        true => Ok((Arc::new(Linux), Processes::Linux, Machine::Linux, None)),
+        true => Ok((Arc::new(Linux), Machine::Linux, None)),
         false => Err(StartError::NoVfio),
     }
 }

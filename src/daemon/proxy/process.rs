@@ -67,7 +67,7 @@ pub(in super::super) enum Machine {
 }
 
 impl Machine {
-    pub(super) fn arguments(&self) -> Option<OsString> {
+    pub(in super::super) fn arguments(&self) -> Option<OsString> {
         match self {
             Self::Linux => None,
             Self::Simulated(control) => Some(control.into()),
@@ -75,16 +75,18 @@ impl Machine {
     }
 }
 
+/// The kernel that [`Machine::arguments`] named to this process.
+pub(in super::super) fn kernel(argument: Option<OsString>) -> std::io::Result<Arc<dyn Kernel>> {
+    match argument {
+        None => Ok(Arc::new(Linux)),
+        Some(control) => Ok(Arc::new(Wire::connect(control.as_ref())?)),
+    }
+}
+
 /// Makes calls if this program was started as a proxy: call it first of all in `main`.
 pub(in super::super) fn be_one_if_asked() -> Option<ExitCode> {
     let mut args = super::super::started_as(NAME)?;
-    let kernel: Arc<dyn Kernel> = match args.next() {
-        None => Arc::new(Linux),
-        Some(control) => match Wire::connect(control.as_ref()) {
-            Ok(wire) => Arc::new(wire),
-            Err(_) => return Some(ExitCode::FAILURE),
-        },
-    };
+    let Ok(kernel) = kernel(args.next()) else { return Some(ExitCode::FAILURE) };
     // Whoever ends a service ends what it is at as well, and that is not to be left half done.
     let _ = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]
         .into_iter()
