@@ -9,6 +9,7 @@
 //! - `daemon`: serves the broker on a socket (feature `daemon`).
 //! - `policy`: who may have what (feature `daemon`).
 //! - `host`: what is in this machine (feature `daemon`).
+//! - `drivers`: binds devices to drivers (feature `daemon`).
 //! - `ledger`: who has what, and the rules of sharing (feature `daemon`).
 //! - `broker`: carries the ledger's decisions out on a kernel (feature `daemon`).
 //! - `keeper`: has one address space open, in a process of its own (feature `daemon`).
@@ -29,6 +30,8 @@ pub mod cli;
 pub mod client;
 #[cfg(feature = "daemon")]
 pub mod daemon;
+#[cfg(feature = "daemon")]
+pub mod drivers;
 #[cfg(feature = "daemon")]
 pub mod host;
 #[cfg(feature = "daemon")]

@@ -53,6 +53,10 @@ impl Kernel for Recorder {
         self.kernel.sysfs_read(path)
     }
 
+    fn sysfs_write(&self, path: &str, bytes: &[u8]) -> Result<(), Errno> {
+        self.kernel.sysfs_write(path, bytes)
+    }
+
     fn sysfs_list(&self, path: &str) -> Result<Vec<String>, Errno> {
         self.note(format!("readdir /sys/{path}"));
         self.kernel.sysfs_list(path)

@@ -3,6 +3,7 @@
 
 use super::open::node;
 use super::{Keeper, KeptLease};
+use crate::drivers::{self, RebindError};
 use crate::host;
 use crate::kernel::{Error, Group, Unmap, UnmapFlags};
 use crate::process::keeper::{Changed, Check, End, Failure, NotFree, Phase, Stage};
@@ -258,7 +259,8 @@ impl Keeper {
             self.begin(name, "driver unbind", bdf.to_string());
             self.tell();
             let _ = self.save();
-            rebind_device(&*kernel, *bdf, *since).map_err(failed)?;
+            let driver = host::Device::scan(&*kernel, *bdf).map_err(failed)?.and_then(|d| d.driver);
+            drivers::rebind(&*kernel, *bdf, *since, driver.as_deref()).map_err(not_rebound)?;
         }
         let waits =
             left.iter().find(|(bdf, since)| host::has_let_go(&*kernel, **bdf, **since) != Ok(true));
@@ -282,6 +284,13 @@ fn detach(group: &Group) -> Result<(), NotFree> {
     }
 }
 
+fn not_rebound(error: RebindError) -> NotFree {
+    match error {
+        RebindError::StillOpen(device) => NotFree::DriverWaits(device.to_string()),
+        error => NotFree::Kernel("driver unbind".into(), "sysfs".into(), error.to_string()),
+    }
+}
+
 fn not_free(error: Error, busy: fn(String) -> NotFree) -> NotFree {
     match error.errno {
         Errno::EBUSY => busy(error.object),
@@ -295,8 +304,4 @@ fn has_hung_up(write_end: &OwnedFd) -> bool {
     let answered = poll(&mut ask, PollTimeout::ZERO);
     let events = ask[0].revents().unwrap_or(PollFlags::empty());
     answered.is_ok() && events.contains(PollFlags::POLLERR)
-}
-
-fn rebind_device(_: &dyn crate::kernel::Kernel, _: Bdf, _: u64) -> Result<(), Error> {
-    Ok(())
 }

@@ -97,6 +97,16 @@ impl Kernel for Linux {
         std::fs::read(format!("/sys/{path}")).map_err(errno)
     }
 
+    fn sysfs_write(&self, path: &str, bytes: &[u8]) -> Result<(), Errno> {
+        let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+        let file = open(format!("/sys/{path}").as_str(), flags, Mode::empty())?;
+        // Each write(2) is a command of its own, so half of one must not be followed by the rest.
+        match nix::unistd::write(&file, bytes)? {
+            written if written == bytes.len() => Ok(()),
+            _ => Err(Errno::EIO),
+        }
+    }
+
     fn sysfs_list(&self, path: &str) -> Result<Vec<String>, Errno> {
         let mut names = Vec::new();
         for entry in std::fs::read_dir(format!("/sys/{path}")).map_err(errno)? {

@@ -82,6 +82,13 @@ pub trait Kernel: Debug + Send + Sync {
     /// Reads a file of sysfs, whole. `path` is relative to `/sys`, without a leading slash.
     fn sysfs_read(&self, path: &str) -> std::result::Result<Vec<u8>, Errno>;
 
+    /// Writes a file of sysfs, with one write(2) as an administrator's `echo` would.
+    ///
+    /// # Errors
+    /// What open(2) and write(2) say: ENOENT no such file, EACCES one that can't be written, and
+    /// what the file's own meaning gives.
+    fn sysfs_write(&self, path: &str, bytes: &[u8]) -> std::result::Result<(), Errno>;
+
     /// The names in a directory of sysfs, sorted.
     fn sysfs_list(&self, path: &str) -> std::result::Result<Vec<String>, Errno>;
 

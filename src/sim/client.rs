@@ -184,6 +184,12 @@ impl Kernel for Wire {
         Ok(self.control_call(&Request::with_text(Op::SysfsRead, path))?.0.bytes)
     }
 
+    fn sysfs_write(&self, path: &str, bytes: &[u8]) -> Result<(), Errno> {
+        let out = Some((0, bytes.to_vec()));
+        let request = Request { out, ..Request::with_text(Op::SysfsWrite, path) };
+        self.control_call(&request).map(drop)
+    }
+
     fn sysfs_list(&self, path: &str) -> Result<Vec<String>, Errno> {
         let (answer, _) = self.control_call(&Request::with_text(Op::SysfsList, path))?;
         let text = String::from_utf8(answer.bytes).map_err(|_| Errno::EPROTO)?;

@@ -14,9 +14,9 @@ use std::time::Duration;
 #[serde(deny_unknown_fields)]
 pub struct Fault {
     /// The request's name in the header such as `VFIO_IOMMU_MAP_DMA`, or `open`, `pread`,
-    /// `pwrite`, `sysfs`.
+    /// `pwrite`, `sysfs`, `sysfs_write`.
     pub call: String,
-    /// Only calls on this object: a node's path, or a device's address. Any where it is left out.
+    /// Only calls on this object: a path, or a device's address. Any where it is left out.
     #[serde(default)]
     pub object: Option<String>,
     /// The first of the matching calls that is hit; 1 is the next one.

@@ -1,8 +1,10 @@
 //! The simulation's one thread: it waits on every simulated open file and every control
 //! connection, and answers calls one at a time.
 
+mod writes;
+
 use super::answer::Answers;
-use super::fault::Faults;
+use super::fault::{Effect, Faults};
 use super::incoming::{Call, Disposer, Incoming};
 use super::machine::{CallArg, FileId, Machine, UserStruct};
 use super::sysfs::Sysfs;
@@ -225,6 +227,7 @@ impl Server {
         if let Some(file) = source.file {
             self.incoming.forget(source.inode);
             self.machine.close(file);
+            self.tell_who_waited();
         }
         if self.paused {
             self.pause(false);
@@ -242,21 +245,35 @@ impl Server {
         };
         let (name, object) = self.describe(file, &request);
         let effect = self.faults.count(&name, &object);
-        if let Some(super::fault::Effect::Fail(errno)) = effect {
+        if let Some(Effect::Fail(errno)) = effect {
             let errno = Errno::from_raw(errno);
             self.incoming.dispose(call);
             return self.answers.send(reply, &Answer::failed(errno), None);
+        }
+        if request.op == Op::SysfsWrite {
+            return self.write_sysfs(request, reply, effect);
         }
         let (answer, fd) = match self.carry_out(file, request, call, &reply) {
             Ok(done) => done,
             Err(errno) => (Answer::failed(errno), None),
         };
+        self.give(reply, effect, &answer, fd);
+    }
+
+    /// Sends an answer, or holds it back as a fault says.
+    fn give(
+        &mut self,
+        reply: OwnedFd,
+        effect: Option<Effect>,
+        answer: &Answer,
+        fd: Option<OwnedFd>,
+    ) {
         match effect {
-            None => self.answers.send(reply, &answer, fd),
+            None => self.answers.send(reply, answer, fd),
             Some(effect) => {
                 let token = self.next;
                 self.next += 1;
-                self.answers.hold(&self.epoll, token, effect, reply, &answer, fd);
+                self.answers.hold(&self.epoll, token, effect, reply, answer, fd);
             }
         }
     }
@@ -274,6 +291,7 @@ impl Server {
             (_, Op::SysfsRead | Op::SysfsList | Op::SysfsLink | Op::SysfsInode) => {
                 ("sysfs".into(), text)
             }
+            (_, Op::SysfsWrite) => ("sysfs_write".into(), text),
             _ => (String::new(), String::new()),
         }
     }
@@ -395,7 +413,7 @@ impl Server {
                 self.machine.set_driver(bdf, driver)?;
                 Vec::new()
             }
-            Op::Ioctl | Op::Pread | Op::Pwrite => return Err(Errno::EINVAL),
+            Op::Ioctl | Op::Pread | Op::Pwrite | Op::SysfsWrite => return Err(Errno::EINVAL),
         };
         Ok((Answer { bytes, ..Answer::default() }, None))
     }

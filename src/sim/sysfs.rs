@@ -1,6 +1,6 @@
 //! The simulated `/sys`: what the broker reads of it, built from the machine's state.
 
-use super::machine::{DeviceView, Machine};
+use super::machine::{DeviceView, DriverFile, Machine};
 use nix::errno::Errno;
 use std::collections::{BTreeSet, HashMap};
 
@@ -18,6 +18,8 @@ pub(crate) struct Sysfs {
     entries: HashMap<String, Entry>,
     /// The numbers of what comes and goes.
     inodes: HashMap<String, u64>,
+    /// What can be written.
+    writable: HashMap<String, DriverFile>,
 }
 
 /// How many links a path may lead through, as in the kernel.
@@ -62,6 +64,12 @@ impl Sysfs {
                 tree.vfio_class("vfio", &machine.node_name(group.id));
             }
         }
+        tree.writable("bus/pci/drivers_probe", "", DriverFile::Probe);
+        for driver in machine.drivers() {
+            let path = format!("bus/pci/drivers/{driver}");
+            tree.writable(&format!("{path}/bind"), "", DriverFile::Bind(driver.to_owned()));
+            tree.writable(&format!("{path}/unbind"), "", DriverFile::Unbind(driver.to_owned()));
+        }
         for device in machine.views() {
             tree.device(&device);
         }
@@ -86,7 +94,6 @@ impl Sysfs {
         file("class", format!("0x{:06x}\n", device.class));
         file("revision", format!("0x{:02x}\n", device.revision));
         file("numa_node", format!("{}\n", device.numa_node));
-        file("driver_override", "(null)\n".into());
         let class = device.class.to_be_bytes();
         let modalias = format!(
             "pci:v{:08X}d{:08X}sv{:08X}sd{:08X}bc{:02X}sc{:02X}i{:02X}\n",
@@ -105,6 +112,9 @@ impl Sysfs {
             file("sriov_numvfs", format!("{}\n", view.vfs.len()));
             file("sriov_drivers_autoprobe", "1\n".into());
         }
+        let only = format!("{}\n", view.driver_override.unwrap_or("(null)"));
+        let of = DriverFile::Override(device.bdf);
+        self.writable(&format!("{path}/driver_override"), &only, of);
         self.insert(&format!("{path}/config"), Entry::File(view.config.to_vec()));
         for (nth, vf) in view.vfs.iter().enumerate() {
             let target = format!("../../devices/pci{:04x}:{:02x}/{vf}", vf.segment, vf.bus);
@@ -151,6 +161,11 @@ impl Sysfs {
         self.insert(path, Entry::File(text.as_bytes().to_vec()));
     }
 
+    fn writable(&mut self, path: &str, text: &str, file: DriverFile) {
+        self.file(path, text);
+        self.writable.insert(path.to_owned(), file);
+    }
+
     fn link(&mut self, path: &str, target: &str) {
         self.insert(path, Entry::Link(target.to_owned()));
     }
@@ -170,10 +185,24 @@ impl Sysfs {
     /// Reads a file.
     ///
     /// # Errors
-    /// ENOENT, ENOTDIR, EISDIR, ELOOP.
+    /// ENOENT, ENOTDIR, EISDIR, ELOOP; EACCES it can only be written.
     pub(crate) fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
-        match self.find(path, true)?.0 {
-            Entry::File(bytes) => Ok(bytes.clone()),
+        let (entry, path) = self.find(path, true)?;
+        match (entry, self.writable.get(&path)) {
+            (Entry::File(bytes), None | Some(DriverFile::Override(_))) => Ok(bytes.clone()),
+            (Entry::File(_), Some(_)) => Err(Errno::EACCES),
+            _ => Err(Errno::EISDIR),
+        }
+    }
+
+    /// Which file a write goes to.
+    ///
+    /// # Errors
+    /// ENOENT, ENOTDIR, EISDIR, ELOOP; EACCES it can't be written: sysfs says so to root too.
+    pub(crate) fn writes_to(&self, path: &str) -> Result<DriverFile, Errno> {
+        let (entry, path) = self.find(path, true)?;
+        match entry {
+            Entry::File(_) => self.writable.get(&path).cloned().ok_or(Errno::EACCES),
             _ => Err(Errno::EISDIR),
         }
     }

@@ -45,6 +45,8 @@ pub(crate) enum Op {
     SysfsLink = 19,
     /// The number of an entry of sysfs.
     SysfsInode = 20,
+    /// Writes a file of sysfs: its path, and in the buffer what is written.
+    SysfsWrite = 21,
     /// Adds a fault, in JSON.
     AddFault = 32,
     /// Forgets all faults and lets go of the replies that they hold back.
@@ -62,7 +64,7 @@ impl Op {
     }
 
     fn from_number(number: u32) -> Option<Self> {
-        const ALL: [Op; 12] = [
+        const ALL: [Op; 13] = [
             Op::Ioctl,
             Op::Pread,
             Op::Pwrite,
@@ -71,6 +73,7 @@ impl Op {
             Op::SysfsList,
             Op::SysfsLink,
             Op::SysfsInode,
+            Op::SysfsWrite,
             Op::AddFault,
             Op::ClearFaults,
             Op::Stats,

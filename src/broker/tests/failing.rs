@@ -46,6 +46,11 @@ impl Kernel for Failing {
         self.kernel.sysfs_read(path)
     }
 
+    fn sysfs_write(&self, path: &str, bytes: &[u8]) -> Result<(), Errno> {
+        self.count()?;
+        self.kernel.sysfs_write(path, bytes)
+    }
+
     fn sysfs_list(&self, path: &str) -> Result<Vec<String>, Errno> {
         self.count()?;
         self.kernel.sysfs_list(path)

@@ -31,7 +31,7 @@ impl Machine {
     pub(crate) fn cdev_number(&self, index: usize) -> Option<u32> {
         let device = self.devices.get(index)?;
         let noiommu = self.groups.get(&device.group).is_some_and(|group| group.facts.noiommu);
-        device.number.filter(|_| self.topology.has_cdev() && !noiommu)
+        device.number.filter(|_| self.topology.has_cdev() && !noiommu && !device.leaving)
     }
 
     pub(super) fn close_cdev(&mut self, file: FileId, index: usize) {

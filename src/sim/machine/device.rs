@@ -17,6 +17,12 @@ pub(super) struct DeviceState {
     pub(super) group: u32,
     pub(super) driver: Option<String>,
     pub(super) on_vfio: bool,
+    /// The driver has been told to go, and waits for the last close.
+    pub(super) leaving: bool,
+    /// The one driver that may have it, by `driver_override`.
+    pub(super) driver_override: Option<String>,
+    /// The drivers that know its ids, in the order in which they are asked.
+    pub(super) known_to: Vec<String>,
     /// Open files of it that are of use: from its group, or a bound cdev.
     pub(super) opens: u32,
     /// Open files of its own node, bound or not.
@@ -47,6 +53,9 @@ impl DeviceState {
             irqs: Irqs::default(),
             // The kernel makes one up that nobody knows.
             token: token.unwrap_or([0xa5; 16]),
+            known_to: driver.iter().cloned().collect(),
+            leaving: false,
+            driver_override: None,
             facts,
             group,
             driver,

@@ -1,11 +1,145 @@
 //! Drivers of devices: binding and unbinding, and what that does to groups.
 
 use super::Machine;
+use super::device::DeviceState;
 use crate::bdf::Bdf;
 use nix::errno::Errno;
 use std::collections::BTreeSet;
 
+/// A file of sysfs that drivers are bound by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum DriverFile {
+    /// A driver's `bind`.
+    Bind(String),
+    /// A driver's `unbind`.
+    Unbind(String),
+    /// `drivers_probe`.
+    Probe,
+    /// A device's `driver_override`.
+    Override(Bdf),
+}
+
+/// What has come of a write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Written {
+    Done,
+    /// The driver of this device goes when the last file of it is closed, and so does the write.
+    Leaving(Bdf),
+    /// The device's lock is held until then, and the write has not begun.
+    Locked(Bdf),
+}
+
 impl Machine {
+    /// The names of the drivers that are loaded.
+    pub(crate) fn drivers(&self) -> impl Iterator<Item = &str> {
+        self.drivers.iter().map(String::as_str)
+    }
+
+    /// write(2) on a file of sysfs that drivers are bound by.
+    ///
+    /// # Errors
+    /// ENODEV no such device, one that the driver is not on, or that it does not match; EBUSY a
+    /// device with a driver, or with VFs; EINVAL a name that is too long; and what the driver says.
+    pub(crate) fn write_driver_file(
+        &mut self,
+        file: &DriverFile,
+        bytes: &[u8],
+    ) -> Result<Written, Errno> {
+        // The kernel does not even look at the file.
+        if bytes.is_empty() {
+            return Ok(Written::Done);
+        }
+        let text = std::str::from_utf8(bytes).map_err(|_| Errno::ENODEV)?;
+        let text = text.split('\0').next().unwrap_or_default();
+        let named = || text.strip_suffix('\n').unwrap_or(text).parse().map_err(|_| Errno::ENODEV);
+        match file {
+            DriverFile::Override(bdf) => self.set_override(*bdf, text),
+            DriverFile::Unbind(driver) => self.unbind(named()?, driver),
+            DriverFile::Bind(driver) => self.bind(named()?, driver),
+            DriverFile::Probe => self.probe(named()?),
+        }
+    }
+
+    fn set_override(&mut self, bdf: Bdf, text: &str) -> Result<Written, Errno> {
+        const PAGE: usize = 4096;
+        if text.len() >= PAGE - 1 {
+            return Err(Errno::EINVAL);
+        }
+        let device = self.named_device(bdf)?;
+        if device.leaving {
+            return Ok(Written::Locked(bdf));
+        }
+        let name = text.split('\n').next().unwrap_or_default();
+        device.driver_override = (!name.is_empty()).then(|| name.to_owned());
+        Ok(Written::Done)
+    }
+
+    fn unbind(&mut self, bdf: Bdf, driver: &str) -> Result<Written, Errno> {
+        let device = self.named_device(bdf)?;
+        if device.driver.as_deref() != Some(driver) {
+            return Err(Errno::ENODEV);
+        }
+        if device.leaving {
+            return Ok(Written::Leaving(bdf));
+        }
+        if device.opens > 0 || device.cdevs > 0 {
+            device.irqs.ask_back();
+            device.leaving = true;
+            return Ok(Written::Leaving(bdf));
+        }
+        self.set_driver(bdf, None).map(|()| Written::Done)
+    }
+
+    fn bind(&mut self, bdf: Bdf, driver: &str) -> Result<Written, Errno> {
+        let device = self.named_device(bdf)?;
+        if !device.matches(driver) {
+            return Err(Errno::ENODEV);
+        }
+        if device.leaving {
+            return Ok(Written::Locked(bdf));
+        }
+        if device.driver.is_some() {
+            return Err(Errno::EBUSY);
+        }
+        self.set_driver(bdf, Some(driver)).map(|()| Written::Done)
+    }
+
+    fn probe(&mut self, bdf: Bdf) -> Result<Written, Errno> {
+        let device = self.named_device(bdf)?;
+        // A driver that waits to go is still one, and the kernel says nothing.
+        if device.driver.is_some() {
+            return Ok(Written::Done);
+        }
+        let wanted = device.driver_override.iter().chain(&device.known_to).cloned();
+        let matching: Vec<_> = wanted.filter(|driver| device.matches(driver)).collect();
+        let found = matching.into_iter().find(|driver| self.drivers.contains(driver));
+        if let Some(driver) = found {
+            // A driver that refuses is passed over in silence.
+            let _ = self.set_driver(bdf, Some(&driver));
+        }
+        Ok(Written::Done)
+    }
+
+    /// Lets a driver go that waits for the last close, if this was it.
+    pub(super) fn leave_if_closed(&mut self, index: usize) {
+        let Some(device) = self.devices.get_mut(index) else { return };
+        if device.leaving && device.opens == 0 && device.cdevs == 0 {
+            device.leaving = false;
+            let bdf = device.facts.bdf;
+            let _ = self.set_driver(bdf, None);
+            self.left.push(bdf);
+        }
+    }
+
+    /// The devices whose drivers have gone since this was called last.
+    pub(crate) fn take_left(&mut self) -> Vec<Bdf> {
+        std::mem::take(&mut self.left)
+    }
+
+    fn named_device(&mut self, bdf: Bdf) -> Result<&mut DeviceState, Errno> {
+        self.devices.iter_mut().find(|device| device.facts.bdf == bdf).ok_or(Errno::ENODEV)
+    }
+
     /// Binds a device to a driver, or to none.
     ///
     /// # Errors
@@ -38,7 +172,9 @@ impl Machine {
         let number = to_vfio.then(|| self.free_number(index));
         self.next += 1;
         let registration = self.next;
+        self.drivers.extend(driver.map(str::to_owned));
         if let Some(device) = self.devices.get_mut(index) {
+            device.learn(driver);
             device.registration = registration;
             device.driver = driver.map(str::to_owned);
             device.on_vfio = to_vfio;
@@ -64,6 +200,24 @@ impl Machine {
         group.fd_open = false;
         if let Some(container) = group.container.take() {
             self.detach(container, id);
+        }
+    }
+}
+
+impl DeviceState {
+    /// Whether the kernel offers it to this driver.
+    fn matches(&self, driver: &str) -> bool {
+        match &self.driver_override {
+            Some(only) => only == driver,
+            None => self.known_to.iter().any(|known| known == driver),
+        }
+    }
+
+    /// Remembers that a driver has taken it, as one does whose `new_id` was written.
+    fn learn(&mut self, driver: Option<&str>) {
+        let Some(driver) = driver.filter(|_| self.driver_override.is_none()) else { return };
+        if !self.matches(driver) {
+            self.known_to.push(driver.to_owned());
         }
     }
 }

@@ -35,12 +35,14 @@ mod tests;
 
 pub use call::{CallArg, Done, Event, FileId, Named, UserStruct};
 pub use caller::{Caller, Capability, Mm};
+pub(crate) use drivers::{DriverFile, Written};
 pub(crate) use token::parse_uuid;
 pub(crate) use view::DeviceView;
 
 use super::profile::Profile;
 use super::stats::{IommufdState, Space, Stats};
 use super::topology::Topology;
+use crate::bdf::Bdf;
 use crate::kernel::Node;
 use container::{Container, ContainerId};
 use device::DeviceState;
@@ -48,7 +50,7 @@ use group::GroupState;
 use iommufd::{Context, ContextId};
 use memlock::Accounts;
 use nix::errno::Errno;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 /// What an open file is.
@@ -76,6 +78,10 @@ pub struct Machine {
     devices: Vec<DeviceState>,
     accounts: Accounts,
     next: u64,
+    /// The drivers that are loaded.
+    drivers: BTreeSet<String>,
+    /// The devices whose drivers were told to go, and have gone since this was asked last.
+    left: Vec<Bdf>,
 }
 
 impl Machine {
@@ -107,6 +113,12 @@ impl Machine {
             groups,
             devices,
             accounts: Accounts::new(topology.memlock),
+            drivers: topology
+                .devices()
+                .filter_map(|(_, device)| device.driver.clone())
+                .chain(["vfio-pci".to_owned()])
+                .collect(),
+            left: Vec::new(),
             topology,
             next: 1,
         }
@@ -211,8 +223,14 @@ impl Machine {
         match self.files.remove(&file) {
             Some(File::Container(id)) => self.close_container(id),
             Some(File::Group(id, life)) => self.close_group(id, life),
-            Some(File::Device(index)) => self.close_device(index),
-            Some(File::Cdev(index)) => self.close_cdev(file, index),
+            Some(File::Device(index)) => {
+                self.close_device(index);
+                self.leave_if_closed(index);
+            }
+            Some(File::Cdev(index)) => {
+                self.close_cdev(file, index);
+                self.leave_if_closed(index);
+            }
             Some(File::Iommufd(id)) => self.close_iommufd(id),
             None => {}
         }

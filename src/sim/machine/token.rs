@@ -26,7 +26,8 @@ impl Machine {
     /// EINVAL an option that is unknown, there twice or superfluous; EACCES no token or a wrong
     /// one.
     pub(super) fn matches(&mut self, index: usize, text: &[u8]) -> Result<bool, Errno> {
-        let Some(device) = self.devices.get(index).filter(|device| device.on_vfio) else {
+        let registered = |device: &&super::device::DeviceState| device.on_vfio && !device.leaving;
+        let Some(device) = self.devices.get(index).filter(registered) else {
             return Ok(false);
         };
         let Some(mut rest) = text.strip_prefix(device.facts.bdf.to_string().as_bytes()) else {

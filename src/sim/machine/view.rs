@@ -11,6 +11,7 @@ pub(crate) struct DeviceView<'a> {
     pub(crate) facts: &'a Device,
     pub(crate) group: u32,
     pub(crate) driver: Option<&'a str>,
+    pub(crate) driver_override: Option<&'a str>,
     /// The N of its `vfioN`, while it is on a VFIO driver.
     pub(crate) number: Option<u32>,
     /// Which of its registrations with VFIO that is; of one device no two are the same.
@@ -33,8 +34,10 @@ impl Machine {
         self.devices.iter().enumerate().map(move |(index, device)| DeviceView {
             facts: &device.facts,
             group: device.group,
-            driver: device.driver.as_deref(),
-            number: device.number,
+            // Both go before the driver does.
+            driver: device.driver.as_deref().filter(|_| !device.leaving),
+            driver_override: device.driver_override.as_deref(),
+            number: device.number.filter(|_| !device.leaving),
             registration: device.registration,
             has_cdev: self.cdev_number(index).is_some(),
             vfs: vfs.get(&device.facts.bdf).cloned().unwrap_or_default(),
