@@ -1,6 +1,6 @@
 //! Acquire: the whole of it, or nothing.
 
-use super::authority::{JUST_ENDED, quota};
+use super::access::quota;
 use super::books::{Books, Entry, Files};
 use super::fds::{Named, list};
 use super::form::gives_container;
@@ -9,7 +9,8 @@ use super::key::new_lease_id;
 use super::open::Opened;
 use super::plan::{Chosen, Plan};
 use super::{
-    Broker, Caller, Grant, container_name, devices, event, lifeline, no_such_lease, now, space,
+    Broker, Caller, Grant, container_name, devices, error, event, lifeline, no_such_lease, now,
+    space,
 };
 use crate::host;
 use crate::kernel::{Group, IommuType};
@@ -88,10 +89,7 @@ impl Broker {
         awaited: &dyn Fn() -> bool,
     ) -> Result<Grant, Error> {
         if tenant.name != entry.tenant {
-            return Err(Error::Denied {
-                rule: "a lease is one tenant's".into(),
-                reason: format!("lease {} is another tenant's than the caller", entry.id),
-            });
+            return Err(error::another_tenants(entry.id));
         }
         let files = entry.files();
         let lease = self.books().ledger.live(entry.id).cloned();
@@ -142,9 +140,9 @@ impl Broker {
                 done => return done,
             };
             let Error::NotViable { group, blockers } = &error else { return Err(error) };
-            let (over, since, reason) = match books.ledger.group(*group).map(|group| &group.state) {
-                Some(GroupState::Quarantined { since, reason }) => (true, *since, reason.clone()),
-                Some(GroupState::Reclaiming { since }) => (false, *since, JUST_ENDED.into()),
+            let over = match books.ledger.group(*group).map(|group| &group.state) {
+                Some(GroupState::Quarantined { .. }) => true,
+                Some(GroupState::Reclaiming { .. }) => false,
                 // It may have come back between the two looks.
                 None if !seen_free => {
                     seen_free = true;
@@ -154,7 +152,7 @@ impl Broker {
             };
             if over || left.is_zero() {
                 let device = blockers.first().map_or(format!("group {group}"), |b| b.bdf.clone());
-                return Err(Error::Quarantined { device, since, reason });
+                return Err(self.not_free(tenant, &books, device, *group).unwrap_or(error));
             }
             drop(self.changed.wait_timeout(books, left));
         }

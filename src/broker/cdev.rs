@@ -1,7 +1,7 @@
 //! Leases by iommufd: opening what is handed out, and what shows that a device's own node is closed
 //! everywhere.
 
-use super::{Broker, fds::Named, lacks};
+use super::{Broker, error, fds::Named};
 use crate::host;
 use crate::kernel::{Device, Iommufd};
 use crate::ledger::{Request, Unproved};
@@ -33,7 +33,7 @@ impl Broker {
     /// A new iommufd that charges each process for what it pins itself, not all of a user's
     /// together.
     pub(super) fn open_iommufd(&self) -> Result<Iommufd, Error> {
-        let iommufd = Iommufd::open(Arc::clone(&self.kernel)).map_err(lacks::iommufd)?;
+        let iommufd = Iommufd::open(Arc::clone(&self.kernel)).map_err(error::no_iommufd)?;
         match iommufd.set_rlimit_mode(true) {
             // A kernel that has no such option.
             Err(error) if matches!(error.errno, Errno::EOPNOTSUPP | Errno::ENOTTY) => {}
@@ -45,7 +45,7 @@ impl Broker {
     /// Opens a device by its own node, unbound.
     pub(super) fn open_cdev(&self, bdf: Bdf) -> Result<Cdev, Error> {
         let kernel = &*self.kernel;
-        let number = host::cdev(kernel, bdf)?.ok_or_else(|| lacks::cdev(bdf))?;
+        let number = host::cdev(kernel, bdf)?.ok_or_else(|| error::no_cdev(bdf))?;
         let name = bdf.to_string();
         let device = Device::open_cdev(Arc::clone(&self.kernel), number, &name)?;
         // A node's number can be another device's by now. From here on this one has its own, and its

@@ -1,8 +1,8 @@
 //! MapDma and UnmapDma: mappings that the broker makes for a lease.
 
-use super::authority::quota;
+use super::access::quota;
 use super::books::Entry;
-use super::hint::system;
+use super::error::system;
 use super::memory::{Memory, page_size};
 use super::space::Space;
 use super::{Broker, Caller, no_such_lease};

@@ -1,7 +1,7 @@
 //! In which form a new lease is given: through which backend, as which handout, in which address
 //! space.
 
-use super::{Broker, lacks};
+use super::{Broker, error};
 use crate::kernel::{Container, Iommufd};
 use crate::ledger::{Lease, Space, Trust};
 use crate::policy::{self, Tenant};
@@ -91,11 +91,11 @@ impl Broker {
         match backend {
             Backend::Type1 => match Container::open(Arc::clone(&self.kernel)) {
                 Ok(_) => Ok(()),
-                Err(error) => Err(lacks::type1(error)),
+                Err(error) => Err(error::no_type1(error)),
             },
             Backend::Iommufd => {
-                Iommufd::open(Arc::clone(&self.kernel)).map_err(lacks::iommufd)?;
-                given.without_cdev.map_or(Ok(()), |bdf| Err(lacks::cdev(bdf)))
+                Iommufd::open(Arc::clone(&self.kernel)).map_err(error::no_iommufd)?;
+                given.without_cdev.map_or(Ok(()), |bdf| Err(error::no_cdev(bdf)))
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Lease pipes: the holder has the read end, the broker the only write end.
 
-use super::hint::system;
+use super::error::system;
 use crate::protocol::Error;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};

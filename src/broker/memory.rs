@@ -1,6 +1,6 @@
 //! Memory that a peer hands over: checked before anything touches it, and its bytes never are.
 
-use super::hint::system;
+use super::error::system;
 use crate::protocol::Error;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::stat::{SFlag, fstat};

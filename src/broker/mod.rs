@@ -6,18 +6,17 @@
 //! or container; the books never are, so nobody waits there for a kernel. Beside them is the lock of
 //! the record of what was given ([`given`]), under which no other one is taken.
 
+mod access;
 mod acquire;
 mod api;
-mod authority;
 mod books;
 mod cdev;
 mod dma;
+pub(crate) mod error;
 mod fds;
 mod form;
 mod given;
-mod hint;
 mod key;
-mod lacks;
 mod lifeline;
 mod lists;
 mod memlock;
@@ -29,15 +28,17 @@ mod reclaim;
 mod space;
 
 pub use api::{Caller, Contested, Ended, Grant, LifelineId, Nobody, Observer, SentFd};
+pub use error::advice;
 pub use given::{Given, Record};
 pub use memory::check_memory;
 pub use rebind::Rebinder;
 
 use crate::kernel::Kernel;
-use crate::ledger::{Lease, LeaseId};
+use crate::ledger::Lease;
 use crate::policy::Policy;
 use crate::protocol::{Event, EventKind};
 use books::Books;
+use error::no_such_lease;
 use given::AllGiven;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -163,11 +164,6 @@ fn container_name(lease: &Lease) -> String {
 /// The text of a lease id, short enough to be said back.
 fn said(lease: &str) -> String {
     lease.chars().take(64).collect()
-}
-
-/// The error for a lease that is not there, and for one whose key is another.
-fn no_such_lease(lease: LeaseId) -> crate::protocol::Error {
-    crate::protocol::Error::NoSuchLease { lease: lease.to_string() }
 }
 
 #[cfg(test)]

@@ -6,10 +6,9 @@ use super::cdev::Cdev;
 use super::plan::Chosen;
 use super::space;
 use crate::host;
-use crate::kernel::{self, Device, Group, Iommufd, Node};
+use crate::kernel::{Device, Group, Iommufd, Node};
 use crate::ledger::Effect;
-use crate::protocol::{Bdf, Error, Holder};
-use nix::errno::Errno;
+use crate::protocol::{Bdf, Error};
 use std::sync::Arc;
 
 /// What the kernel has given so far, in its order.
@@ -136,28 +135,6 @@ impl Broker {
             return Err(Error::Conflict { what: format!("group {id}"), why: why.into() });
         }
         Err(Error::NotViable { group: id, blockers })
-    }
-
-    /// EBUSY of a group that nobody has: it is whoever had it last by iommufd, if there is one.
-    pub(super) fn group_error(&self, id: u32, chosen: &Chosen, error: kernel::Error) -> Error {
-        if error.errno != Errno::EBUSY {
-            return error.into();
-        }
-        let books = self.books();
-        let Some(last) = books.ledger.unproved_group(id) else { return error.into() };
-        let device = chosen.devices.iter().find(|(_, group)| *group == id);
-        // Only the tenant that had it gets here.
-        Error::Busy {
-            device: device.map_or(format!("group {id}"), |(bdf, _)| bdf.to_string()),
-            holder: Some(Holder {
-                lease: last.lease.to_string(),
-                vm: last.vm.clone(),
-                tenant: last.tenant.clone(),
-                uid: last.uid,
-                pid: last.pid,
-            }),
-            since: Some(last.since),
-        }
     }
 }
 

@@ -4,10 +4,8 @@
 use super::Broker;
 use super::books::Files;
 use crate::host;
-use crate::kernel::{Error, Result};
-use crate::ledger::{Lease, Request};
+use crate::ledger::{Lease, NotFree, Request};
 use crate::protocol::Bdf;
-use nix::errno::Errno;
 use std::collections::BTreeMap;
 use std::slice::Iter;
 use std::sync::Arc;
@@ -51,7 +49,7 @@ impl Broker {
                 self.look_for_proof(&lease.tenant, |_| false);
                 self.forget_proved();
             }
-            Err(error) => self.stuck(group, &error),
+            Err(why) => self.stuck(group, why),
         }
     }
 
@@ -74,14 +72,14 @@ impl Broker {
         self.rebinder.get().filter(|_| tenant.rebind || tenant.managed)
     }
 
-    /// Returns what can't be proved in this way; EBUSY while a driver waits for somebody.
+    /// Returns what can't be proved in this way.
     fn rebind(
         &self,
         rebinder: &dyn Rebinder,
         group: u32,
         mut left: BTreeMap<Bdf, u64>,
         patience: &mut Iter<'_, Duration>,
-    ) -> Result<BTreeMap<Bdf, u64>> {
+    ) -> Result<BTreeMap<Bdf, u64>, NotFree> {
         // What earlier leases left is to be proved with it.
         let earlier = self.books().ledger.unproved_group(group).map(|u| u.left.clone());
         let mut all = earlier.unwrap_or_default();
@@ -107,11 +105,10 @@ impl Broker {
                     let device = host::Device::scan(&*self.kernel, *bdf)?;
                     let binding = device.is_some_and(|device| device.driver.is_some());
                     let unregistered = host::registration(&*self.kernel, *bdf)?.is_none();
-                    let call = match binding && unregistered {
-                        true => "driver bind",
-                        false => "driver unbind",
-                    };
-                    return Err(Error::new(call, bdf.to_string(), Errno::EBUSY));
+                    return Err(match binding && unregistered {
+                        true => NotFree::DriverBinds { device: *bdf },
+                        false => NotFree::DriverWaits { device: *bdf },
+                    });
                 }
             }
         }

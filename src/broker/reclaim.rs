@@ -3,9 +3,9 @@
 
 use super::books::{Books, Entry, Files};
 use super::lifeline::has_hung_up;
-use super::{Broker, Caller, Ended, LifelineId, devices, event, no_such_lease, now, space};
+use super::{Broker, Caller, Ended, LifelineId, devices, error, event, no_such_lease, now, space};
 use crate::kernel::{self, Group, Node, Unmap, UnmapFlags};
-use crate::ledger::{Effect, Lease, LeaseId, Request};
+use crate::ledger::{Effect, Lease, LeaseId, NotFree, Request};
 use crate::protocol::{Error, EventKind, Release, Released};
 use nix::errno::Errno;
 use std::os::fd::OwnedFd;
@@ -118,24 +118,24 @@ impl Broker {
                 Effect::UnmapAll => blocked = unmap_all(entry).err(),
                 Effect::Detach(id) if let Some(error) = &blocked => {
                     kept = Some(id);
-                    self.stuck(id, error);
+                    self.stuck(id, error::not_detached(error.clone()));
                 }
                 Effect::Detach(id) => match detach(entry, &mut files, id, &mut patience) {
                     Ok(()) => self.report(Request::Detached { group: id }),
                     Err(error) => {
                         kept = Some(id);
-                        self.stuck(id, &error);
+                        self.stuck(id, error::not_detached(error));
                     }
                 },
                 // While our own copy is open, opening it again shows nothing.
                 Effect::Prove(id) if kept == Some(id) => {}
                 Effect::Prove(id) => match prove(entry, node(id, &before), &mut patience) {
                     Ok(()) => self.report(Request::Freed { group: id }),
-                    Err(error) => self.stuck(id, &error),
+                    Err(error) => self.stuck(id, error::not_proved(error)),
                 },
                 Effect::ProveUnbound(id) => match prove(entry, node(id, &before), &mut patience) {
                     Ok(()) => self.settle(id, &before, &files, &mut patience),
-                    Err(error) => self.stuck(id, &error),
+                    Err(error) => self.stuck(id, error::not_proved(error)),
                 },
                 Effect::OpenSpace
                 | Effect::OpenIommufd
@@ -156,28 +156,8 @@ impl Broker {
         self.changed.notify_all();
     }
 
-    pub(super) fn stuck(&self, group: u32, error: &kernel::Error) {
-        let reason = match (error.call, error.errno) {
-            ("driver unbind", Errno::EBUSY) => format!(
-                "some process still has {} open by its own node, and its driver waits for the last \
-                 close",
-                error.object
-            ),
-            ("driver bind", Errno::EBUSY) => {
-                format!("{} was let go of, and its driver is still binding it again", error.object)
-            }
-            (_, Errno::ETIMEDOUT) => format!(
-                "the kernel does not answer for {}: some process of the holder's is in the middle of a \
-                 call on it, such as mapping memory",
-                error.object
-            ),
-            ("open", Errno::EBUSY) => format!("some process still has {} open", error.object),
-            (_, Errno::EBUSY) => {
-                format!("some process still has a device of {} open", error.object)
-            }
-            _ => error.to_string(),
-        };
-        self.report(Request::Stuck { group, reason, at: now() });
+    pub(super) fn stuck(&self, group: u32, why: NotFree) {
+        self.report(Request::Stuck { group, why, at: now() });
     }
 
     fn unmap_own(&self, entry: &Entry, iova: u64, size: u64) {

@@ -1,7 +1,7 @@
 //! An address space: a container and the groups in it. Its lock is held while groups enter and
 //! leave, so that making it, attaching and giving it up never cross; mapping goes on beside that.
 
-use super::{hint, lifeline};
+use super::{error, lifeline};
 use crate::kernel::{Container, Extension, Group, IommuInfo, IommuType, Kernel};
 use crate::protocol::Error;
 use std::collections::BTreeSet;
@@ -108,7 +108,7 @@ pub(super) fn enter(
     noiommu: bool,
 ) -> Result<(), Error> {
     let Some(open) = space else {
-        return Err(hint::system("VFIO_GROUP_SET_CONTAINER", "container", nix::Error::EBADF));
+        return Err(error::system("VFIO_GROUP_SET_CONTAINER", "container", nix::Error::EBADF));
     };
     group.set_container(&open.container)?;
     open.attached.insert(number);

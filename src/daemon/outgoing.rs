@@ -1,7 +1,7 @@
 //! What goes back: a reply or an error, with its fds beside the first byte.
 
 use super::incoming::Deferred;
-use crate::broker::SentFd;
+use crate::broker::{SentFd, advice};
 use crate::protocol::{Error, Reply};
 use crate::sys::fdpass;
 use nix::errno::Errno;
@@ -59,8 +59,10 @@ impl Answer {
         Self { bytes, fds: Enclosed::Kept(Vec::new()) }
     }
 
+    /// An error, and beside it what to do about it.
     pub(super) fn error(error: &Error) -> Self {
-        Self { bytes: encode(error), fds: Enclosed::Kept(Vec::new()) }
+        let bytes = encode(&error.to_json(advice(error).as_deref()));
+        Self { bytes, fds: Enclosed::Kept(Vec::new()) }
     }
 
     /// Sends what can be sent at once; whatever is missing then is lost.

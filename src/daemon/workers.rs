@@ -5,9 +5,8 @@
 //! threads of all.
 
 use super::account::Account;
-use crate::broker::Broker;
+use crate::broker::{Broker, error};
 use crate::protocol::Error;
-use nix::errno::Errno;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -74,27 +73,12 @@ impl<Work, Late> Job<Work, Late> {
         }
         match result {
             Ok(Ok(result)) => result,
-            Ok(Err(_)) => Err(failed(call, object, Errno::EIO, "a bug of the broker: see its log")),
+            Ok(Err(_)) => Err(error::bug(call, object)),
             Err(_) => {
                 // One that has not begun does not begin any more.
                 task.abort();
-                let hint = format!(
-                    "the kernel has not answered within {} s; what it still does is undone when it \
-                     is done: try again later",
-                    deadline.as_secs_f32()
-                );
-                Err(failed(call, object, Errno::ETIMEDOUT, &hint))
+                Err(error::unanswered(call, object, deadline))
             }
         }
-    }
-}
-
-fn failed(call: &str, object: String, errno: Errno, hint: &str) -> Error {
-    Error::Kernel {
-        call: call.into(),
-        object,
-        errno: errno as i32,
-        name: format!("{errno:?}"),
-        hint: hint.into(),
     }
 }

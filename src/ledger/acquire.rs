@@ -166,9 +166,9 @@ impl Ledger {
             return self.check_unproved(lease, id, device);
         };
         match &group.state {
-            GroupState::Quarantined { reason, since } => {
-                let (since, reason) = (*since, reason.clone());
-                Err(Refusal::Quarantined { device, group: id, since, reason })
+            GroupState::Quarantined { why, since } => {
+                let (since, why) = (*since, why.clone());
+                Err(Refusal::Quarantined { device, group: id, since, why })
             }
             GroupState::Reclaiming { since } => {
                 Err(Refusal::NotYet { what: device.to_string(), since: *since })

@@ -15,7 +15,8 @@ mod request;
 mod unproved;
 
 pub use lease::{
-    Group, GroupState, Handed, Lease, LeaseId, Mapping, Member, NotALeaseId, Phase, Space, Trust,
+    Group, GroupState, Handed, Lease, LeaseId, Mapping, Member, NotALeaseId, NotFree, Phase, Space,
+    Trust,
 };
 pub use request::{Acquire, Effect, Extend, Quota, Refusal, Request, Restored, WantedGroup};
 pub use unproved::Unproved;
@@ -57,7 +58,7 @@ impl Ledger {
             Request::Proved { group, device, registration } => {
                 self.proved(group, device, registration)
             }
-            Request::Stuck { group, reason, at } => self.stuck(group, reason, at),
+            Request::Stuck { group, why, at } => self.stuck(group, why, at),
         }
     }
 

@@ -1,7 +1,8 @@
 //! The end of a lease: its mappings undone, its groups shown to be free, one by one.
 
 use super::{
-    Effect, Group, GroupState, Handed, Lease, LeaseId, Ledger, Phase, Refusal, Restored, Space,
+    Effect, Group, GroupState, Handed, Lease, LeaseId, Ledger, NotFree, Phase, Refusal, Restored,
+    Space,
 };
 use crate::protocol::Handout;
 use std::collections::BTreeMap;
@@ -115,15 +116,15 @@ impl Ledger {
     pub(super) fn stuck(
         &mut self,
         number: u32,
-        reason: String,
+        why: NotFree,
         at: u64,
     ) -> Result<Vec<Effect>, Refusal> {
         if let Some(group) = self.groups.get_mut(&number) {
             match &mut group.state {
                 // It is quarantined since the first time.
-                GroupState::Quarantined { reason: was, .. } => *was = reason,
+                GroupState::Quarantined { why: was, .. } => *was = why,
                 state @ GroupState::Reclaiming { .. } => {
-                    *state = GroupState::Quarantined { reason, since: at };
+                    *state = GroupState::Quarantined { why, since: at };
                 }
                 GroupState::Acquiring | GroupState::Held => {}
             }

@@ -1,6 +1,6 @@
 //! What the ledger is asked and told, and what it answers.
 
-use super::{LeaseId, Member, Space};
+use super::{LeaseId, Member, NotFree, Space};
 use crate::protocol::{Bdf, Handout};
 use std::collections::BTreeMap;
 
@@ -108,8 +108,8 @@ pub enum Request {
     Stuck {
         /// Which group.
         group: u32,
-        /// What it said.
-        reason: String,
+        /// By what.
+        why: NotFree,
         /// When, in seconds since 1970.
         at: u64,
     },
@@ -263,7 +263,7 @@ pub enum Refusal {
         holder: LeaseId,
     },
     /// The device's group is not known to be free.
-    #[error("{device} is in group {group}: {reason}")]
+    #[error("{device} is in group {group}, which is not free: {why:?}")]
     Quarantined {
         /// The device that was named.
         device: Bdf,
@@ -272,7 +272,19 @@ pub enum Refusal {
         /// Since when, in seconds since 1970.
         since: u64,
         /// Why.
-        reason: String,
+        why: NotFree,
+    },
+    /// Devices of the group were handed to another tenant by their own nodes and are not proved.
+    #[error("{device} is in group {group}, which is its last tenant's alone")]
+    Unproved {
+        /// The device that was named.
+        device: Bdf,
+        /// Its group.
+        group: u32,
+        /// Since when, in seconds since 1970.
+        since: u64,
+        /// The devices that may still be open.
+        left: Vec<Bdf>,
     },
     /// What is asked for is just being taken back; the answer will be another one soon.
     #[error("{what} is just being reclaimed")]

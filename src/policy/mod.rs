@@ -25,6 +25,9 @@ use tenant::{DenyAll, Listed};
 /// Where the policy is unless told otherwise.
 pub const POLICY_PATH: &str = "/etc/vfio-broker/policy.toml";
 
+/// What decisions call a policy that is in no file.
+pub const BUILT_IN: &str = "built-in policy";
+
 /// A policy file that was read and found good.
 #[derive(Clone, Debug)]
 pub struct Policy {

@@ -184,7 +184,7 @@ fn it_is_the_process_that_connected_whose_limit_is_raised_and_never_lowered() {
             }
             Reply::Error(name, parameters) => {
                 assert!(name.ends_with(".Kernel"), "{name}");
-                assert!(parameters["hint"].as_str().unwrap().contains("CAP_SYS_RESOURCE"));
+                assert!(parameters["advice"].as_str().unwrap().contains("CAP_SYS_RESOURCE"));
             }
         }
         child.kill().unwrap();

@@ -1,31 +1,86 @@
-//! Failed kernel calls as the client is told of them: with what to do next.
+//! What to do about each error, as far as its data tells. It is sent beside them.
 
-use crate::kernel;
-use crate::protocol::Error;
+use crate::protocol::{Blocker, Error, Until};
 use nix::errno::Errno;
 
-impl From<kernel::Error> for Error {
-    fn from(error: kernel::Error) -> Self {
-        let mut hint = hint(&error);
-        let kernel::Error { call, object, errno, note } = error;
-        if let Some(note) = note {
-            hint = format!("{note}; {hint}");
+/// What to do about an error; none where its own words say it, or nothing can be done.
+pub fn advice(error: &Error) -> Option<String> {
+    match error {
+        // Without a file there is nothing that could be looked into.
+        Error::Denied { file, device, .. } => file.as_ref().map(|_| {
+            let device = device.as_ref().map_or(String::new(), |bdf| format!(" for {bdf}"));
+            format!("`vfio-broker policy explain` shows how the policy decides{device}")
+        }),
+        Error::NotViable { blockers, .. } => not_viable(blockers),
+        Error::Busy { holder: Some(holder), .. } => {
+            Some(format!("`vfio-broker watch {}` tells when it is given back", holder.lease))
         }
-        let (errno, name) = (errno as i32, format!("{errno:?}"));
-        Self::Kernel { call: call.into(), object, errno, name, hint }
+        // Only who may know the holder is told of its leases' ends.
+        Error::Busy { holder: None, .. } => Some("try again later".into()),
+        Error::Quarantined { until, unbind, .. } => Some(match until {
+            Until::Holder => "whoever still has it open must close it; then try again".into(),
+            Until::Administrator => taken_off(unbind),
+            Until::Kernel => "try again later: the broker asks again by itself".into(),
+        }),
+        Error::OverLimit { limit, .. } => over(limit),
+        Error::NoSuchDevice { .. } => {
+            Some("`vfio-broker topology` shows those that there are".into())
+        }
+        Error::NoSuchLease { .. } => Some("`vfio-broker leases` shows those that there are".into()),
+        Error::Kernel { call, object, errno, .. } => {
+            Some(kernel(call, object, Errno::from_raw(*errno)))
+        }
+        Error::Conflict { .. }
+        | Error::BadRequest { .. }
+        | Error::Unsupported { .. }
+        | Error::InterfaceNotFound { .. }
+        | Error::MethodNotFound { .. }
+        | Error::ExpectedMore {} => None,
     }
 }
 
-/// An error of a system call of ours that is not about VFIO.
-pub(super) fn system(call: &'static str, object: &str, errno: Errno) -> Error {
-    kernel::Error::new(call, object, errno).into()
+/// What to do about blockers, beside what each says itself.
+fn not_viable(blockers: &[Blocker]) -> Option<String> {
+    // One without a driver is in the way of its own use alone.
+    if let Some(first) = blockers.first()
+        && blockers.iter().all(|blocker| blocker.driver.is_none())
+    {
+        let bdf = &first.bdf;
+        return Some(format!(
+            "where another function of the group is wanted, withhold {bdf} instead of using it"
+        ));
+    }
+    let kept = blockers.iter().any(|blocker| blocker.fix.is_none());
+    let ask = "a function without a command is not yours to take: ask who looks after this host";
+    kept.then(|| ask.into())
 }
 
-/// What to do about it; the errno alone says too little.
-fn hint(error: &kernel::Error) -> String {
-    let object = &error.object;
+/// Taking devices off their drivers and putting them back; root alone can.
+fn taken_off(devices: &[String]) -> String {
+    let each = devices.iter().map(|bdf| {
+        format!(
+            "echo {bdf} > /sys/bus/pci/devices/{bdf}/driver/unbind, which waits for the last close, \
+             and then echo {bdf} > /sys/bus/pci/drivers_probe"
+        )
+    });
+    let commands = each.collect::<Vec<_>>().join(", ");
+    format!("whoever looks after this host can do that ({commands}); then try again")
+}
+
+/// What to do about a limit that the policy sets.
+fn over(limit: &str) -> Option<String> {
+    let less = match limit {
+        "memlock" | "mapped_bytes" => "ask for less",
+        "leases" | "devices" | "mappings" | "fds" => "give something back",
+        _ => return None,
+    };
+    Some(format!("{less}, or have {limit} of the tenant raised in the policy"))
+}
+
+/// What to do about a failed call; the errno alone says too little.
+fn kernel(call: &str, object: &str, errno: Errno) -> String {
     let group = object.starts_with("/dev/vfio/") && object != "/dev/vfio/vfio";
-    match (error.call, error.errno) {
+    match (call, errno) {
         (_, Errno::EMFILE | Errno::ENFILE) => {
             "the broker has no open files left: raise LimitNOFILE= of its service".into()
         }
@@ -144,20 +199,68 @@ fn hint(error: &kernel::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::broker::error::system;
 
     #[test]
     fn a_kernel_error_says_what_to_do_next() {
-        let says = |call, object: &str, errno| {
-            let Error::Kernel { hint, name, .. } = system(call, object, errno) else {
-                panic!("another error")
-            };
-            assert_eq!(name, format!("{errno:?}"));
-            hint
-        };
+        let says = |call, object: &str, errno| advice(&system(call, object, errno)).unwrap();
         assert!(says("open", "/dev/vfio/vfio", Errno::ENOENT).contains("modprobe vfio"));
         assert!(says("open", "/dev/vfio/26", Errno::EBUSY).contains("fuser -v /dev/vfio/26"));
         let unsafe_interrupts = says("VFIO_SET_IOMMU", "container", Errno::EPERM);
         assert!(unsafe_interrupts.contains("allow_unsafe_interrupts"));
         assert!(says("VFIO_IOMMU_MAP_DMA", "container", Errno::ENOMEM).contains("RLIMIT_MEMLOCK"));
+    }
+
+    #[test]
+    fn what_a_device_waits_for_decides_what_is_advised() {
+        let says = |until, unbind: &[&str]| {
+            let unbind = unbind.iter().map(|bdf| (*bdf).to_owned()).collect();
+            let (device, reason) = ("d".to_owned(), "r".to_owned());
+            advice(&Error::Quarantined { device, since: 0, reason, until, holder: None, unbind })
+                .unwrap()
+        };
+        assert!(says(Until::Holder, &[]).contains("must close it"));
+        let administrator = says(Until::Administrator, &["0000:01:00.0", "0000:01:00.1"]);
+        for said in ["looks after this host", "0000:01:00.0/driver/unbind", "0000:01:00.1/driver"] {
+            assert!(administrator.contains(said), "{administrator}");
+        }
+        assert!(!says(Until::Kernel, &[]).contains("close"));
+    }
+
+    #[test]
+    fn withholding_is_told_of_only_where_it_helps() {
+        let blocker = |driver: Option<&str>| Blocker {
+            bdf: "0000:05:00.1".into(),
+            driver: driver.map(str::to_owned),
+            fix: None,
+        };
+        let says = |blockers| advice(&Error::NotViable { group: 17, blockers }).unwrap();
+        assert!(says(vec![blocker(None)]).contains("withhold 0000:05:00.1"));
+        assert!(!says(vec![blocker(None), blocker(Some("ahci"))]).contains("withhold"));
+    }
+
+    #[test]
+    fn a_limit_of_the_policy_can_be_raised_there_and_another_cannot() {
+        let says =
+            |limit: &str| advice(&Error::OverLimit { limit: limit.into(), most: 1, asked: 2 });
+        assert!(says("memlock").unwrap().starts_with("ask for less, or have memlock"));
+        assert!(says("leases").unwrap().starts_with("give something back"));
+        assert_eq!(says("devices of one lease"), None);
+    }
+
+    #[test]
+    fn a_denial_points_to_the_policy_only_where_it_is_a_file() {
+        let says = |file: Option<&str>, device: Option<&str>| {
+            advice(&Error::Denied {
+                rule: "r".into(),
+                reason: "why".into(),
+                file: file.map(str::to_owned),
+                line: None,
+                device: device.map(Into::into),
+            })
+        };
+        assert_eq!(says(None, Some("0000:01:00.0")), None);
+        assert!(says(Some("policy.toml"), Some("0000:01:00.0")).unwrap().contains("0000:01:00.0"));
+        assert!(says(Some("policy.toml"), None).unwrap().ends_with("decides"));
     }
 }
