@@ -10,7 +10,6 @@ mod parse;
 mod peer;
 mod problem;
 mod reader;
-mod shadow;
 mod tenant;
 
 pub use decide::{Decision, Refusal};

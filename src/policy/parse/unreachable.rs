@@ -1,8 +1,8 @@
 //! Tenants that nobody can be, because an earlier one takes them all.
 
-use super::parse::Found;
-use super::peer::{OVERFLOW_ID, Who, covers};
-use super::problem::Report;
+use super::found::Found;
+use crate::policy::peer::{OVERFLOW_ID, Who, covers};
+use crate::policy::problem::Report;
 
 /// Reports tenants, and single users of them, that an earlier tenant always takes.
 pub(super) fn check(report: &mut Report<'_>, tenants: &[Found]) {
