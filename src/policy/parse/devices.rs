@@ -75,13 +75,6 @@ impl Parser<'_> {
             serial: section.get("serial").and_then(|v| self.serial(v)),
         };
         self.check_device(&section, used);
-        if let Some(serial) = section.get("serial") {
-            let effect = match used {
-                Use::Allow => "this entry allows nothing",
-                Use::Deny => "this entry denies every device that the rest of it names",
-            };
-            self.report.warn(serial.span(), format!("serials are not read yet: {effect}"));
-        }
         Some(rule)
     }
 
