@@ -1,9 +1,8 @@
 //! The decisions, each with the rule that made it.
 
 use super::device::Match;
-use super::{
-    DeviceFacts, DeviceRule, Listed, OVERFLOW_ID, Peer, Policy, Risk, SharedContainer, Tenant, Verb,
-};
+use super::{DeviceRule, Listed, OVERFLOW_ID, Peer, Policy, Risk, SharedContainer, Tenant, Verb};
+use crate::pci::DeviceFacts;
 use crate::protocol::{Backend, Bdf, Handout};
 use serde::Serialize;
 use std::fmt::Display;

@@ -13,7 +13,6 @@ mod reader;
 mod tenant;
 
 pub use decide::{Decision, Refusal};
-pub use device::{DeviceFacts, Id};
 pub use peer::{Names, OVERFLOW_ID, Peer};
 pub use problem::{Problem, Problems, Severity};
 pub use tenant::{Limits, Risk, SharedContainer, Tenant, Trust, Verb};

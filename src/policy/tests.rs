@@ -5,6 +5,7 @@ mod properties;
 
 use super::*;
 
+use crate::pci::{DeviceFacts, Id};
 use crate::protocol::{Backend, Handout};
 
 /// A machine with three users and two groups.

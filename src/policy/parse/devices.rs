@@ -1,9 +1,10 @@
 //! The devices that a tenant may have, and those that are denied.
 
-use super::super::device::{DeviceRule, Id};
+use super::super::device::DeviceRule;
 use super::super::reader::{Section, Value};
 use super::super::tenant::DenyAll;
 use super::Parser;
+use crate::pci::Id;
 use crate::protocol::Bdf;
 
 impl Parser<'_> {
