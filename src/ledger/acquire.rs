@@ -5,7 +5,7 @@ use super::{
     Acquire, Effect, Extend, Group, GroupState, Handed, Lease, LeaseId, Ledger, Phase, Quota,
     Refusal, Space, WantedGroup,
 };
-use crate::protocol::{Acquire as Limits, Bdf, Handout};
+use crate::protocol::{Bdf, Handout, MAX_DEVICES};
 use std::collections::{BTreeMap, BTreeSet};
 
 impl Ledger {
@@ -260,7 +260,7 @@ impl Ledger {
     ) -> Result<(), Refusal> {
         let more: usize = wanted.iter().map(|g| g.devices.len() + g.withhold.len()).sum();
         let here = lease.devices.len() + more;
-        within("devices of one lease", here as u64, Limits::MAX_DEVICES as u64)?;
+        within("devices of one lease", here as u64, MAX_DEVICES as u64)?;
         let theirs = || self.leases.values().filter(|other| other.tenant == lease.tenant);
         within("leases", theirs().count() as u64 + leases, quota.leases)?;
         let devices: usize = theirs()
