@@ -25,7 +25,8 @@ pub struct Given {
     pub lease: String,
     /// Whose that was.
     pub tenant: String,
-    /// Whom the policy meant by that name; see [`Policy::people`](crate::policy::Policy::people).
+    /// Whom the policy meant by that name; see
+    /// [`Policy::principals`](crate::policy::Policy::principals).
     pub people: String,
     /// What its holder called the VM.
     pub vm: String,
@@ -104,7 +105,7 @@ impl Broker {
         let all = || groups.iter().flat_map(|(_, here)| here);
         let Some(last) = all().find(|given| given.lease == lease) else { return Ok(()) };
         let id: LeaseId = lease.parse().map_err(|error| bad(format!("{error}")))?;
-        let tenant = match self.policy.people(&last.tenant) {
+        let tenant = match self.policy.principals(&last.tenant) {
             Some(people) if all().all(|each| each.people == people) => last.tenant.clone(),
             // Nobody's: no tenant can have such a name.
             _ => format!("{} (as it was before the restart)", last.tenant),
@@ -159,7 +160,7 @@ impl Broker {
     fn described(&self, lease: LeaseId, cdevs: &[(Bdf, u32, u64)]) -> Option<Vec<Given>> {
         let books = self.books();
         let lease = books.ledger.lease(lease)?;
-        let people = self.policy.people(&lease.tenant).unwrap_or_default();
+        let people = self.policy.principals(&lease.tenant).unwrap_or_default();
         let describe = |&(device, group, registration): &(Bdf, u32, u64)| {
             let members = books.ledger.group(group)?.members.iter();
             Some(Given {

@@ -100,7 +100,8 @@ impl Policy {
 
     fn no_tenant(&self, peer: &Peer) -> Refusal {
         let Peer { uid, gid, .. } = peer;
-        let overflow = *uid == OVERFLOW_ID && !self.tenants.iter().any(|t| t.who.takes_overflow());
+        let overflow =
+            *uid == OVERFLOW_ID && !self.tenants.iter().any(|t| t.principals.takes_overflow());
         let overflow = if overflow {
             ", which stands for everybody whom this user namespace has no number for: a tenant \
              must list it as a number and accept \"overflow-uid\""

@@ -3,8 +3,8 @@
 mod containers;
 mod devices;
 mod found;
+mod principals;
 mod unreachable;
-mod who;
 
 use super::device::DeviceRule;
 use super::problem::Report;
@@ -128,7 +128,7 @@ impl Parser<'_> {
         let section = self.report.section(value, "a tenant", &known)?;
         let accept = section.get("accept").map(|v| self.report.words(v, "accept", &ACCEPTS));
         let accept = accept.unwrap_or_default();
-        let (who, users) = self.who(&section, accept.contains(&Accept::OverflowUid));
+        let (principals, users) = self.principals(&section, accept.contains(&Accept::OverflowUid));
         let (rights, devices, deny) = self.rights_and_devices(&section);
         let (backends, handouts) = self.backends_and_handouts(&section);
         let accepts = accept.into_iter().filter_map(|accept| match accept {
@@ -149,7 +149,7 @@ impl Parser<'_> {
             limits: section.get("limits").map_or(Limits::default(), |value| self.limits(value)),
             line: self.report.line(section.span.start),
             name: self.report.name(&section, "a tenant")?,
-            who,
+            principals,
             rights,
             devices,
             deny,
