@@ -7,6 +7,7 @@
 //! - [`client`]: for VMM authors: ask for devices and get their open files.
 //! - [`kernel`]: the ioctl layer, typed, with the real Linux behind it.
 //! - `daemon`: serves the broker on a socket (feature `daemon`).
+//! - `pci`: what a PCI function is (feature `daemon`).
 //! - `policy`: who may have what (feature `daemon`).
 //! - `host`: what is in this machine (feature `daemon`).
 //! - `drivers`: binds devices to drivers (feature `daemon`).
@@ -39,6 +40,8 @@ pub mod keeper;
 pub mod kernel;
 #[cfg(feature = "daemon")]
 pub mod ledger;
+#[cfg(feature = "daemon")]
+pub mod pci;
 #[cfg(feature = "daemon")]
 pub mod policy;
 #[cfg(feature = "daemon")]

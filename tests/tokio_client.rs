@@ -54,7 +54,10 @@ fn a_watch_sees_what_another_connection_does() {
         let (file, _) = Mapped::memfd(1 << 20).unwrap();
         client.map_dma(&lease, &file, DmaRange::new(0, 1 << 20)).await?;
         let error = client.map_dma(&lease, &file, DmaRange::new(0, 1 << 20)).await.unwrap_err();
-        assert!(matches!(error, Error::Broker(protocol::Error::Conflict { .. })), "{error}");
+        assert!(
+            matches!(error, Error::Broker { error: protocol::Error::Conflict { .. }, .. }),
+            "{error}"
+        );
         assert_eq!(client.unmap_dma(&lease, 0, 1 << 20).await?, 1 << 20);
         // Four round trips after it was asked for, the watch has begun.
         drop(lease);
@@ -80,9 +83,10 @@ fn an_acquire_that_nobody_waits_for_any_more_holds_nothing() {
                     assert_eq!(lease.vm(), "web1");
                     return Ok(());
                 }
-                Err(Error::Broker(
-                    protocol::Error::Busy { .. } | protocol::Error::Quarantined { .. },
-                )) => tokio::task::yield_now().await,
+                Err(Error::Broker {
+                    error: protocol::Error::Busy { .. } | protocol::Error::Quarantined { .. },
+                    ..
+                }) => tokio::task::yield_now().await,
                 Err(error) => return Err(error),
             }
         }

@@ -1,11 +1,11 @@
 //! Acquire: the whole of it, or nothing.
 
-use super::authority::{JUST_ENDED, quota};
+use super::access::quota;
 use super::books::{Books, Entry};
 use super::keeper::{KeeperHandle, NotDone, Turn};
 use super::key::{Key, new_lease_id};
 use super::plan::{Chosen, Plan};
-use super::{Broker, Caller, Delivery, container_name, devices, event, no_such_lease, now};
+use super::{Broker, Caller, Delivery, container_name, devices, error, event, no_such_lease, now};
 use crate::ledger::{self, Effect, GroupState, LeaseId, Refusal, Request, Space, Trust};
 use crate::policy::{Tenant, Verb};
 use crate::process::keeper::{
@@ -18,15 +18,18 @@ use std::rc::Rc;
 use tokio::time::Instant;
 use tracing::warn;
 
-/// Why nothing was reserved, and which lease has what was asked for.
+/// Why nothing was reserved.
 struct Refused {
     error: Error,
+    /// Which lease has what was asked for.
     holder: Option<LeaseId>,
+    /// What was asked for is just being taken back.
+    is_soon: bool,
 }
 
 impl<E: Into<Error>> From<E> for Refused {
     fn from(error: E) -> Self {
-        Self { error: error.into(), holder: None }
+        Self { error: error.into(), holder: None, is_soon: false }
     }
 }
 
@@ -77,10 +80,7 @@ impl Broker {
         if tenant.name == entry.tenant {
             return Ok(());
         }
-        Err(Error::Denied {
-            rule: "a lease is one tenant's".into(),
-            reason: format!("lease {} is another tenant's than the caller", entry.id),
-        })
+        Err(error::another_tenants(entry.id))
     }
 
     /// Plans, and enters what was planned: from then on it is nobody else's. What is just being taken
@@ -97,7 +97,7 @@ impl Broker {
         let mut asked = None;
         loop {
             let seen = self.generation.get();
-            let Refused { error, holder } =
+            let Refused { error, holder, is_soon } =
                 match self.try_reserve(caller, tenant, request, id, known) {
                     Ok(reserved) => return Ok(reserved),
                     Err(refused) => refused,
@@ -108,7 +108,10 @@ impl Broker {
                     asked = Some(holder);
                     self.has_let_go_of(holder).await
                 }
-                None => self.can_pass(&error, request) && self.changes(seen, until).await,
+                None => {
+                    let can_pass = is_soon || self.can_pass(&error, request);
+                    can_pass && self.changes(seen, until).await
+                }
             };
             if !can_pass {
                 return Err(error);
@@ -133,7 +136,7 @@ impl Broker {
         };
         let plan = self
             .plan(tenant, request, lease.as_ref())
-            .map_err(|error| self.or_reclaiming(error))?;
+            .map_err(|error| self.or_reclaiming(tenant, error))?;
         self.look_for_proof(&tenant.name, |group| plan.concerns(group));
         let mut books = self.books();
         let chosen = self.choose(caller, &books, &plan, id, &tenant.name)?;
@@ -165,29 +168,27 @@ impl Broker {
                     Refusal::Busy { holder, .. } => Some(holder),
                     _ => None,
                 };
-                Err(Refused { error: self.refused(caller, &books, refusal), holder })
+                let is_soon = matches!(refusal, Refusal::NotYet { .. });
+                Err(Refused { error: self.refused(caller, &books, refusal), holder, is_soon })
             }
         }
     }
 
     /// A device that is being taken back can be without a driver just now, or without its own node.
-    fn or_reclaiming(&self, error: Error) -> Error {
-        let Error::NotViable { group, blockers } = &error else { return error };
+    fn or_reclaiming(&self, tenant: &Tenant, error: Error) -> Refused {
+        let Error::NotViable { group, blockers } = &error else { return error.into() };
         let books = self.books();
-        let (since, reason) = match books.ledger.group(*group).map(|group| &group.state) {
-            Some(GroupState::Quarantined { since, reason }) => (*since, reason.clone()),
-            Some(GroupState::Reclaiming { since }) => (*since, JUST_ENDED.into()),
-            _ => return error,
-        };
+        let state = books.ledger.group(*group).map(|group| &group.state);
+        let is_soon = matches!(state, Some(GroupState::Reclaiming { .. }));
         let device = blockers.first().map_or(format!("group {group}"), |b| b.bdf.clone());
-        Error::Quarantined { device, since, reason }
+        let error = self.not_free(tenant, &books, device, *group).unwrap_or(error);
+        Refused { error, holder: None, is_soon }
     }
 
     /// Whether an error may be another one, or none, as soon as what is being taken back is free.
     fn can_pass(&self, error: &Error, request: &Acquire) -> bool {
         let books = self.books();
         match error {
-            Error::Quarantined { reason, .. } => reason == JUST_ENDED,
             // While it is bound again a device looks as if this host had no cdevs.
             Error::NotViable { .. } | Error::Unsupported { .. } => {
                 self.names_reclaimed(&books, request)
@@ -267,7 +268,7 @@ impl Broker {
             lease: entry.id.to_string(),
             key: entry.key.to_hex(),
             tenant: entry.tenant.clone(),
-            people: self.policy.people(&entry.tenant).unwrap_or_default(),
+            principals: self.policy.principals(&entry.tenant).unwrap_or_default(),
             vm: lease.vm.clone(),
             uid: lease.uid,
             pid: lease.pid,

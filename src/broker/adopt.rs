@@ -115,8 +115,8 @@ impl Broker {
         let record = &state.record;
         let id: LeaseId = record.lease.parse().map_err(|error| bad(format!("{error}")))?;
         let key = Key::from_hex(&record.key).ok_or_else(|| bad("its key is none".into()))?;
-        let tenant = match self.policy.people(&record.tenant) {
-            Some(people) if people == record.people => record.tenant.clone(),
+        let tenant = match self.policy.principals(&record.tenant) {
+            Some(principals) if principals == record.principals => record.tenant.clone(),
             // Nobody's: no tenant can have such a name.
             _ => format!("{} (as it was before the restart)", record.tenant),
         };

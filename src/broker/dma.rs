@@ -1,6 +1,6 @@
 //! MapDma and UnmapDma: mappings that a lease's keeper makes for it.
 
-use super::authority::quota;
+use super::access::quota;
 use super::books::Entry;
 use super::{Broker, Caller, no_such_lease};
 use crate::ledger::{Effect, Lease, LeaseId, Request, Space as Kind};

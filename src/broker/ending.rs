@@ -3,8 +3,8 @@
 use super::books::{Books, Entry};
 use super::keeper::KeeperHandle;
 use super::{Broker, Caller, devices, event, no_such_lease, now};
-use crate::ledger::{GroupState, Lease, LeaseId, Request};
-use crate::process::keeper::{Check, End, LeaseState, NotFree, Phase, Stage};
+use crate::ledger::{GroupState, Lease, LeaseId, NotFree, Request};
+use crate::process::keeper::{Check, End, LeaseState, Phase, Stage};
 use crate::protocol::{Error, EventKind, Release, Released};
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -111,7 +111,7 @@ impl Broker {
         let silent = books.ledger.groups_of(id);
         let silent = silent.filter(|(_, g)| matches!(g.state, GroupState::Reclaiming { .. }));
         for group in silent.map(|(id, _)| id).collect::<Vec<_>>() {
-            let report = Request::Stuck { group, reason: why.to_string(), at: now() };
+            let report = Request::Stuck { group, why: why.clone(), at: now() };
             let _ = books.ledger.apply(report);
         }
         drop(books);
@@ -195,7 +195,7 @@ fn reports(books: &Books, lease: &Lease, state: &LeaseState) -> Vec<Request> {
         match told.map(|told| &told.stage) {
             None => reports.push(Request::Freed { group: id }),
             Some(Stage::Quarantined(why)) => {
-                reports.push(Request::Stuck { group: id, reason: why.to_string(), at: now() });
+                reports.push(Request::Stuck { group: id, why: why.clone().into(), at: now() });
             }
             Some(Stage::Unbound(left)) => {
                 reports.push(Request::Unbound { group: id, at: now(), left: left.clone() });
@@ -223,11 +223,12 @@ fn quarantined(books: &Books, lease: LeaseId) -> BTreeSet<u32> {
 
 fn silent(entry: &Entry) -> NotFree {
     let call = entry.call.borrow();
-    match call.as_ref() {
-        Some(under_way) if under_way.call == "driver unbind" => {
-            NotFree::DriverWaits(under_way.object.clone())
-        }
-        Some(under_way) => NotFree::NoAnswer(under_way.object.clone()),
-        None => NotFree::NoAnswer(entry.id.to_string()),
+    let Some(under_way) = call.as_ref() else {
+        return NotFree::Unanswered { object: format!("lease {}", entry.id) };
+    };
+    let object = under_way.object.clone();
+    match object.parse() {
+        Ok(device) if under_way.call == "driver unbind" => NotFree::DriverWaits { device },
+        _ => NotFree::Unanswered { object },
     }
 }

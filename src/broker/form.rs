@@ -1,7 +1,7 @@
 //! In which form a new lease is given: through which backend, as which handout, in which address
 //! space.
 
-use super::{Broker, lacks};
+use super::{Broker, error};
 use crate::kernel::{self, Node};
 use crate::ledger::{Lease, Space, Trust};
 use crate::policy::{self, Tenant};
@@ -92,12 +92,10 @@ impl Broker {
             Backend::Iommufd => Node::Iommu,
         };
         if let Err(errno) = self.kernel.open(&node) {
-            let object = node.to_string();
-            return Err(lacks::node(&object, errno)
-                .unwrap_or_else(|| kernel::Error::new("open", object, errno).into()));
+            return Err(error::no_node(kernel::Error::new("open", node.to_string(), errno)));
         }
         match (backend, given.without_cdev) {
-            (Backend::Iommufd, Some(bdf)) => Err(lacks::cdev(bdf)),
+            (Backend::Iommufd, Some(bdf)) => Err(error::no_cdev(bdf)),
             _ => Ok(()),
         }
     }

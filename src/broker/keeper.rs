@@ -1,7 +1,7 @@
 //! Asking a keeper: one call after the other, with a deadline for whoever waits. A call that has begun
 //! comes to its end without being waited for, and what comes of it too late is undone.
 
-use super::hint::{keeper_lost, no_answer};
+use super::error::{keeper_lost, no_answer};
 use super::{Broker, Delivery};
 use crate::ledger::LeaseId;
 use crate::process::keeper::{FAILED, Failed, Failure};

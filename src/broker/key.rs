@@ -1,5 +1,6 @@
 //! The secret that is authority over a lease.
 
+use super::error::no_random;
 use crate::ledger::LeaseId;
 use crate::protocol::Error;
 use std::fmt;
@@ -47,13 +48,7 @@ pub(super) fn new_lease_id() -> Result<LeaseId, Error> {
 
 fn random<const N: usize>() -> Result<[u8; N], Error> {
     let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).map_err(|error| Error::Kernel {
-        call: "getrandom".into(),
-        object: "the kernel's random numbers".into(),
-        errno: error.raw_os_error().unwrap_or(0),
-        name: error.to_string(),
-        hint: "without them no key can be made".into(),
-    })?;
+    getrandom::fill(&mut bytes).map_err(|error| no_random(&error))?;
     Ok(bytes)
 }
 

@@ -1,6 +1,6 @@
 //! Up to where the memlock limit of a caller may be raised.
 
-use super::{Broker, Caller};
+use super::{Broker, Caller, error};
 use crate::protocol::{Error, SetMemlock};
 
 impl Broker {
@@ -12,12 +12,12 @@ impl Broker {
         let entry = self.authorize(caller, &request.lease, &request.key)?;
         let tenant = self.tenant(caller)?;
         if tenant.name != entry.tenant {
-            return Err(Error::Denied {
-                rule: "a lease is one tenant's".into(),
-                reason: format!("lease {} is another tenant's than the caller", entry.id),
-            });
+            return Err(error::another_tenants(entry.id));
         }
-        self.policy.may_lock(tenant, request.bytes)?;
+        let most = self.policy.memlock(tenant)?;
+        if request.bytes > most {
+            return Err(error::over("memlock", most, request.bytes));
+        }
         Ok(&tenant.name)
     }
 }

@@ -3,31 +3,32 @@
 //! One thread, no lock, no device open: whatever can hang in the kernel is a keeper's to do, and waited
 //! for with a deadline. The books are never borrowed across an await.
 
+mod access;
 mod acquire;
 mod adopt;
 mod api;
-mod authority;
 mod books;
 mod dma;
 mod ending;
+pub(crate) mod error;
 mod fds;
 mod form;
-mod hint;
 mod keeper;
 mod key;
-mod lacks;
 mod lists;
 mod memlock;
 mod plan;
 mod proof;
 
 pub use api::{Caller, Delivery, Keepers, Observer};
+pub use error::advice;
 
 use crate::kernel::Kernel;
-use crate::ledger::{Lease, LeaseId};
+use crate::ledger::Lease;
 use crate::policy::Policy;
 use crate::protocol::{Event, EventKind};
 use books::Books;
+use error::no_such_lease;
 use std::cell::{Cell, RefCell, RefMut};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -154,11 +155,6 @@ fn container_name(lease: &Lease) -> String {
 /// The text of a lease id, short enough to be said back.
 fn said(lease: &str) -> String {
     lease.chars().take(64).collect()
-}
-
-/// The error for a lease that is not there, and for one whose key is another.
-fn no_such_lease(lease: LeaseId) -> crate::protocol::Error {
-    crate::protocol::Error::NoSuchLease { lease: lease.to_string() }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use super::books::Books;
 use super::form::{Given, same_form};
-use super::{Broker, Caller, lacks};
+use super::{Broker, Caller, error};
 use crate::host::{self, Device, Group, Host, Place};
 use crate::ledger::{Lease, LeaseId, Member, Space, WantedGroup};
 use crate::policy::{Risk, Tenant};
@@ -173,16 +173,8 @@ impl Broker {
         // Whoever has the group's open file can open each of its devices, named or not.
         if matches!(handout, Handout::Container | Handout::Group) {
             for other in group.devices.iter().filter(|other| other.on_vfio) {
-                self.policy.device(tenant, &other.facts).ok().map_err(|refusal| Error::Denied {
-                    rule: refusal.rule,
-                    reason: format!(
-                        "{}; it is in group {} with {}, and whoever is handed the group reaches \
-                         all of it; handout devices gives the named devices alone",
-                        refusal.reason,
-                        group.id,
-                        device.bdf()
-                    ),
-                })?;
+                let decided = self.policy.device(tenant, &other.facts).ok();
+                decided.map_err(|no| error::reaches_all(no, group.id, device.bdf()))?;
             }
         }
         if group.noiommu {
@@ -198,7 +190,7 @@ impl Broker {
             return Err(Error::NotViable { group: group.id, blockers });
         }
         if used && handout == Handout::Iommufd && device.cdev.is_none() {
-            return Err(lacks::cdev(device.bdf()));
+            return Err(error::no_cdev(device.bdf()));
         }
         Ok(())
     }

@@ -86,7 +86,7 @@ impl Wanted {
             }
             Err(error) => {
                 let allowed = match &error {
-                    client::Error::Broker(Error::OverLimit { most, .. }) => format!(
+                    client::Error::Broker { error: Error::OverLimit { most, .. }, .. } => format!(
                         "allowed by the policy: {}, as memlock of tenant {}",
                         limit(*most),
                         lease.tenant()

@@ -32,16 +32,6 @@ impl Failure {
         Self { code: FAILED, what, details: Vec::new(), advice: None, json }
     }
 
-    /// "what; what to do", as the library's errors are written.
-    pub(super) fn of(message: &str) -> Self {
-        let message = printable(message);
-        let failure = Self::new(&*message);
-        match message.rsplit_once("; ") {
-            Some((what, advice)) => Self { what: what.to_owned(), ..failure }.advise(advice),
-            None => failure,
-        }
-    }
-
     pub(super) fn advise(mut self, advice: impl Into<String>) -> Self {
         self.advice = Some(advice.into());
         self
@@ -76,7 +66,7 @@ impl Failure {
 
     fn as_json(&self) -> Value {
         let mut json = self.json.clone();
-        json["hint"] = json!(self.advice);
+        json["advice"] = json!(self.advice);
         json
     }
 
@@ -106,6 +96,22 @@ impl Failure {
         self
     }
 
+    /// An error of the interface, with the broker's advice; where more is known here, that is better.
+    fn told(error: Error, advice: Option<String>) -> Self {
+        let mut json = error.to_json(None);
+        if let Some(object) = json.as_object_mut() {
+            object.insert("message".to_owned(), error.to_string().into());
+        }
+        let code = match error {
+            Error::Denied { .. } => DENIED,
+            Error::Busy { .. } | Error::Quarantined { .. } => BUSY,
+            _ => FAILED,
+        };
+        let advice = own_advice(&error).or(advice);
+        let (what, details) = tell(error);
+        Self { code, what: printable(&what), details, advice, json }
+    }
+
     /// The broker is there no more.
     pub(super) fn gone() -> Self {
         let what = "the broker has gone".to_owned();
@@ -117,9 +123,9 @@ impl Failure {
 
 impl From<client::Error> for Failure {
     fn from(error: client::Error) -> Self {
-        let message = printable(&error.to_string());
+        let (what, advice) = (printable(&error.to_string()), error.advice());
         let kind = match error {
-            client::Error::Broker(refusal) => return refusal.into(),
+            client::Error::Broker { error, .. } => return Self::told(error, advice),
             client::Error::Connect { .. } => "Connect",
             client::Error::Lost { .. } => "Lost",
             client::Error::Timeout { .. } => "Timeout",
@@ -127,30 +133,16 @@ impl From<client::Error> for Failure {
             _ => "Failed",
         };
         let code = if kind == "Connect" { NO_BROKER } else { FAILED };
-        let json = json!({ "error": kind, "message": message });
-        // "what; what to do", as the client's errors are written.
-        let (what, advice) = match message.rsplit_once("; ") {
-            Some((what, advice)) => (what.to_owned(), Some(advice.to_owned())),
-            None => (message, None),
-        };
+        let json = json!({ "error": kind, "message": what });
         Self { code, what, details: Vec::new(), advice, json }
     }
 }
 
+/// An error of the interface that was not sent.
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        let mut json = serde_json::to_value(&error).unwrap_or_default();
-        if let Some(object) = json.as_object_mut() {
-            object.insert("message".to_owned(), error.to_string().into());
-        }
-        let code = match error {
-            Error::Denied { .. } => DENIED,
-            Error::Busy { .. } | Error::Quarantined { .. } => BUSY,
-            _ => FAILED,
-        };
-        let (what, details, advice) = tell(error);
-        let what = printable(&what);
-        Self { code, what, details, advice, json }
+        let advice = crate::broker::advice(&error);
+        Self::told(error, advice)
     }
 }
 
@@ -160,92 +152,75 @@ impl From<std::io::Error> for Failure {
     }
 }
 
-/// What happened, what goes with it, what to do.
-fn tell(error: Error) -> (String, Vec<String>, Option<String>) {
+/// What happened, and what goes with it.
+fn tell(error: Error) -> (String, Vec<String>) {
     match error {
-        Error::Denied { rule, reason } => {
-            let advice = explain(&rule, &reason);
-            (format!("denied: {reason}"), vec![format!("the rule that decided: {rule}")], advice)
+        Error::Denied { rule, reason, .. } => {
+            (format!("denied: {reason}"), vec![format!("the rule that decided: {rule}")])
         }
         Error::NotViable { group, blockers } => (
             format!("group {group} can't be used: not all of it is on VFIO drivers"),
             blockers.iter().map(Blocker::with_fix).collect(),
-            not_viable(&blockers),
         ),
         Error::Busy { device, holder, since } => {
-            // Only who may know the holder is told of its leases' ends.
-            let advice = holder.as_ref().map_or("try again later".into(), |holder| {
-                format!("`vfio-broker watch {}` tells when it is given back", holder.lease)
-            });
             let holder = holder.iter().map(|holder| held_by(holder, since)).collect();
-            (format!("{device} is busy"), holder, Some(advice))
+            (format!("{device} is busy"), holder)
         }
-        Error::Quarantined { device, since, reason } => (
-            format!("{device} is not known to be free yet"),
-            vec![format!("{reason}; so since {}", style::since(since))],
-            Some(match reason.contains("an administrator") {
-                true => "whoever looks after this host can do that; then try again".into(),
-                false => "whoever still has it open must close it; then try again".into(),
-            }),
-        ),
-        Error::Kernel { call, object, errno, name, hint } => {
-            (format!("the kernel refused {call} on {object}: {name} ({errno})"), vec![], Some(hint))
+        Error::Quarantined { device, since, reason, holder, .. } => {
+            let why = format!("{reason}; so since {}", style::since(since));
+            let holder = holder.map(|holder| {
+                let Holder { lease, vm, tenant, uid, pid } = *holder;
+                format!("{vm} of {tenant} (uid {uid}, pid {pid}) had it last, as lease {lease}")
+            });
+            let what = format!("{device} is not known to be free yet");
+            (what, std::iter::once(why).chain(holder).collect())
         }
-        Error::NoSuchDevice { .. } => (
-            error.to_string(),
-            Vec::new(),
-            Some("`vfio-broker topology` shows those that there are".into()),
-        ),
-        Error::NoSuchLease { .. } => (
-            error.to_string(),
-            Vec::new(),
-            Some("`vfio-broker leases` shows those that there are".into()),
-        ),
+        Error::Kernel { call, object, errno, name, note } => {
+            let what = format!("the kernel refused {call} on {object}: {name} ({errno})");
+            (what, note.into_iter().map(String::from).collect())
+        }
         Error::OverLimit { limit, most, asked }
             if ["memlock", "mapped_bytes"].contains(&&*limit) =>
         {
             let (most, asked) = (style::limit(most), style::limit(asked));
-            (
-                format!("over the limit: {limit} is at most {most}, this would make {asked}"),
-                Vec::new(),
-                Some(format!("ask for less, or have {limit} of the tenant raised in the policy")),
-            )
+            let what =
+                format!("over the limit: {limit} is at most {most}, this would make {asked}");
+            (what, Vec::new())
         }
-        other => (other.to_string(), Vec::new(), None),
+        other => (other.to_string(), Vec::new()),
     }
 }
 
-/// The command that shows how the policy decided, as far as the refusal tells what to fill in.
-fn explain(rule: &str, reason: &str) -> Option<String> {
-    // ", FILE:LINE" is how a rule ends, or ", FILE".
-    let file = rule.rsplit_once(", ").map_or("", |(_, file)| file);
-    let file = file.split(':').next().unwrap_or_default();
+/// What to do in the words of this command line, where they say more than the broker's.
+fn own_advice(error: &Error) -> Option<String> {
+    match error {
+        Error::Denied { file: Some(file), device, .. } => Some(explain(file, device.as_deref())),
+        Error::NotViable { blockers, .. } => withhold(blockers),
+        _ => None,
+    }
+}
+
+/// The command that shows how the policy decided.
+fn explain(file: &str, device: Option<&str>) -> String {
     let policy = match file.strip_suffix(".policy.toml") {
-        _ if file == "built-in policy" => return None,
-        _ if file.is_empty() || file == "policy.toml" => String::new(),
+        _ if file == "policy.toml" => String::new(),
         Some(simulated) => format!(" --sim DIRECTORY/{simulated}.toml"),
         None => format!(" --policy DIRECTORY/{file}"),
     };
-    let mut words = reason.split(|c: char| c.is_whitespace() || c == ';');
-    let device = words.find(|word| word.parse::<Bdf>().is_ok());
     let device = device.map_or(SOME_DEVICE.to_owned(), |device| format!("--device {device}"));
     let uid = nix::unistd::geteuid();
-    Some(format!("`vfio-broker policy explain --uid {uid} {device}{policy}` shows how it decides"))
+    format!("`vfio-broker policy explain --uid {uid} {device}{policy}` shows how it decides")
 }
 
-/// What to do about blockers, beside what each says itself.
-fn not_viable(blockers: &[Blocker]) -> Option<String> {
-    // One without a driver is in the way of its own use alone.
-    if blockers.iter().all(|blocker| blocker.driver.is_none()) {
-        let name = blockers.first().map_or("", |blocker| &blocker.bdf);
-        return Some(format!(
+/// One without a driver is in the way of its own use alone.
+fn withhold(blockers: &[Blocker]) -> Option<String> {
+    let name = &blockers.first()?.bdf;
+    blockers.iter().all(|blocker| blocker.driver.is_none()).then(|| {
+        format!(
             "or, where another function of the group is wanted: --withhold {name} instead of \
              --device {name}"
-        ));
-    }
-    let kept = blockers.iter().any(|blocker| blocker.fix.is_none());
-    let ask = "a function without a command is not yours to take: ask who looks after this host";
-    kept.then(|| ask.into())
+        )
+    })
 }
 
 fn held_by(holder: &Holder, since: Option<u64>) -> String {
@@ -257,15 +232,21 @@ fn held_by(holder: &Holder, since: Option<u64>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::Until;
 
     fn text(error: Error) -> String {
         Failure::from(error).text(&Style::plain())
     }
 
+    fn denied(file: Option<&str>, device: Option<&str>) -> Error {
+        let (rule, reason) = ("default".into(), "no tenant".into());
+        let (file, device) = (file.map(str::to_owned), device.map(Into::into));
+        Error::Denied { rule, reason, file, line: None, device }
+    }
+
     #[test]
     fn a_refusal_names_the_rule_and_says_where_to_look() {
-        let denied = Error::Denied { rule: "default".into(), reason: "no tenant".into() };
-        let failure = Failure::from(denied);
+        let failure = Failure::from(denied(Some("policy.toml"), None));
         assert_eq!(failure.code, DENIED);
         assert_eq!(failure.json["parameters"]["rule"], "default");
         assert_eq!(failure.json["error"], "org.vfiobroker.Broker.Denied");
@@ -278,27 +259,22 @@ mod tests {
 
     #[test]
     fn a_refusal_comes_with_the_command_that_explains_it() {
-        let advice = |rule: &str, reason: &str| {
-            let (rule, reason) = (rule.to_owned(), reason.to_owned());
-            Failure::from(Error::Denied { rule, reason }).about(&["0000:01:00.0".into()]).advice
+        let advice = |file, device| {
+            Failure::from(denied(file, device)).about(&["0000:01:00.0".into()]).advice
         };
         let start =
             format!("`vfio-broker policy explain --uid {} --device", nix::unistd::geteuid());
         let cases = [
-            (
-                "deny[0] devices[0], policy.toml:3",
-                "0000:06:00.0 (8086:1) is denied",
-                "0000:06:00.0`",
-            ),
-            ("default deny, policy.toml", "no tenant is for uid 7", "0000:01:00.0`"),
-            ("default deny, x.toml", "no", "0000:01:00.0 --policy DIRECTORY/x.toml`"),
-            ("default deny, x.policy.toml", "no", "0000:01:00.0 --sim DIRECTORY/x.toml`"),
+            ("policy.toml", Some("0000:06:00.0"), "0000:06:00.0`"),
+            ("policy.toml", None, "0000:01:00.0`"),
+            ("x.toml", None, "0000:01:00.0 --policy DIRECTORY/x.toml`"),
+            ("x.policy.toml", None, "0000:01:00.0 --sim DIRECTORY/x.toml`"),
         ];
-        for (rule, reason, end) in cases {
-            let said = advice(rule, reason).unwrap();
+        for (file, device, end) in cases {
+            let said = advice(Some(file), device).unwrap();
             assert!(said.starts_with(&format!("{start} {end}")), "{said}");
         }
-        assert_eq!(advice("deny[0], built-in policy:3", "no"), None);
+        assert_eq!(advice(None, Some("0000:06:00.0")), None, "no file, nothing to be explained");
     }
 
     #[test]
@@ -312,14 +288,17 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_an_administrator_has_to_take_back_is_not_said_to_wait_for_a_close() {
-        let told = |reason: &str| {
-            let (device, reason) = ("d".to_owned(), reason.to_owned());
-            text(Error::Quarantined { device, since: 0, reason })
+    fn what_the_broker_advises_is_told_as_it_is() {
+        let (device, reason) = ("d".to_owned(), "an administrator; must close it".to_owned());
+        let (until, holder, unbind) = (Until::Kernel, None, Vec::new());
+        let error = Error::Quarantined { device, since: 0, reason, until, holder, unbind };
+        let told = |advice: Option<&str>| {
+            let advice = advice.map(Into::into);
+            let error = client::Error::Broker { error: error.clone(), advice };
+            Failure::from(error).advice
         };
-        assert!(told("its group is open somewhere").contains("must close it"));
-        let kept = told("for its tenant until an administrator has unbound it");
-        assert!(!kept.contains("must close it") && kept.contains("looks after"), "{kept}");
+        assert_eq!(told(Some("wait; then ask")).as_deref(), Some("wait; then ask"));
+        assert_eq!(told(None), None, "nothing is made of the words of a reason");
     }
 
     #[test]
@@ -338,9 +317,16 @@ mod tests {
     fn nothing_from_elsewhere_reaches_the_terminal_raw() {
         let hostile = || "\x1b]0;x\x07\nvfio-broker: all is well".to_owned();
         let holder = Holder { lease: hostile(), vm: hostile(), tenant: hostile(), uid: 0, pid: 0 };
+        let holder = Box::new(holder);
         let errors = [
             Error::Busy { device: hostile(), holder: Some(holder), since: None },
-            Error::Denied { rule: hostile(), reason: hostile() },
+            Error::Denied {
+                rule: hostile(),
+                reason: hostile(),
+                file: Some(hostile()),
+                line: None,
+                device: Some(hostile().into()),
+            },
             Error::Conflict { what: hostile(), why: hostile() },
         ];
         for error in errors {
@@ -351,13 +337,12 @@ mod tests {
     }
 
     #[test]
-    fn every_failure_has_a_hint_for_programs_too() {
+    fn every_failure_has_its_advice_for_programs_too() {
         let known = Failure::new("x").advise("do y").as_json();
-        assert_eq!(known["hint"], "do y");
-        assert_eq!(Failure::new("x").as_json().get("hint"), Some(&Value::Null));
-        assert!(
-            Failure::from(Error::NoSuchDevice { device: "d".into() }).as_json()["hint"].is_string()
-        );
+        assert_eq!(known["advice"], "do y");
+        assert_eq!(Failure::new("x").as_json().get("advice"), Some(&Value::Null));
+        let told = Failure::from(Error::NoSuchDevice { device: "d".into() }).as_json();
+        assert!(told["advice"].is_string());
     }
 
     #[test]
@@ -369,7 +354,7 @@ mod tests {
             uid: 1000,
             pid: 42,
         };
-        let busy = Error::Busy { device: "d".into(), holder: Some(holder), since: None };
+        let busy = Error::Busy { device: "d".into(), holder: Some(holder.into()), since: None };
         assert_eq!(Failure::from(busy.clone()).code, BUSY);
         let text = text(busy);
         assert!(text.contains("web1 of alice (uid 1000, pid 42)"), "{text}");

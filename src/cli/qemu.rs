@@ -20,18 +20,13 @@ pub(super) fn failure(error: Error) -> Failure {
         Error::Left { error, left } => (*error, left),
         error => (error, Vec::new()),
     };
-    let advice = advice(&error);
+    let advice = known(&error).map(str::to_owned).or_else(|| error.advice());
     let failure = match error {
         Error::Broker(error) => error.into(),
-        // QEMU's own words may be anything: what to do is not for them to say.
-        Error::Qemu(qmp::Error::Command { .. }) | Error::NotThere { .. } => {
-            Failure::new(printable(&error.to_string()))
+        error => {
+            let failure = Failure::new(printable(&error.to_string()));
+            advice.into_iter().fold(failure, Failure::advise)
         }
-        error => Failure::of(&error.to_string()),
-    };
-    let failure = match advice {
-        Some(advice) => failure.advise(advice),
-        None => failure,
     };
     let left = left
         .into_iter()
@@ -40,13 +35,8 @@ pub(super) fn failure(error: Error) -> Failure {
 }
 
 /// What to do about QEMU's refusals, where its words are known.
-fn advice(error: &Error) -> Option<&'static str> {
-    let Error::Qemu(qmp::Error::Command { desc, .. }) = error else {
-        return match error {
-            Error::GuestKeeps { .. } => Some("look into the guest, and try again"),
-            _ => None,
-        };
-    };
+fn known(error: &Error) -> Option<&'static str> {
+    let Error::Qemu(qmp::Error::Command { desc, .. }) = error else { return None };
     const TAKEN: &str = "that port is taken: name another one with --bus ID";
     let known = [
         (
@@ -77,7 +67,7 @@ mod tests {
     fn qemus_words_about_ports_and_memory_come_with_advice() {
         let said = |desc: &str| {
             let (command, class) = ("device_add".to_owned(), "GenericError".to_owned());
-            advice(&Error::Qemu(qmp::Error::Command { command, class, desc: desc.to_owned() }))
+            known(&Error::Qemu(qmp::Error::Command { command, class, desc: desc.to_owned() }))
         };
         for (desc, word) in [
             ("Bus 'pcie.0' does not support hotplugging", "--bus"),

@@ -15,8 +15,13 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The broker answered: it will not, or can't.
-    #[error(transparent)]
-    Broker(#[from] protocol::Error),
+    #[error("{error}")]
+    Broker {
+        /// What it says.
+        error: protocol::Error,
+        /// What to do about it, as the broker says.
+        advice: Option<Box<str>>,
+    },
     /// The broker answered with an error that this version of the client does not know.
     #[error("the broker answered {name} {parameters}")]
     Unknown {
@@ -26,7 +31,7 @@ pub enum Error {
         parameters: String,
     },
     /// There is no talking to the broker.
-    #[error("can't connect to {}: {} ({errno:?}); {}", path.display(), errno.desc(), connect_hint(.path, *.errno))]
+    #[error("can't connect to {}: {} ({errno:?})", path.display(), errno.desc())]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -34,10 +39,7 @@ pub enum Error {
         errno: Errno,
     },
     /// The connection ended while a call was under way that may not be made twice.
-    #[error(
-        "the connection was lost during {method}, so nobody knows whether it was done; {}",
-        lost_hint(.method)
-    )]
+    #[error("the connection was lost during {method}, so nobody knows whether it was done")]
     Lost {
         /// The method.
         method: &'static str,
@@ -46,9 +48,7 @@ pub enum Error {
     },
     /// The broker took too long. The connection has been closed, so nothing that it still answers
     /// is taken for the answer to another call.
-    #[error(
-        "no answer to {method} within {after:?}; a device may be slow to reset, see Client::set_timeout"
-    )]
+    #[error("no answer to {method} within {after:?}")]
     Timeout {
         /// The method.
         method: &'static str,
@@ -72,7 +72,7 @@ pub enum Error {
         reason: String,
     },
     /// What came is not what a broker sends.
-    #[error("the answer to {method} makes no sense: {reason}; is the socket the broker's?")]
+    #[error("the answer to {method} makes no sense: {reason}")]
     Malformed {
         /// The method.
         method: &'static str,
@@ -103,10 +103,7 @@ pub enum Error {
     #[error(transparent)]
     Kernel(#[from] kernel::Error),
     /// The open files are a simulated kernel's, and this program is built without it.
-    #[error(
-        "{object} of lease {lease} is a simulated one, as of vfio-brokerd --sim: build with feature \
-         \"sim\" to use it"
-    )]
+    #[error("{object} of lease {lease} is a simulated one, as of vfio-brokerd --sim")]
     Simulated {
         /// The lease.
         lease: String,
@@ -123,7 +120,33 @@ pub enum Error {
     },
 }
 
+impl From<protocol::Error> for Error {
+    fn from(error: protocol::Error) -> Self {
+        Error::Broker { error, advice: None }
+    }
+}
+
 impl Error {
+    /// What to do about it; `None` where the error's own words say all.
+    pub fn advice(&self) -> Option<String> {
+        let advice = match self {
+            Error::Broker { advice, .. } => advice.as_deref()?,
+            Error::Unknown { parameters, .. } => return protocol::Error::advice_in(parameters),
+            Error::Connect { path, errno } => to_connect(path, *errno),
+            Error::Lost { method, .. } => after_loss(method),
+            Error::Timeout { .. } => "a device may be slow to reset: see Client::set_timeout",
+            Error::Malformed { .. } => "is the socket the broker's?",
+            Error::Simulated { .. } => "build with feature \"sim\" to use it",
+            Error::TooLong { .. }
+            | Error::Request { .. }
+            | Error::Fds { .. }
+            | Error::Missing { .. }
+            | Error::Kernel(_)
+            | Error::System { .. } => return None,
+        };
+        Some(advice.to_owned())
+    }
+
     pub(super) fn malformed(method: &'static str, reason: impl ToString) -> Self {
         Error::Malformed { method, reason: reason.to_string() }
     }
@@ -136,7 +159,7 @@ impl Error {
     }
 }
 
-fn connect_hint(path: &Path, errno: Errno) -> &'static str {
+fn to_connect(path: &Path, errno: Errno) -> &'static str {
     let is_socket = |found: std::fs::Metadata| found.file_type().is_socket();
     match errno {
         Errno::ECONNREFUSED if !std::fs::metadata(path).is_ok_and(is_socket) => {
@@ -156,7 +179,7 @@ fn connect_hint(path: &Path, errno: Errno) -> &'static str {
     }
 }
 
-fn lost_hint(method: &str) -> &'static str {
+fn after_loss(method: &str) -> &'static str {
     match method.rsplit('.').next() {
         Some("Acquire") => {
             "what it gave has gone back to the broker by itself, so it can be asked again"

@@ -30,9 +30,13 @@ where
             let again = decode::<M>(&bytes).unwrap();
             assert_eq!(again, (frame.parameters, continues));
         }
-        Err(Error::Broker(error)) => {
-            let bytes = serde_json::to_vec(&error).unwrap();
-            assert!(matches!(decode::<M>(&bytes), Err(Error::Broker(again)) if again == error));
+        Err(Error::Broker { error, advice }) => {
+            let bytes = serde_json::to_vec(&error.to_json(advice.as_deref())).unwrap();
+            let again = match decode::<M>(&bytes) {
+                Err(Error::Broker { error, advice }) => Some((error, advice)),
+                _ => None,
+            };
+            assert_eq!(again, Some((error, advice)));
         }
         Err(error) => {
             assert!(matches!(error, Error::Unknown { .. } | Error::Malformed { .. }), "{error}");

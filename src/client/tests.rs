@@ -231,7 +231,7 @@ fn an_error_keeps_the_connection() {
     })]);
     let mut broker = Client::connect_to(&fake.path).unwrap();
     let error = broker.acquire(Acquire::new("web1").device("0000:65:00.0")).unwrap_err();
-    assert!(matches!(error, Error::Broker(protocol::Error::Busy { .. })), "{error}");
+    assert!(matches!(error, Error::Broker { error: protocol::Error::Busy { .. }, .. }), "{error}");
     broker.leases().unwrap();
     fake.join();
 }
@@ -305,11 +305,13 @@ fn a_watch_gives_events_until_the_broker_ends_it() {
 fn where_there_is_no_broker_the_error_says_what_to_look_at() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("broker.sock");
-    let error = Client::connect_to(&path).unwrap_err().to_string();
-    assert!(error.contains("ENOENT") && error.contains("is vfio-brokerd running"), "{error}");
+    let says = |path: &std::path::Path, what: &str, advice: &str| {
+        let error = Client::connect_to(path).unwrap_err();
+        assert!(error.to_string().contains(what), "{error}");
+        assert!(error.advice().unwrap().contains(advice), "{error:?}");
+    };
+    says(&path, "ENOENT", "is vfio-brokerd running");
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-    let error = Client::connect_to(&path).unwrap_err().to_string();
-    assert!(error.contains("ECONNREFUSED") && error.contains("nobody listens"), "{error}");
-    let error = Client::connect_to("/".repeat(200)).unwrap_err().to_string();
-    assert!(error.contains("too long"), "{error}");
+    says(&path, "ECONNREFUSED", "nobody listens");
+    says("/".repeat(200).as_ref(), "can't connect", "too long");
 }

@@ -136,11 +136,13 @@ pub(super) fn decode<M: Method>(message: &[u8]) -> Result<(M::Reply, bool)> {
     let frame: ReplyFrame<'_> = serde_json::from_slice(message).map_err(malformed)?;
     let parameters = frame.parameters.map_or("{}", RawValue::get);
     if let Some(name) = frame.error {
+        let advice =
+            |parameters| protocol::Error::advice_in(parameters).map(String::into_boxed_str);
         // Read by name: "parameters" may come first, or not at all.
         let error = serde_json::from_slice::<protocol::Error>(message);
         return Err(error.map_or_else(
             |_| Error::Unknown { name: name.into_owned(), parameters: parameters.to_owned() },
-            Error::Broker,
+            |error| Error::Broker { error, advice: advice(parameters) },
         ));
     }
     let reply = serde_json::from_str(parameters).map_err(malformed)?;
@@ -189,9 +191,13 @@ mod tests {
             decode::<GetFds>(br#"{"continues":true,"parameters":{"fds":[],"new":1}}"#).unwrap();
         assert!(more);
         let denied =
-            br#"{"parameters":{"rule":"r","reason":"why"},"error":"org.vfiobroker.Broker.Denied"}"#;
+            br#"{"parameters":{"rule":"r","new":1,"reason":"why","advice":"ask"},"error":"org.vfiobroker.Broker.Denied"}"#;
         let error = decode::<GetFds>(denied).unwrap_err();
-        assert!(matches!(error, Error::Broker(protocol::Error::Denied { .. })), "{error}");
+        let Error::Broker { error: protocol::Error::Denied { device: None, .. }, .. } = &error
+        else {
+            panic!("{error}")
+        };
+        assert_eq!(error.advice().as_deref(), Some("ask"));
         for odd in [
             &br#"{"error":"org.varlink.service.PermissionDenied"}"#[..],
             br#"{"error":"org.vfiobroker.Broker.Denied","parameters":{}}"#,

@@ -101,7 +101,7 @@ impl Daemon {
     /// account has its own measure, so that nobody's denials hide another's.
     fn log_refusal(account: &Account, peer: &Peer, error: &Error) {
         let (uid, pid) = (peer.uid, peer.pid);
-        if let Error::Denied { rule, reason } = error {
+        if let Error::Denied { rule, reason, .. } = error {
             if let Some(held_back) = account.may_log_denial(Instant::now()) {
                 let (rule, reason) = (log::excerpt(rule), log::excerpt(reason));
                 info!(uid, pid, rule, reason, held_back, "denied");

@@ -1,5 +1,6 @@
 //! What goes back: a reply or an error.
 
+use crate::broker::advice;
 use crate::protocol::{Error, Reply};
 use crate::sys::fdpass;
 use nix::errno::Errno;
@@ -25,8 +26,9 @@ impl Answer {
         Self(encode(&Reply { parameters, continues: true }))
     }
 
+    /// An error, and beside it what to do about it.
     pub(super) fn error(error: &Error) -> Self {
-        Self(encode(error))
+        Self(encode(&error.to_json(advice(error).as_deref())))
     }
 
     /// Sends what can be sent at once; whatever is missing then is lost.

@@ -10,7 +10,7 @@ use crate::broker::{Broker, Parts};
 use crate::host::Host;
 use crate::keeper::{Machine, PATIENCE, Place};
 use crate::kernel::{Kernel, Linux};
-use crate::policy::{POLICY_PATH, Policy};
+use crate::policy::{BUILT_IN, POLICY_PATH, Policy};
 use crate::protocol::Lease;
 use crate::sim::{Sim, Topology, Wire};
 use crate::users::SystemUsers;
@@ -159,7 +159,7 @@ fn policy(options: &Options, kernel: &dyn Kernel) -> Result<Policy, StartError> 
     let path = match (&options.policy, beside) {
         (Some(path), _) => path.clone(),
         (None, Some(beside)) if beside.exists() => beside,
-        (None, Some(_)) => return parse("built-in policy", &sim_policy(kernel)?),
+        (None, Some(_)) => return parse(BUILT_IN, &sim_policy(kernel)?),
         (None, None) => PathBuf::from(POLICY_PATH),
     };
     parse(&path.to_string_lossy(), &read_policy(&path)?)

@@ -2,7 +2,7 @@
 
 use super::{gone_is_none, inode, link, list, read, read_bytes};
 use crate::kernel::{Kernel, Result};
-use crate::policy::DeviceFacts;
+use crate::pci::DeviceFacts;
 use crate::protocol::{Bdf, Blocker};
 
 /// A PCI device.

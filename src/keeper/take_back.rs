@@ -248,7 +248,7 @@ impl Keeper {
     /// Nothing of this lease is open here any more: what the unbind waits for is somebody else's.
     fn rebind(&mut self, name: &str, left: BTreeMap<Bdf, u64>) -> Result<Outcome, NotFree> {
         let kernel = Arc::clone(&self.kernel);
-        let failed = |error: Error| not_free(error, NotFree::DriverWaits);
+        let failed = |error: Error| not_free(error, NotFree::GroupOpen);
         for bdf in left.keys() {
             // It would take the VFs away, from whoever has them.
             if host::has_vfs(&*kernel, *bdf).map_err(failed)? {
@@ -267,8 +267,8 @@ impl Keeper {
         match waits {
             None => Ok(Outcome::Free),
             Some((bdf, _)) => match host::registration(&*kernel, *bdf) {
-                Ok(None) => Err(NotFree::DriverBinds(bdf.to_string())),
-                _ => Err(NotFree::DriverWaits(bdf.to_string())),
+                Ok(None) => Err(NotFree::DriverBinds(*bdf)),
+                _ => Err(NotFree::DriverWaits(*bdf)),
             },
         }
     }
@@ -286,7 +286,7 @@ fn detach(group: &Group) -> Result<(), NotFree> {
 
 fn not_rebound(error: RebindError) -> NotFree {
     match error {
-        RebindError::StillOpen(device) => NotFree::DriverWaits(device.to_string()),
+        RebindError::StillOpen(device) => NotFree::DriverWaits(device),
         error => NotFree::Kernel("driver unbind".into(), "sysfs".into(), error.to_string()),
     }
 }

@@ -5,7 +5,7 @@ use super::{
     Acquire, Effect, Extend, Group, GroupState, Handed, Lease, LeaseId, Ledger, Phase, Quota,
     Refusal, Space, WantedGroup,
 };
-use crate::protocol::{Acquire as Limits, Bdf, Handout};
+use crate::protocol::{Bdf, Handout, MAX_DEVICES};
 use std::collections::{BTreeMap, BTreeSet};
 
 impl Ledger {
@@ -166,9 +166,9 @@ impl Ledger {
             return self.check_unproved(lease, id, device);
         };
         match &group.state {
-            GroupState::Quarantined { reason, since } => {
-                let (since, reason) = (*since, reason.clone());
-                Err(Refusal::Quarantined { device, group: id, since, reason })
+            GroupState::Quarantined { why, since } => {
+                let (since, why) = (*since, why.clone());
+                Err(Refusal::Quarantined { device, group: id, since, why })
             }
             GroupState::Reclaiming { since } => {
                 Err(Refusal::NotYet { what: device.to_string(), since: *since })
@@ -260,7 +260,7 @@ impl Ledger {
     ) -> Result<(), Refusal> {
         let more: usize = wanted.iter().map(|g| g.devices.len() + g.withhold.len()).sum();
         let here = lease.devices.len() + more;
-        within("devices of one lease", here as u64, Limits::MAX_DEVICES as u64)?;
+        within("devices of one lease", here as u64, MAX_DEVICES as u64)?;
         let theirs = || self.leases.values().filter(|other| other.tenant == lease.tenant);
         within("leases", theirs().count() as u64 + leases, quota.leases)?;
         let devices: usize = theirs()

@@ -181,10 +181,45 @@ pub enum GroupState {
     },
     /// Asked, and it is not.
     Quarantined {
-        /// What the kernel said.
-        reason: String,
+        /// What shows it.
+        why: NotFree,
         /// Since when, in seconds since 1970.
         since: u64,
+    },
+}
+
+/// What shows that a group of an ended lease is not free.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotFree {
+    /// Some process has the group open.
+    GroupOpen {
+        /// The group's node.
+        node: String,
+    },
+    /// Some process has a device of the group open.
+    DeviceOpen {
+        /// The group's node.
+        node: String,
+    },
+    /// The device's driver waits for the last close of the device's own node.
+    DriverWaits {
+        /// Which device.
+        device: Bdf,
+    },
+    /// The device was let go of, and its driver is binding it again.
+    DriverBinds {
+        /// Which device.
+        device: Bdf,
+    },
+    /// The kernel does not answer.
+    Unanswered {
+        /// What was asked about.
+        object: String,
+    },
+    /// The kernel could not be asked.
+    Failed {
+        /// What it said.
+        error: String,
     },
 }
 

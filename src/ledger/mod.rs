@@ -16,7 +16,8 @@ mod request;
 mod unproved;
 
 pub use lease::{
-    Group, GroupState, Handed, Lease, LeaseId, Mapping, Member, NotALeaseId, Phase, Space, Trust,
+    Group, GroupState, Handed, Lease, LeaseId, Mapping, Member, NotALeaseId, NotFree, Phase, Space,
+    Trust,
 };
 pub use request::{
     Acquire, Adopted, AdoptedGroup, Effect, Extend, Quota, Refusal, Request, WantedGroup,
@@ -61,7 +62,7 @@ impl Ledger {
             Request::Proved { group, device, registration } => {
                 self.proved(group, device, registration)
             }
-            Request::Stuck { group, reason, at } => self.stuck(group, reason, at),
+            Request::Stuck { group, why, at } => self.stuck(group, why, at),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The end of a lease: its mappings undone, its groups shown to be free, one by one.
 
-use super::{Effect, GroupState, LeaseId, Ledger, Phase, Refusal, Space};
+use super::{Effect, GroupState, LeaseId, Ledger, NotFree, Phase, Refusal, Space};
 
 impl Ledger {
     pub(super) fn end(&mut self, id: LeaseId, at: u64) -> Result<Vec<Effect>, Refusal> {
@@ -42,15 +42,15 @@ impl Ledger {
     pub(super) fn stuck(
         &mut self,
         number: u32,
-        reason: String,
+        why: NotFree,
         at: u64,
     ) -> Result<Vec<Effect>, Refusal> {
         if let Some(group) = self.groups.get_mut(&number) {
             match &mut group.state {
                 // It is quarantined since the first time.
-                GroupState::Quarantined { reason: was, .. } => *was = reason,
+                GroupState::Quarantined { why: was, .. } => *was = why,
                 state @ GroupState::Reclaiming { .. } => {
-                    *state = GroupState::Quarantined { reason, since: at };
+                    *state = GroupState::Quarantined { why, since: at };
                 }
                 GroupState::Acquiring | GroupState::Held => {}
             }

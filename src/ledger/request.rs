@@ -1,6 +1,6 @@
 //! What the ledger is asked and told, and what it answers.
 
-use super::{Handed, LeaseId, Member, Space};
+use super::{Handed, LeaseId, Member, NotFree, Space};
 use crate::protocol::{Bdf, Handout};
 use std::collections::BTreeMap;
 
@@ -119,8 +119,8 @@ pub enum Request {
     Stuck {
         /// Which group.
         group: u32,
-        /// What it said.
-        reason: String,
+        /// By what.
+        why: NotFree,
         /// When, in seconds since 1970.
         at: u64,
     },
@@ -289,7 +289,7 @@ pub enum Refusal {
         holder: LeaseId,
     },
     /// The device's group is not known to be free.
-    #[error("{device} is in group {group}: {reason}")]
+    #[error("{device} is in group {group}, which is not free: {why:?}")]
     Quarantined {
         /// The device that was named.
         device: Bdf,
@@ -298,7 +298,19 @@ pub enum Refusal {
         /// Since when, in seconds since 1970.
         since: u64,
         /// Why.
-        reason: String,
+        why: NotFree,
+    },
+    /// Devices of the group were handed to another tenant by their own nodes and are not proved.
+    #[error("{device} is in group {group}, which is its last tenant's alone")]
+    Unproved {
+        /// The device that was named.
+        device: Bdf,
+        /// Its group.
+        group: u32,
+        /// Since when, in seconds since 1970.
+        since: u64,
+        /// The devices that may still be open.
+        left: Vec<Bdf>,
     },
     /// What is asked for is just being taken back; the answer will be another one soon.
     #[error("{what} is just being reclaimed")]

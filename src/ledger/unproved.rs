@@ -100,19 +100,8 @@ impl Ledger {
     ) -> Result<(), Refusal> {
         let foreign = !self.is_open_to(group, &lease.tenant);
         let Some(unproved) = self.unproved.get(&group).filter(|_| foreign) else { return Ok(()) };
-        let each = unproved.left.keys().map(|bdf| {
-            format!(
-                "echo {bdf} > /sys/bus/pci/devices/{bdf}/driver/unbind, which waits for that; echo \
-                 {bdf} > /sys/bus/pci/drivers_probe"
-            )
-        });
-        let reason = format!(
-            "its last holder was handed it by iommufd and may still have it open, which the kernel \
-             does not show: only that holder's tenant can have it again until an administrator has \
-             taken it off its driver and bound it again ({})",
-            each.collect::<Vec<_>>().join("; ")
-        );
-        Err(Refusal::Quarantined { device, group, since: unproved.since, reason })
+        let left = unproved.left.keys().copied().collect();
+        Err(Refusal::Unproved { device, group, since: unproved.since, left })
     }
 
     /// How many devices a tenant keeps from others without having them, beside those it wants now.

@@ -1,10 +1,9 @@
 //! The decisions, each with the rule that made it.
 
 use super::device::Match;
-use super::{
-    DeviceFacts, DeviceRule, Listed, OVERFLOW_ID, Peer, Policy, Risk, SharedContainer, Tenant, Verb,
-};
-use crate::protocol::{Backend, Error, Handout};
+use super::{DeviceRule, Listed, OVERFLOW_ID, Peer, Policy, Risk, SharedContainer, Tenant, Verb};
+use crate::pci::DeviceFacts;
+use crate::protocol::{Backend, Bdf, Handout};
 use serde::Serialize;
 use std::fmt::Display;
 
@@ -15,6 +14,14 @@ pub struct Decision {
     pub allowed: bool,
     /// What decided, with its place in the file.
     pub rule: String,
+    /// The policy file, as decisions call it.
+    pub file: String,
+    /// The line of that rule; none where nothing in the file stands for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub line: Option<usize>,
+    /// The device that was asked about; none where none was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<Bdf>,
     /// Why, in plain words.
     pub reason: String,
 }
@@ -25,32 +32,39 @@ pub struct Decision {
 pub struct Refusal {
     /// What decided, with its place in the file.
     pub rule: String,
+    /// The policy file, as decisions call it.
+    pub file: String,
+    /// The line of that rule; none where nothing in the file stands for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub line: Option<usize>,
+    /// The device that was asked about; none where none was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<Bdf>,
     /// Why, in plain words.
     pub reason: String,
 }
 
-impl From<Refusal> for Error {
-    fn from(Refusal { rule, reason }: Refusal) -> Self {
-        Self::Denied { rule, reason }
+/// What decided: whose rule, which key, which line.
+struct Rule {
+    name: String,
+    line: Option<usize>,
+}
+
+impl From<Refusal> for Decision {
+    fn from(refusal: Refusal) -> Self {
+        let Refusal { rule, file, line, device, reason } = refusal;
+        Self { allowed: false, rule, file, line, device, reason }
     }
 }
 
 impl Decision {
-    fn yes(rule: String, reason: String) -> Self {
-        Self { allowed: true, rule, reason }
-    }
-
-    fn no(rule: String, reason: String) -> Self {
-        Self { allowed: false, rule, reason }
-    }
-
     /// The decision as a result, to be passed on with `?`.
     ///
     /// # Errors
     /// The refusal, if it is one.
     pub fn ok(self) -> Result<(), Refusal> {
-        let Self { allowed, rule, reason } = self;
-        if allowed { Ok(()) } else { Err(Refusal { rule, reason }) }
+        let Self { allowed, rule, file, line, device, reason } = self;
+        if allowed { Ok(()) } else { Err(Refusal { rule, file, line, device, reason }) }
     }
 }
 
@@ -64,32 +78,30 @@ impl Policy {
         self.tenants.iter().find(matches).ok_or_else(|| self.no_tenant(peer))
     }
 
-    /// Whether a process of the tenant may have its memlock limit raised to so many bytes.
+    /// Up to how many bytes a process of the tenant may have its memlock limit raised.
     ///
     /// # Errors
-    /// [`Error::Denied`] it never is, [`Error::OverLimit`] not as far.
-    pub fn may_lock(&self, tenant: &Tenant, bytes: u64) -> Result<(), Error> {
-        if tenant.memlock == 0 {
-            let Tenant { name, line, .. } = tenant;
-            return Err(Error::Denied {
-                rule: format!("tenant {name:?} without memlock, {}:{line}", self.file),
-                reason: format!(
-                    "the memlock limit of processes of {name:?} is not raised; its tenant would need \
-                     memlock = \"SIZE\" in the policy"
-                ),
-            });
+    /// It is never raised.
+    pub fn memlock(&self, tenant: &Tenant) -> Result<u64, Refusal> {
+        let Tenant { name, line, memlock, .. } = tenant;
+        if *memlock > 0 {
+            return Ok(*memlock);
         }
-        if bytes > tenant.memlock {
-            let (limit, most) = ("memlock".to_owned(), tenant.memlock);
-            return Err(Error::OverLimit { limit, most, asked: bytes });
-        }
-        Ok(())
+        let rule = Rule { name: format!("tenant {name:?} without memlock"), line: Some(*line) };
+        Err(self.refusal(
+            rule,
+            None,
+            format!(
+                "the memlock limit of processes of {name:?} is not raised; its tenant would need \
+                 memlock = \"SIZE\" in the policy"
+            ),
+        ))
     }
 
     fn no_tenant(&self, peer: &Peer) -> Refusal {
-        let rule = format!("default deny, {}", self.file);
         let Peer { uid, gid, .. } = peer;
-        let overflow = *uid == OVERFLOW_ID && !self.tenants.iter().any(|t| t.who.takes_overflow());
+        let overflow =
+            *uid == OVERFLOW_ID && !self.tenants.iter().any(|t| t.principals.takes_overflow());
         let overflow = if overflow {
             ", which stands for everybody whom this user namespace has no number for: a tenant \
              must list it as a number and accept \"overflow-uid\""
@@ -98,7 +110,7 @@ impl Policy {
         };
         // A gid that stands for any is no news.
         let gid = if *gid == OVERFLOW_ID { String::new() } else { format!("gid {gid}, ") };
-        Refusal { rule, reason: format!("no tenant is for {gid}uid {uid}{overflow}") }
+        self.refusal(default_deny(), None, format!("no tenant is for {gid}uid {uid}{overflow}"))
     }
 
     /// Whether `tenant` has a right.
@@ -121,46 +133,47 @@ impl Policy {
         yes: &str,
         no: &str,
     ) -> Decision {
-        let rule = self.rule(tenant, key, list.line);
+        let rule = rule_of(tenant, key, list.line);
         let name = &tenant.name;
         if list.values.contains(&wanted) {
-            return Decision::yes(rule, format!("tenant {name:?} {yes} {wanted}"));
+            return self.decision(true, rule, None, format!("tenant {name:?} {yes} {wanted}"));
         }
-        Decision::no(rule, format!("tenant {name:?} {no} {wanted}"))
+        self.decision(false, rule, None, format!("tenant {name:?} {no} {wanted}"))
     }
 
     /// Whether `tenant` may use or withhold a device, whatever the verb. Deny beats allow.
     pub fn device(&self, tenant: &Tenant, facts: &DeviceFacts) -> Decision {
         let what = format!("{} ({})", facts.bdf, facts.id());
+        let decide = |allowed, rule, reason| self.decision(allowed, rule, Some(facts.bdf), reason);
         for (at, deny) in self.deny.iter().enumerate() {
             if let Some((rule, line)) = first_deny(&deny.devices, facts) {
-                let rule = format!("deny[{at}] devices[{rule}], {}:{line}", self.file);
+                let rule = Rule { name: format!("deny[{at}] devices[{rule}]"), line: Some(line) };
                 let reason = &deny.reason;
-                return Decision::no(rule, format!("{what} is denied to everybody: {reason}"));
+                return decide(false, rule, format!("{what} is denied to everybody: {reason}"));
             }
         }
         let name = &tenant.name;
         if let Some((rule, line)) = first_deny(&tenant.deny.values, facts) {
-            let rule = self.rule(tenant, &format!("deny[{rule}]"), Some(line));
-            return Decision::no(rule, format!("{what} is denied to tenant {name:?}"));
+            let rule = rule_of(tenant, &format!("deny[{rule}]"), Some(line));
+            return decide(false, rule, format!("{what} is denied to tenant {name:?}"));
         }
         let mut nearly = None;
         for (at, entry) in tenant.devices.values.iter().enumerate() {
-            let rule = || self.rule(tenant, &format!("devices[{at}]"), Some(entry.line));
+            let rule = || rule_of(tenant, &format!("devices[{at}]"), Some(entry.line));
             match entry.allows(facts) {
                 Match::Yes => {
                     let reason = format!("{what} is allowed to tenant {name:?} by \"{entry}\"");
-                    return Decision::yes(rule(), reason);
+                    return decide(true, rule(), reason);
                 }
                 Match::Nearly(why) => {
-                    nearly.get_or_insert_with(|| Decision::no(rule(), why));
+                    nearly.get_or_insert_with(|| decide(false, rule(), why));
                 }
                 Match::No => {}
             }
         }
         nearly.unwrap_or_else(|| {
-            let rule = self.rule(tenant, "devices", tenant.devices.line);
-            Decision::no(rule, format!("tenant {name:?} has no entry for {what}"))
+            let rule = rule_of(tenant, "devices", tenant.devices.line);
+            decide(false, rule, format!("tenant {name:?} has no entry for {what}"))
         })
     }
 
@@ -199,10 +212,8 @@ impl Policy {
                     true => format!("; `handouts` of its tenant would need one of {asked}"),
                     false => String::new(),
                 };
-                Err(Refusal {
-                    rule: self.rule(tenant, key, list.line),
-                    reason: format!("tenant {name:?} may have {key} {may}, not {asked}{cure}"),
-                })
+                let reason = format!("tenant {name:?} may have {key} {may}, not {asked}{cure}");
+                Err(self.refusal(rule_of(tenant, key, list.line), None, reason))
             }
         }
     }
@@ -213,24 +224,41 @@ impl Policy {
     /// It may not, or there is none: which of the two is not told.
     pub fn container(&self, tenant: &Tenant, name: &str) -> Result<&SharedContainer, Refusal> {
         let open = |c: &&SharedContainer| c.name == name && c.members.contains(&tenant.name);
-        self.containers.iter().find(open).ok_or_else(|| Refusal {
-            rule: format!("default deny, {}", self.file),
-            reason: format!(
-                "no shared container {name:?} has tenant {:?} among its members",
-                tenant.name
-            ),
+        self.containers.iter().find(open).ok_or_else(|| {
+            let tenant = &tenant.name;
+            let reason =
+                format!("no shared container {name:?} has tenant {tenant:?} among its members");
+            self.refusal(default_deny(), None, reason)
         })
     }
 
-    /// A rule's name: whose, which key, where. A tenant's own line where the default stands.
-    fn rule(&self, tenant: &Tenant, key: &str, line: Option<usize>) -> String {
-        let Tenant { name, line: begins, .. } = tenant;
-        let file = &self.file;
-        match line {
-            Some(line) => format!("tenant {name:?} {key}, {file}:{line}"),
-            None => format!("tenant {name:?} {key} (the default), {file}:{begins}"),
-        }
+    fn decision(&self, allowed: bool, rule: Rule, device: Option<Bdf>, reason: String) -> Decision {
+        Decision { allowed, ..self.refusal(rule, device, reason).into() }
     }
+
+    fn refusal(&self, rule: Rule, device: Option<Bdf>, reason: String) -> Refusal {
+        let (Rule { name, line }, file) = (rule, self.file.clone());
+        let rule = match line {
+            Some(line) => format!("{name}, {file}:{line}"),
+            None => format!("{name}, {file}"),
+        };
+        Refusal { rule, file, line, device, reason }
+    }
+}
+
+/// What decides where nothing in the file does.
+fn default_deny() -> Rule {
+    Rule { name: "default deny".into(), line: None }
+}
+
+/// A rule of a tenant: its key, and the line of that. The tenant's own line where the default stands.
+fn rule_of(tenant: &Tenant, key: &str, line: Option<usize>) -> Rule {
+    let name = &tenant.name;
+    let name = match line {
+        Some(_) => format!("tenant {name:?} {key}"),
+        None => format!("tenant {name:?} {key} (the default)"),
+    };
+    Rule { name, line: line.or(Some(tenant.line)) }
 }
 
 /// The first rule that denies a device: its index and line.

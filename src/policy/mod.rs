@@ -10,11 +10,9 @@ mod parse;
 mod peer;
 mod problem;
 mod reader;
-mod shadow;
 mod tenant;
 
 pub use decide::{Decision, Refusal};
-pub use device::{DeviceFacts, Id};
 pub use peer::{Names, OVERFLOW_ID, Peer};
 pub use problem::{Problem, Problems, Severity};
 pub use tenant::{Limits, Risk, SharedContainer, Tenant, Trust, Verb};
@@ -24,6 +22,9 @@ use tenant::{DenyAll, Listed};
 
 /// Where the policy is unless told otherwise.
 pub const POLICY_PATH: &str = "/etc/vfio-broker/policy.toml";
+
+/// What decisions call a policy that is in no file.
+pub const BUILT_IN: &str = "built-in policy";
 
 /// A policy file that was read and found good.
 #[derive(Clone, Debug)]
@@ -55,18 +56,19 @@ impl Policy {
         &self.tenants
     }
 
-    /// Whom a tenant's name means, in words: the same words in two policies mean the same people.
+    /// Whom a tenant's name means, in words: the same words in two policies mean the same principals.
     /// `None` where there is no such tenant.
-    pub fn people(&self, tenant: &str) -> Option<String> {
+    pub fn principals(&self, tenant: &str) -> Option<String> {
         let at = self.tenants.iter().position(|known| known.name == tenant)?;
         // The first tenant that matches is it: who is meant by those before is not meant here.
-        let each = self.tenants.iter().take(at + 1).rev().map(|tenant| tenant.who.to_string());
+        let each =
+            self.tenants.iter().take(at + 1).rev().map(|tenant| tenant.principals.to_string());
         Some(each.collect::<Vec<_>>().join("; not "))
     }
 
     /// Whether any tenant is for a unit, so that it must be found out which one a peer runs in.
     pub fn names_units(&self) -> bool {
-        self.tenants.iter().any(|tenant| tenant.who.units.is_some())
+        self.tenants.iter().any(|tenant| tenant.principals.units.is_some())
     }
 
     /// Whether any rule names a serial number, so that devices must be asked for theirs.

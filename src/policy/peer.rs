@@ -38,7 +38,7 @@ pub(super) const NO_ID: u32 = u32::MAX;
 /// Whom a tenant is for. What is `None` was not asked for; all that was asked for must match, each
 /// list with any one of its entries.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Who {
+pub(super) struct Principals {
     pub(super) anyone: bool,
     pub(super) users: Option<Vec<u32>>,
     pub(super) groups: Option<Vec<u32>>,
@@ -48,7 +48,7 @@ pub(super) struct Who {
     pub(super) accepts_overflow: bool,
 }
 
-impl fmt::Display for Who {
+impl fmt::Display for Principals {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { anyone, users, groups, units, labels, accepts_overflow } = self;
         let words = [
@@ -63,7 +63,7 @@ impl fmt::Display for Who {
     }
 }
 
-impl Who {
+impl Principals {
     /// Why `peer` is not meant, or `None` if it is.
     pub(super) fn mismatch(&self, peer: &Peer) -> Option<String> {
         if peer.uid == NO_ID {

@@ -3,6 +3,7 @@
 
 use super::problem::Report;
 use std::ops::Range;
+use strsim::osa_distance;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -262,31 +263,11 @@ pub(super) fn did_you_mean(word: &str, known: &[&str]) -> String {
     }
 }
 
-/// The known word that this one is probably a misspelling of.
+/// The known word that this one is probably a misspelling of: few letters are changed, added, left out,
+/// or swapped with their neighbour.
 fn nearest<'k>(word: &str, known: &[&'k str]) -> Option<&'k str> {
-    let (distance, near) = known.iter().map(|known| (distance(word, known), *known)).min()?;
+    let (distance, near) = known.iter().map(|known| (osa_distance(word, known), *known)).min()?;
     (distance <= 1.max(near.len() / 3)).then_some(near)
-}
-
-/// How many letters must be changed, added, left out, or swapped with their neighbour.
-fn distance(a: &str, b: &str) -> usize {
-    // Words are short; what is not is no misspelling of one.
-    let a: Vec<char> = a.chars().take(64).collect();
-    let b: Vec<char> = b.chars().take(64).collect();
-    let mut rows = vec![(0..=b.len()).collect::<Vec<usize>>()];
-    for i in 1..=a.len() {
-        let mut row = vec![i];
-        for j in 1..=b.len() {
-            let change = rows[i - 1][j - 1] + usize::from(a[i - 1] != b[j - 1]);
-            let mut best = change.min(rows[i - 1][j] + 1).min(row[j - 1] + 1);
-            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
-                best = best.min(rows[i - 2][j - 2] + 1);
-            }
-            row.push(best);
-        }
-        rows.push(row);
-    }
-    rows[a.len()][b.len()]
 }
 
 /// With its article.

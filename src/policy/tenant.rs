@@ -1,7 +1,7 @@
 //! What a tenant may have, and the shared containers.
 
 use super::device::DeviceRule;
-use super::peer::{Peer, Who};
+use super::peer::{Peer, Principals};
 use crate::protocol::{Backend, Handout};
 use serde::Serialize;
 use std::fmt;
@@ -110,7 +110,7 @@ pub struct Tenant {
     /// How much it may have.
     pub limits: Limits,
     pub(super) line: usize,
-    pub(super) who: Who,
+    pub(super) principals: Principals,
     pub(super) rights: Listed<Verb>,
     pub(super) devices: Listed<DeviceRule>,
     pub(super) deny: Listed<DeviceRule>,
@@ -122,7 +122,7 @@ pub struct Tenant {
 impl Tenant {
     /// Why this tenant is not for `peer`, or `None` if it is.
     pub fn mismatch(&self, peer: &Peer) -> Option<String> {
-        self.who.mismatch(peer)
+        self.principals.mismatch(peer)
     }
 
     /// Its rights.

@@ -5,6 +5,7 @@ mod properties;
 
 use super::*;
 
+use crate::pci::{DeviceFacts, Id};
 use crate::protocol::{Backend, Handout};
 
 /// A machine with three users and two groups.
@@ -87,6 +88,9 @@ reason = "the host boots from it"
         Decision {
             allowed: false,
             rule: "deny[0] devices[0], policy.toml:9".into(),
+            file: "policy.toml".into(),
+            line: Some(9),
+            device: Some("0000:02:00.0".parse().unwrap()),
             reason: "0000:02:00.0 (1022:7901) is denied to everybody: the host boots from it"
                 .into(),
         }
@@ -389,13 +393,17 @@ members = ["a", "b"]
 }
 
 #[test]
-fn a_refusal_is_the_protocols_denied() {
+fn a_refusal_says_in_fields_where_the_rule_is_and_which_device_it_is_about() {
     let policy = alice(r#"devices = ["8086:10d3"]"#);
     let decision = decide(&policy, &device(NIC, "10de:2204"));
-    let crate::protocol::Error::Denied { rule, reason } = decision.clone().ok().unwrap_err().into()
-    else {
-        panic!()
-    };
-    assert_eq!((rule, reason), (decision.rule, decision.reason));
+    let refusal = decision.clone().ok().unwrap_err();
+    assert_eq!((&refusal.rule, &refusal.reason), (&decision.rule, &decision.reason));
+    let line = refusal.line.unwrap();
+    assert!(refusal.rule.ends_with(&format!(", {}:{line}", refusal.file)), "{}", refusal.rule);
+    assert_eq!(refusal.device, Some(NIC.parse().unwrap()));
+    let right = policy.may(&policy.tenants()[0], Verb::Observe).ok().unwrap_err();
+    assert_eq!((right.device, right.line.is_some()), (None, true));
+    let nobody = policy.tenant(&peer(4711)).unwrap_err();
+    assert_eq!((nobody.device, nobody.line), (None, None));
     assert_eq!(decide(&policy, &device(NIC, "8086:10d3")).ok(), Ok(()));
 }

@@ -9,7 +9,6 @@ use crate::protocol::{Bdf, FdKind, Handout};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fmt;
 
 /// The name that every error of a keeper has; what it means is in its parameters.
 pub const FAILED: &str = "org.vfiobroker.Keeper.Failed";
@@ -65,8 +64,8 @@ pub struct LeaseRecord {
     pub key: String,
     /// Whose it is.
     pub tenant: String,
-    /// Whom the policy meant by that name; see [`Policy::people`](crate::policy::Policy::people).
-    pub people: String,
+    /// Whom the policy meant by that name; see [`Policy::principals`](crate::policy::Policy::principals).
+    pub principals: String,
     /// What its holder calls the VM.
     pub vm: String,
     /// The uid that acquired it.
@@ -379,38 +378,11 @@ pub enum NotFree {
     /// A process has a device of this group open.
     DeviceOpen(String),
     /// This device's driver has been told to go, and waits for the last close.
-    DriverWaits(String),
+    DriverWaits(Bdf),
     /// This device was let go of, and its driver is still binding it again.
-    DriverBinds(String),
-    /// Its keeper has not come back from a call on it.
-    NoAnswer(String),
+    DriverBinds(Bdf),
     /// The kernel gave another error: the call, its object, and what it said.
     Kernel(String, String, String),
-}
-
-impl fmt::Display for NotFree {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::GroupOpen(group) => write!(f, "some process still has {group} open"),
-            Self::DeviceOpen(group) => {
-                write!(f, "some process still has a device of {group} open")
-            }
-            Self::DriverWaits(device) => write!(
-                f,
-                "some process still has {device} open by its own node, and its driver waits for the \
-                 last close"
-            ),
-            Self::DriverBinds(device) => {
-                write!(f, "{device} was let go of, and its driver is still binding it again")
-            }
-            Self::NoAnswer(object) => write!(
-                f,
-                "the kernel does not answer for {object}: some process of the holder's is in the \
-                 middle of a call on it, such as mapping memory"
-            ),
-            Self::Kernel(call, object, said) => write!(f, "{call} on {object}: {said}"),
-        }
-    }
 }
 
 /// Why a keeper did not do what it was asked. Whatever had been done of it is undone.

@@ -1,6 +1,7 @@
 //! The errors of the interface, as they are on the wire: a name, and what goes with it.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 /// Who holds something.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +49,23 @@ impl Blocker {
     }
 }
 
-/// Everything that a call can fail with.
+/// Whom it waits for that a device becomes free.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Until {
+    /// Whoever still has it open closes it.
+    Holder,
+    /// An administrator takes it off its driver: nothing else shows that it is closed.
+    Administrator,
+    /// The kernel has answered, which the broker sees by itself. What this version does not know
+    /// reads as this one.
+    #[default]
+    #[serde(other)]
+    Kernel,
+}
+
+/// Everything that a call can fail with: data, and nothing about what to do. That is sent beside it,
+/// see [`Error::to_json`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[serde(tag = "error", content = "parameters")]
 #[allow(missing_docs)] // each field is described in the .varlink file
@@ -56,7 +73,16 @@ pub enum Error {
     /// The policy does not allow it.
     #[serde(rename = "org.vfiobroker.Broker.Denied")]
     #[error("denied by {rule}: {reason}")]
-    Denied { rule: String, reason: String },
+    Denied {
+        rule: String,
+        reason: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        file: Option<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        line: Option<u32>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        device: Option<Box<str>>,
+    },
     /// A function of the group is on a driver that is not VFIO's.
     #[serde(rename = "org.vfiobroker.Broker.NotViable")]
     #[error("group {group} is not viable: {}", list(.blockers))]
@@ -67,14 +93,24 @@ pub enum Error {
     Busy {
         device: String,
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        holder: Option<Holder>,
+        holder: Option<Box<Holder>>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         since: Option<u64>,
     },
     /// Nobody has it, and the kernel has not shown yet that it is free.
     #[serde(rename = "org.vfiobroker.Broker.Quarantined")]
     #[error("{device} is not known to be free yet: {reason}")]
-    Quarantined { device: String, since: u64, reason: String },
+    Quarantined {
+        device: String,
+        since: u64,
+        reason: String,
+        #[serde(default)]
+        until: Until,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        holder: Option<Box<Holder>>,
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        unbind: Vec<String>,
+    },
     /// It does not fit with what is there.
     #[serde(rename = "org.vfiobroker.Broker.Conflict")]
     #[error("{what}: {why}")]
@@ -101,8 +137,15 @@ pub enum Error {
     Unsupported { what: String, why: String },
     /// The kernel refused.
     #[serde(rename = "org.vfiobroker.Broker.Kernel")]
-    #[error("{call} on {object} failed: {name} ({errno}); {hint}")]
-    Kernel { call: String, object: String, errno: i32, name: String, hint: String },
+    #[error("{call} on {object} failed: {name} ({errno}){}", noted(.note))]
+    Kernel {
+        call: String,
+        object: String,
+        errno: i32,
+        name: String,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        note: Option<Box<str>>,
+    },
     /// Varlink's own: no such interface.
     #[serde(rename = "org.varlink.service.InterfaceNotFound")]
     #[error("no interface {interface}")]
@@ -121,16 +164,76 @@ fn list(blockers: &[Blocker]) -> String {
     blockers.iter().map(Blocker::with_fix).collect::<Vec<_>>().join("; ")
 }
 
-fn held_by(holder: &Option<Holder>, since: &Option<u64>) -> String {
+fn held_by(holder: &Option<Box<Holder>>, since: &Option<u64>) -> String {
     let who = holder.as_ref().map_or(String::new(), |h| {
         format!(": vm {:?} of {} (pid {}, uid {}) holds it", h.vm, h.tenant, h.pid, h.uid)
     });
     who + &since.map_or(String::new(), |at| format!(" since {at}"))
 }
 
+fn noted(note: &Option<Box<str>>) -> String {
+    note.as_ref().map_or(String::new(), |note| format!(": {note}"))
+}
+
 impl Error {
+    /// As it is sent: a parameter `advice` beside its own says what to do about it.
+    pub fn to_json(&self, advice: Option<&str>) -> Value {
+        let mut json = serde_json::to_value(self).unwrap_or_default();
+        if let Some(advice) = advice
+            && let Some(parameters) = json.get_mut("parameters").and_then(Value::as_object_mut)
+        {
+            parameters.insert("advice".to_owned(), advice.into());
+        }
+        json
+    }
+
+    /// The advice among an error's parameters.
+    pub fn advice_in(parameters: &str) -> Option<String> {
+        #[derive(Deserialize)]
+        struct Advised {
+            advice: Option<String>,
+        }
+        serde_json::from_str::<Advised>(parameters).ok()?.advice
+    }
+
     /// A [`Error::BadRequest`] about one field.
     pub fn bad(field: impl Into<String>, reason: impl ToString) -> Self {
         Self::BadRequest { field: field.into(), reason: reason.to_string() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn quarantined(parameters: &str) -> Result<Error, serde_json::Error> {
+        let name = "org.vfiobroker.Broker.Quarantined";
+        serde_json::from_str(&format!(r#"{{"error":"{name}","parameters":{parameters}}}"#))
+    }
+
+    #[test]
+    fn advice_stands_among_the_parameters_and_is_none_of_the_data() {
+        let error = Error::NoSuchDevice { device: "d".into() };
+        let sent = error.to_json(Some("look"));
+        assert_eq!(sent["parameters"], serde_json::json!({ "device": "d", "advice": "look" }));
+        let parameters = sent["parameters"].to_string();
+        assert_eq!(Error::advice_in(&parameters).as_deref(), Some("look"));
+        assert_eq!(serde_json::from_value::<Error>(sent).unwrap(), error);
+        assert_eq!(error.to_json(None)["parameters"], serde_json::json!({ "device": "d" }));
+        assert_eq!(Error::advice_in(r#"{"advice":null}"#), None);
+    }
+
+    #[test]
+    fn what_is_not_known_of_an_error_is_no_reason_not_to_read_it() {
+        for parameters in [
+            r#"{"device":"d","since":1,"reason":"r"}"#,
+            r#"{"device":"d","since":1,"reason":"r","until":"doomsday","new":[]}"#,
+        ] {
+            let read = quarantined(parameters).unwrap();
+            assert!(matches!(read, Error::Quarantined { until: Until::Kernel, .. }), "{read:?}");
+        }
+        let read = quarantined(r#"{"device":"d","since":1,"reason":"r","until":"holder"}"#);
+        assert!(matches!(read.unwrap(), Error::Quarantined { until: Until::Holder, .. }));
+        assert_eq!(serde_json::to_string(&Until::Kernel).unwrap(), r#""kernel""#);
     }
 }

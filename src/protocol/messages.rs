@@ -451,10 +451,11 @@ fn read<'de, T: Deserialize<'de>>(text: &'de str) -> Result<T, Error> {
     serde_json::from_str(text).map_err(|error| Error::bad("parameters", error))
 }
 
+/// The most devices in one call, and in one lease; with the lease fd, a container and groups their fds
+/// fit into one message.
+pub const MAX_DEVICES: usize = 14;
+
 impl Acquire {
-    /// The most devices in one call; with the lease fd, a container and groups their fds fit into
-    /// one message.
-    pub const MAX_DEVICES: usize = 14;
     /// The longest vm name, in bytes.
     pub const MAX_VM: usize = 64;
 
@@ -465,8 +466,8 @@ impl Acquire {
         }
         let withhold = self.withhold.as_deref().unwrap_or_default();
         let count = self.devices.len() + withhold.len();
-        if count > Self::MAX_DEVICES {
-            let most = Self::MAX_DEVICES;
+        if count > MAX_DEVICES {
+            let most = MAX_DEVICES;
             return Err(Error::bad(
                 "devices",
                 format!("{count} named, {most} at most in one call"),

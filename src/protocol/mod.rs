@@ -10,7 +10,7 @@ pub mod properties;
 
 pub use crate::bdf::Bdf;
 pub use device_spec::DeviceSpec;
-pub use error::{Blocker, Error, Holder};
+pub use error::{Blocker, Error, Holder, Until};
 pub use frame::{Frames, MAX_MESSAGE, Oversize};
 pub use messages::*;
 

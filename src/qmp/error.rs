@@ -21,10 +21,7 @@ pub enum Error {
         desc: String,
     },
     /// There is no monitor to talk to.
-    #[error(
-        "can't connect to the monitor {}: {} ({errno:?}); {}",
-        path.display(), errno.desc(), unreachable(*errno)
-    )]
+    #[error("can't connect to the monitor {}: {} ({errno:?})", path.display(), errno.desc())]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -32,7 +29,7 @@ pub enum Error {
         errno: Errno,
     },
     /// No answer in time. The connection is of no more use, and what was asked may still be done.
-    #[error("no answer from QEMU to {during} within {after:?}; {}", silence(.during))]
+    #[error("no answer from QEMU to {during} within {after:?}")]
     Timeout {
         /// The command, or `the greeting`.
         during: String,
@@ -41,7 +38,7 @@ pub enum Error {
     },
     /// The monitor has closed the connection, or the system has.
     #[error(
-        "QEMU closed its monitor during {during}{}; has it ended?",
+        "QEMU closed its monitor during {during}{}",
         errno.map_or(String::new(), |errno| format!(" ({errno:?})"))
     )]
     Closed {
@@ -51,7 +48,7 @@ pub enum Error {
         errno: Option<Errno>,
     },
     /// What came is not QMP.
-    #[error("what came during {during} is not QMP: {reason}; is the socket a QMP monitor's?")]
+    #[error("what came during {during} is not QMP: {reason}")]
     Malformed {
         /// The command, or `the greeting`.
         during: String,
@@ -59,7 +56,7 @@ pub enum Error {
         reason: String,
     },
     /// An earlier command got no answer, so nothing can be said to this connection any more.
-    #[error("{command} was not sent: an earlier command got no answer; connect again")]
+    #[error("{command} was not sent: an earlier command got no answer")]
     Broken {
         /// The command.
         command: String,
@@ -67,13 +64,25 @@ pub enum Error {
 }
 
 impl Error {
+    /// What to do about it; QEMU's own refusals are its own words.
+    pub fn advice(&self) -> Option<&'static str> {
+        match self {
+            Error::Command { .. } => None,
+            Error::Connect { errno, .. } => Some(to_connect(*errno)),
+            Error::Timeout { during, .. } => Some(silence(during)),
+            Error::Closed { .. } => Some("has it ended?"),
+            Error::Malformed { .. } => Some("is the socket a QMP monitor's?"),
+            Error::Broken { .. } => Some("connect again"),
+        }
+    }
+
     /// Whether the connection can still be used: the command failed, not the conversation.
     pub fn is_answer(&self) -> bool {
         matches!(self, Error::Command { .. })
     }
 }
 
-fn unreachable(errno: Errno) -> &'static str {
+fn to_connect(errno: Errno) -> &'static str {
     match errno {
         Errno::EACCES | Errno::EPERM => {
             "this user may not write to the socket: see its mode and that of its directory"

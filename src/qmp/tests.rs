@@ -225,8 +225,8 @@ fn a_monitor_that_has_a_client_is_silent() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("qmp");
     let _listener = UnixListener::bind(&path).unwrap();
-    let error = Monitor::connect_within(&path, SHORT).unwrap_err().to_string();
-    assert!(error.contains("is another client connected"), "{error}");
+    let error = Monitor::connect_within(&path, SHORT).unwrap_err();
+    assert!(error.advice().unwrap().contains("is another client connected"), "{error}");
     let error = Monitor::connect(directory.path().join("other")).unwrap_err();
     assert!(matches!(error, Error::Connect { .. }), "{error}");
 }

@@ -319,7 +319,7 @@ fn a_refusal_says_which_rule_and_what_to_do() {
     let error: Value = serde_json::from_str(&said).unwrap();
     assert_eq!((code, &error["error"]), (3, &"org.vfiobroker.Broker.Denied".into()));
     assert!(error["parameters"]["rule"].as_str().unwrap().starts_with("deny[0]"), "{error}");
-    assert!(error["hint"].as_str().unwrap().contains("policy explain"), "{error}");
+    assert!(error["advice"].as_str().unwrap().contains("policy explain"), "{error}");
     let (code, said) = acquire("0000:00:01.0");
     assert!(code != 0 && !said.contains("unbind"), "{said}");
 }

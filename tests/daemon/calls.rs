@@ -169,7 +169,7 @@ fn a_kernel_that_never_answers_is_waited_for_until_the_deadline() {
     assert!(leases["leases"].is_array());
     let parameters = client.reply().error("Kernel");
     assert_eq!(parameters["name"], "ETIMEDOUT");
-    assert!(parameters["hint"].as_str().unwrap().contains("undone"), "{parameters}");
+    assert!(parameters["note"].as_str().unwrap().contains("undone"), "{parameters}");
     // The connection goes on, and the device is nobody else's while the call is in the kernel.
     let again = client.call("Acquire", request.clone());
     assert!(matches!(again, Reply::Error(..)), "{again:?}");

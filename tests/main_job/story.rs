@@ -186,7 +186,7 @@ fn by_iommufd(world: &World) {
         until("its group is for its tenant alone", || only_for(world, device) == ["erin"]);
     }
     is_refused(world, CAROL, NIC, "may still have it open");
-    is_refused(world, FRANK, PAIR[1], "driver/unbind");
+    is_refused(world, FRANK, PAIR[1], "until an administrator");
     let mut erin = world.client(ERIN, DEFAULT_MEMLOCK, Role::Iommufd, &words);
     erin.says();
     does_what_a_vmm_does(&mut erin);

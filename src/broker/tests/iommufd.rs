@@ -194,8 +194,12 @@ fn the_same_tenant_has_it_again_and_no_other() {
     assert!(!world.broker.has_pending_reclaims());
     for request in [want(&[NIC]), by_iommufd(&[NIC]), want_as(Handout::Group, &[NIC])] {
         let error = world.acquire(1001, &request).unwrap_err();
-        let Error::Quarantined { reason, device, .. } = error else { panic!("{error}") };
-        assert!(device == NIC && reason.contains("driver/unbind"), "{reason}");
+        assert!(advice(&error).unwrap().contains(&format!("{NIC}/driver/unbind")), "{error}");
+        let Error::Quarantined { until, device, unbind, holder, .. } = error else {
+            panic!("{error}")
+        };
+        assert_eq!((until, &*device, unbind), (Until::Administrator, NIC, vec![NIC.to_owned()]));
+        assert_eq!(holder.unwrap().lease, lease, "it observes");
     }
     let (vendor, device) = ("8086".into(), "10d3".into());
     let any = Acquire { devices: vec![DeviceSpec::Kind { vendor, device }], ..want(&[]) };
@@ -272,9 +276,9 @@ fn a_group_that_a_stranger_has_open_is_not_handed_out() {
     let world = World::new();
     let stranger = Group::open(world.sim.kernel(), Node::Group(2)).unwrap();
     let error = world.acquire(1000, &by_iommufd(&[NIC])).unwrap_err();
-    let Error::Kernel { call, errno, hint, .. } = error else { panic!("{error}") };
+    assert!(advice(&error).unwrap().contains("fuser"), "{error}");
+    let Error::Kernel { call, errno, .. } = error else { panic!("{error}") };
     assert_eq!((&*call, errno), ("open", Errno::EBUSY as i32));
-    assert!(hint.contains("fuser"), "{hint}");
     drop(stranger);
     let other = Iommufd::open(world.sim.kernel()).unwrap();
     let number = crate::host::cdev(&*world.sim.kernel(), NIC.parse().unwrap()).unwrap().unwrap();

@@ -17,7 +17,7 @@ use super::*;
 use crate::policy::{Names, Peer};
 use crate::protocol::{
     Acquire, Acquired, DeviceSpec, Error, FdKind, GetFds, Handout, MapDma, Release, UnmapDma,
-    Unmapped,
+    Unmapped, Until,
 };
 use crate::sim::{Sim, Stats, Topology};
 use std::collections::BTreeMap;

@@ -64,8 +64,9 @@ fn what_somebody_has_open_is_quarantined_until_it_is_closed() {
     for uid in [1000, 1001] {
         assert_eq!(state(&world, uid, 2), GroupState::Quarantined);
         let error = world.acquire(uid, &want(&[NIC])).unwrap_err();
-        let Error::Quarantined { reason, .. } = error else { panic!("{error}") };
+        let Error::Quarantined { reason, until, .. } = error else { panic!("{error}") };
         assert!(reason.contains("waits for the last close"), "{reason}");
+        assert_eq!(until, Until::Holder);
     }
     world.broker.retry_reclaims();
     assert!(world.broker.has_pending_reclaims());
@@ -125,8 +126,9 @@ fn a_device_whose_driver_waits_is_not_said_to_lack_one() {
     world.serve_hang_ups();
     for uid in [1000, 1001] {
         let error = world.acquire(uid, &want(&[NIC])).unwrap_err();
-        let Error::Quarantined { reason, .. } = error else { panic!("{error}") };
+        let Error::Quarantined { reason, until, .. } = error else { panic!("{error}") };
         assert!(reason.contains("waits for the last close"), "{reason}");
+        assert_eq!(until, Until::Holder);
     }
     world.sim.set_driver(NIC, Some("vfio-pci")).unwrap();
     world.broker.retry_reclaims();
@@ -221,8 +223,9 @@ fn a_device_that_is_being_bound_again_is_not_free_yet() {
     world.serve_hang_ups();
     assert!(world.broker.has_pending_reclaims());
     let error = world.acquire(1000, &want(&[NIC])).unwrap_err();
-    let Error::Quarantined { reason, .. } = error else { panic!("{error}") };
+    let Error::Quarantined { reason, until, .. } = error else { panic!("{error}") };
     assert!(reason.contains("still binding it again"), "{reason}");
+    assert_eq!(until, Until::Kernel);
     bound(&world);
     world.broker.retry_reclaims();
     assert!(!world.broker.has_pending_reclaims());

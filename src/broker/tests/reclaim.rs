@@ -20,8 +20,11 @@ fn keeps(world: &World, request: &Acquire, kept: usize) {
     assert_eq!(world.release(1000, &held), Ok(false));
     assert_eq!(state(world, 2), GroupState::Quarantined);
     let error = world.acquire(1001, &want(&["0000:02:00.0"])).unwrap_err();
-    let Error::Quarantined { reason, since, .. } = error else { panic!("{error}") };
+    let Error::Quarantined { reason, since, until, holder, .. } = error else { panic!("{error}") };
     assert!(reason.contains("/dev/vfio/2") && since > 0, "{reason}");
+    assert_eq!((until, holder.unwrap().lease), (Until::Holder, held.lease), "it observes");
+    let stranger = world.acquire(1002, &want(&["0000:02:00.0"])).unwrap_err();
+    let Error::Quarantined { holder: None, .. } = stranger else { panic!("{stranger}") };
     assert!(world.broker.has_pending_reclaims());
     world.broker.retry_reclaims();
     assert_eq!(state(world, 2), GroupState::Quarantined);

@@ -62,7 +62,7 @@ pub(in crate::cli) fn run(socket: &Path) -> Result<(), Failure> {
         let ask: Ask = serde_json::from_str(&line?).map_err(std::io::Error::from)?;
         let answer = match agent.does(socket, ask) {
             Ok(answer) => answer,
-            Err(Error::Broker(refusal)) => Answer::Refused(refusal),
+            Err(Error::Broker { error, .. }) => Answer::Refused(error),
             Err(error) => Answer::Failed(error.to_string()),
         };
         let text = serde_json::to_string(&answer).map_err(std::io::Error::from)?;

@@ -144,7 +144,7 @@ impl<'a> Play<'a> {
             let answer = ask_for(&mut self.bob, "bob-vm", &[denied.to_owned()], None)?;
             let Answer::Refused(refusal) = &answer else { return Err(unexpected(&answer)) };
             tale.check(is_denied(refusal), format!("Bob asks for {denied}: denied"))?;
-            if let protocol::Error::Denied { rule, reason } = refusal {
+            if let protocol::Error::Denied { rule, reason, .. } = refusal {
                 tale.note(reason)?;
                 tale.note(&format!("by {rule}"))?;
             }
@@ -351,7 +351,7 @@ fn lead(devices: &[String]) -> &str {
 
 fn refused<T>(result: Result<T, Error>) -> Result<protocol::Error, Failure> {
     match result {
-        Err(Error::Broker(refusal)) => Ok(refusal),
+        Err(Error::Broker { error, .. }) => Ok(error),
         Err(other) => Err(other.into()),
         Ok(_) => Err(Failure::new("it was given what it must not have")),
     }
@@ -364,7 +364,7 @@ fn is_denied(error: &protocol::Error) -> bool {
 /// A refusal in one line of the story.
 fn short(error: &protocol::Error) -> String {
     match error {
-        protocol::Error::Denied { rule, reason } => format!("{reason} ({rule})"),
+        protocol::Error::Denied { rule, reason, .. } => format!("{reason} ({rule})"),
         protocol::Error::Busy { holder: None, .. } => "busy; he may not know who has it".into(),
         protocol::Error::Busy { holder: Some(holder), .. } => {
             format!("busy, {} has it (pid {})", holder.vm, holder.pid)

@@ -108,11 +108,14 @@ fn explain(
     bdf: Bdf,
     kernel: &dyn Kernel,
 ) -> kernel::Result<Explanation> {
-    let group = match host::find(kernel, bdf)? {
+    let mut group = match host::find(kernel, bdf)? {
         Place::Nowhere => return Ok(Explanation::new(policy, peer, bdf, &Found::Nowhere)),
         Place::NoGroup => return Ok(Explanation::new(policy, peer, bdf, &Found::NoGroup)),
         Place::Group(id) => Group::scan(kernel, id)?,
     };
+    if let Some(group) = group.as_mut().filter(|_| policy.names_serials()) {
+        group.read_serials(kernel)?;
+    }
     let found = match group.as_ref().and_then(|group| Some((group, group.device(bdf)?))) {
         Some((group, device)) => {
             let unsafe_interrupts = host::allows_unsafe_interrupts(kernel)?;

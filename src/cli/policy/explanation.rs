@@ -87,8 +87,7 @@ impl Explanation {
         match &tenant {
             Ok(tenant) => explanation.of_tenant(policy, tenant, peer, found),
             Err(refusal) => {
-                let (rule, reason) = (refusal.rule.clone(), refusal.reason.clone());
-                let decision = Decision { allowed: false, rule, reason };
+                let decision = Decision::from(refusal.clone());
                 explanation.decisions.push(Step { about: "tenant".into(), decision });
             }
         }
@@ -233,7 +232,7 @@ impl Explanation {
         if let Some(tenant) = &self.tenant {
             line(format!("  is tenant {tenant:?}"));
         }
-        for Step { decision: Decision { allowed, rule, reason }, .. } in &self.decisions {
+        for Step { decision: Decision { allowed, rule, reason, .. }, .. } in &self.decisions {
             let sign = if *allowed { style.green("yes") } else { style.red("no ") };
             line(format!("  {sign} {reason}"));
             line(format!("      {}", style.dim(&format!("rule: {rule}"))));

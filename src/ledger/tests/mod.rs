@@ -11,6 +11,10 @@ use model::{Keeps, Model};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+fn busy() -> NotFree {
+    NotFree::GroupOpen { node: "/dev/vfio/1".into() }
+}
+
 /// Something that happens. Numbers choose among what there is at the time.
 #[derive(Clone, Debug)]
 enum Op {

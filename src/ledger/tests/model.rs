@@ -329,7 +329,7 @@ impl Model {
                 }
                 Effect::Detach(id) if fault || self.kept.get(&id) == Some(&Keeps::Device) => {
                     inside = Some(id);
-                    self.report(Request::Stuck { group: id, reason: "busy".into(), at: 1 });
+                    self.report(Request::Stuck { group: id, why: busy(), at: 1 });
                 }
                 Effect::Detach(id) => {
                     self.detach(id);
@@ -337,7 +337,7 @@ impl Model {
                 }
                 Effect::Prove(id) if inside == Some(id) => {}
                 Effect::Prove(id) if fault || self.kept.contains_key(&id) => {
-                    self.report(Request::Stuck { group: id, reason: "busy".into(), at: 1 });
+                    self.report(Request::Stuck { group: id, why: busy(), at: 1 });
                 }
                 Effect::Prove(id) => {
                     assert!(!self.attached.contains_key(&id), "{id} is still attached");
@@ -345,7 +345,7 @@ impl Model {
                     self.report(Request::Freed { group: id });
                 }
                 Effect::ProveUnbound(id) if fault || self.kept.contains_key(&id) => {
-                    self.report(Request::Stuck { group: id, reason: "busy".into(), at: 1 });
+                    self.report(Request::Stuck { group: id, why: busy(), at: 1 });
                 }
                 Effect::ProveUnbound(id) => {
                     let left = self.free(lease, id);

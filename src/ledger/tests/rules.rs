@@ -73,7 +73,7 @@ fn a_stranger_in_the_container_keeps_newcomers_out() {
     ledger.apply(Request::End { lease: LeaseId(1), at: 5 }).unwrap();
     let refusal = ledger.apply(Request::Acquire(member(2))).unwrap_err();
     assert!(matches!(refusal, Refusal::NotYet { since: 5, .. }), "{refusal}");
-    ledger.apply(Request::Stuck { group: 1, reason: "busy".into(), at: 6 }).unwrap();
+    ledger.apply(Request::Stuck { group: 1, why: busy(), at: 6 }).unwrap();
     let refusal = ledger.apply(Request::Acquire(member(2))).unwrap_err();
     assert!(matches!(refusal, Refusal::Conflict { .. }), "{refusal}");
     ledger.apply(Request::Detached { group: 1 }).unwrap();

@@ -1,9 +1,10 @@
 //! The devices that a tenant may have, and those that are denied.
 
-use super::super::device::{DeviceRule, Id};
+use super::super::device::DeviceRule;
 use super::super::reader::{Section, Value};
 use super::super::tenant::DenyAll;
 use super::Parser;
+use crate::pci::Id;
 use crate::protocol::Bdf;
 
 impl Parser<'_> {
@@ -75,13 +76,6 @@ impl Parser<'_> {
             serial: section.get("serial").and_then(|v| self.serial(v)),
         };
         self.check_device(&section, used);
-        if let Some(serial) = section.get("serial") {
-            let effect = match used {
-                Use::Allow => "this entry allows nothing",
-                Use::Deny => "this entry denies every device that the rest of it names",
-            };
-            self.report.warn(serial.span(), format!("serials are not read yet: {effect}"));
-        }
         Some(rule)
     }
 

@@ -2,16 +2,18 @@
 
 mod containers;
 mod devices;
-mod who;
+mod found;
+mod principals;
+mod unreachable;
 
 use super::device::DeviceRule;
 use super::problem::Report;
 use super::reader::{Section, Value};
 use super::tenant::{Limits, Listed};
-use super::{Names, Policy, Problems, Risk, Tenant, Trust, Verb, shadow};
+use super::{Names, Policy, Problems, Risk, Tenant, Trust, Verb};
 use crate::protocol::{Backend, Handout};
 use devices::Use;
-use std::ops::Range;
+use found::Found;
 use toml::de::DeTable;
 
 const RIGHTS: [(&str, Verb); 4] = [
@@ -65,7 +67,7 @@ pub(super) fn policy(file: &str, text: &str, names: &dyn Names) -> Result<Policy
     let tenants = parser.tenants(&root);
     let containers = parser.containers(&root, &tenants);
     let deny = parser.deny_all(&root);
-    shadow::check(&mut parser.report, &tenants);
+    unreachable::check(&mut parser.report, &tenants);
 
     let report = parser.report;
     let failed = report.has_errors();
@@ -88,14 +90,6 @@ fn version(report: &mut Report<'_>, root: &Section<'_, '_>) {
             .error(value.span(), format!("version {version} is not known"))
             .help("this program reads version 1");
     }
-}
-
-/// A tenant with the places that later checks speak of.
-pub(super) struct Found {
-    pub(super) tenant: Tenant,
-    pub(super) name_span: Range<usize>,
-    /// The entries of `user`, each with its place.
-    pub(super) users: Vec<(u32, Range<usize>)>,
 }
 
 struct Parser<'s> {
@@ -134,7 +128,7 @@ impl Parser<'_> {
         let section = self.report.section(value, "a tenant", &known)?;
         let accept = section.get("accept").map(|v| self.report.words(v, "accept", &ACCEPTS));
         let accept = accept.unwrap_or_default();
-        let (who, users) = self.who(&section, accept.contains(&Accept::OverflowUid));
+        let (principals, users) = self.principals(&section, accept.contains(&Accept::OverflowUid));
         let (rights, devices, deny) = self.rights_and_devices(&section);
         let (backends, handouts) = self.backends_and_handouts(&section);
         let accepts = accept.into_iter().filter_map(|accept| match accept {
@@ -155,7 +149,7 @@ impl Parser<'_> {
             limits: section.get("limits").map_or(Limits::default(), |value| self.limits(value)),
             line: self.report.line(section.span.start),
             name: self.report.name(&section, "a tenant")?,
-            who,
+            principals,
             rights,
             devices,
             deny,

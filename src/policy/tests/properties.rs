@@ -2,7 +2,8 @@
 //! a model that knows sets of devices only.
 
 use super::{Machine, good, peer};
-use crate::policy::{DeviceFacts, Id, Policy, Problems};
+use crate::pci::{DeviceFacts, Id};
+use crate::policy::{Policy, Problems};
 use crate::protocol::Bdf;
 use proptest::collection::vec;
 use proptest::prelude::*;

@@ -160,7 +160,9 @@ fn acquire(broker: &mut Client, request: &Attach, state: &State) -> Result<Given
         Ok(lease) => return Ok(lease.into()),
         Err(error) => error,
     };
-    let client::Error::Broker(protocol::Error::Busy { holder: Some(holder), .. }) = &busy else {
+    let client::Error::Broker { error: protocol::Error::Busy { holder: Some(holder), .. }, .. } =
+        &busy
+    else {
         return Err(busy.into());
     };
     let Some(record) = state.records.values().find(|record| record.lease == holder.lease) else {

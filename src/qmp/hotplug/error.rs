@@ -17,10 +17,7 @@ pub enum Error {
     #[error(transparent)]
     Broker(#[from] client::Error),
     /// This QEMU can't be given devices. Nothing was touched.
-    #[error(
-        "QEMU {version} can't be given devices: {why}; QEMU {oldest} or newer with iommufd can",
-        oldest = super::OLDEST
-    )]
+    #[error("QEMU {version} can't be given devices: {why}")]
     Unsupported {
         /// The version.
         version: Version,
@@ -92,6 +89,23 @@ pub enum Error {
 }
 
 impl Error {
+    /// What to do about it; `None` where the error's own words say all.
+    pub fn advice(&self) -> Option<String> {
+        match self {
+            Error::Qemu(error) => error.advice().map(str::to_owned),
+            Error::Broker(error) => error.advice(),
+            Error::Unsupported { .. } => {
+                Some(format!("QEMU {} or newer with iommufd can", super::OLDEST))
+            }
+            Error::GuestKeeps { .. } => Some("look into the guest, and try again".into()),
+            Error::Left { error, .. } => error.advice(),
+            Error::BadRequest { .. }
+            | Error::AlreadyThere { .. }
+            | Error::NotAttached { .. }
+            | Error::NotThere { .. } => None,
+        }
+    }
+
     /// The failure itself, whatever it left behind.
     pub fn cause(&self) -> &Error {
         match self {
@@ -106,7 +120,7 @@ impl Error {
 
     /// Whether the broker does not know the lease: it has ended.
     pub(super) fn lease_is_gone(error: &client::Error) -> bool {
-        matches!(error, client::Error::Broker(protocol::Error::NoSuchLease { .. }))
+        matches!(error, client::Error::Broker { error: protocol::Error::NoSuchLease { .. }, .. })
     }
 }
 

@@ -194,11 +194,12 @@ impl Grants {
 /// What open(2) is to say to an open that the broker could not make.
 pub(super) fn errno_of(error: &client::Error) -> Errno {
     match error {
-        client::Error::Broker(protocol::Error::Kernel { errno, .. }) => Errno::from_raw(*errno),
-        client::Error::Broker(protocol::Error::Busy { .. }) => Errno::EBUSY,
-        client::Error::Broker(
-            protocol::Error::NoSuchLease { .. } | protocol::Error::Denied { .. },
-        ) => Errno::EACCES,
+        client::Error::Broker { error, .. } => match error {
+            protocol::Error::Kernel { errno, .. } => Errno::from_raw(*errno),
+            protocol::Error::Busy { .. } => Errno::EBUSY,
+            protocol::Error::NoSuchLease { .. } | protocol::Error::Denied { .. } => Errno::EACCES,
+            _ => Errno::EIO,
+        },
         _ => Errno::EIO,
     }
 }

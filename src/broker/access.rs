@@ -1,14 +1,11 @@
 //! Who may do what to which lease, and who may know of it.
 
 use super::books::{Books, Entry};
-use super::{Broker, Caller, said};
-use crate::ledger::{Lease, LeaseId, Quota, Refusal};
+use super::{Broker, Caller, error, said};
+use crate::ledger::{LeaseId, Quota};
 use crate::policy::{Limits, Tenant, Verb};
-use crate::protocol::{Error, Holder};
+use crate::protocol::Error;
 use std::rc::Rc;
-
-/// Why something is not to be had that is just being taken back.
-pub(super) const JUST_ENDED: &str = "its last lease has just ended and the kernel is being asked";
 
 impl Broker {
     /// The tenant the caller is.
@@ -45,48 +42,12 @@ impl Broker {
 
     /// Whether the caller may see what leases of `tenant` do. Never blocks.
     pub fn may_see(&self, caller: &Caller, tenant: &str) -> bool {
-        self.policy
-            .tenant(&caller.peer)
-            .is_ok_and(|own| own.name == tenant || self.policy.may(own, Verb::Observe).allowed)
+        self.policy.tenant(&caller.peer).is_ok_and(|own| self.sees(own, tenant))
     }
 
-    /// The ledger's refusal as the caller may know it.
-    pub(super) fn refused(&self, caller: &Caller, books: &Books, refusal: Refusal) -> Error {
-        match refusal {
-            Refusal::NoSuchLease(lease) => Error::NoSuchLease { lease: lease.to_string() },
-            Refusal::InFlight(lease) => Error::Conflict {
-                what: lease.to_string(),
-                why: "another call on this lease is under way".into(),
-            },
-            Refusal::Busy { device, holder, .. } => {
-                let lease = books.ledger.lease(holder);
-                self.busy(caller, device.to_string(), lease)
-            }
-            Refusal::Quarantined { device, since, reason, .. } => {
-                Error::Quarantined { device: device.to_string(), since, reason }
-            }
-            Refusal::NotYet { what, since } => {
-                Error::Quarantined { device: what, since, reason: JUST_ENDED.into() }
-            }
-            Refusal::Conflict { what, why } => Error::Conflict { what, why },
-            Refusal::OverLimit { limit, most, asked } => {
-                Error::OverLimit { limit: limit.into(), most, asked }
-            }
-            Refusal::Bad { field, reason } => Error::bad(field, reason),
-        }
-    }
-
-    /// That a device is busy; with the holder where the caller may know it.
-    pub(super) fn busy(&self, caller: &Caller, device: String, lease: Option<&Lease>) -> Error {
-        let seen = lease.filter(|lease| self.may_see(caller, &lease.tenant));
-        let holder = seen.map(|lease| Holder {
-            lease: lease.id.to_string(),
-            vm: lease.vm.clone(),
-            tenant: lease.tenant.clone(),
-            uid: lease.uid,
-            pid: lease.pid,
-        });
-        Error::Busy { device, holder, since: seen.map(|lease| lease.since) }
+    /// Whether `own` may see what leases of `tenant` do.
+    pub(super) fn sees(&self, own: &Tenant, tenant: &str) -> bool {
+        own.name == tenant || self.policy.may(own, Verb::Observe).allowed
     }
 
     /// What the tenant of a lease may have, whoever calls.
@@ -102,7 +63,7 @@ impl Broker {
         if asked <= most {
             return Ok(());
         }
-        Err(Error::OverLimit { limit: "fds".into(), most, asked })
+        Err(error::over("fds", most, asked))
     }
 }
 

@@ -1,17 +1,17 @@
 //! Whom a tenant is for.
 
-use super::super::peer::{NO_ID, OVERFLOW_ID, Who};
+use super::super::peer::{NO_ID, OVERFLOW_ID, Principals};
 use super::super::reader::{Section, Value};
 use super::Parser;
 use std::ops::Range;
 
 impl Parser<'_> {
     /// The matchers.
-    pub(super) fn who(
+    pub(super) fn principals(
         &mut self,
         section: &Section<'_, '_>,
         accepts_overflow: bool,
-    ) -> (Who, Vec<(u32, Range<usize>)>) {
+    ) -> (Principals, Vec<(u32, Range<usize>)>) {
         let users = section.get("user").map(|value| self.users(value, accepts_overflow));
         let groups = section.get("group").map(|value| self.groups(value));
         let units = section.get("unit").map(|value| self.texts(value, "unit", Self::check_unit));
@@ -53,7 +53,7 @@ impl Parser<'_> {
                 .error(accept.span(), "overflow-uid is accepted, and no user is 65534")
                 .help("add `user = 65534`, or leave overflow-uid out");
         }
-        let who = Who {
+        let principals = Principals {
             anyone: anyone.is_some(),
             users: users.as_ref().map(|users| users.iter().map(|(uid, _)| *uid).collect()),
             groups,
@@ -61,7 +61,7 @@ impl Parser<'_> {
             labels,
             accepts_overflow,
         };
-        (who, users.unwrap_or_default())
+        (principals, users.unwrap_or_default())
     }
 
     fn users(&mut self, value: &Value<'_>, overflow: bool) -> Vec<(u32, Range<usize>)> {

@@ -1,131 +1,84 @@
-//! Failed kernel calls as the client is told of them: with what to do next.
+//! What to do about each error, as far as its data tells. It is sent beside them.
 
-use super::keeper::NotDone;
-use super::{Broker, lacks};
-use crate::host;
-use crate::kernel;
-use crate::process::keeper::{Failure, LeasedDevice};
-use crate::protocol::{Error, Holder};
+use crate::protocol::{Blocker, Error, Until};
 use nix::errno::Errno;
-use tracing::warn;
 
-impl From<kernel::Error> for Error {
-    fn from(error: kernel::Error) -> Self {
-        let kernel::Error { call, object, errno, note } = error;
-        failed(call, &object, errno, note.as_deref())
-    }
-}
-
-fn failed(call: &str, object: &str, errno: Errno, note: Option<&str>) -> Error {
-    let mut hint = hint(call, object, errno);
-    if let Some(note) = note {
-        hint = format!("{note}; {hint}");
-    }
-    let (call, object, name) = (call.into(), object.into(), format!("{errno:?}"));
-    Error::Kernel { call, object, errno: errno as i32, name, hint }
-}
-
-/// A keeper has not come back from a call.
-pub(super) fn no_answer(call: &str, object: &str) -> Error {
-    let hint = "the kernel has not answered in time; what it still does is undone when it is done: try \
-                again later";
-    let (call, object, name) = (call.into(), object.into(), "ETIMEDOUT".into());
-    Error::Kernel { call, object, errno: Errno::ETIMEDOUT as i32, name, hint: hint.into() }
-}
-
-/// A keeper has ended under a call.
-pub(super) fn keeper_lost(object: &str) -> Error {
-    let hint = "the process that has it open has ended; what it had is being taken back: see the log of \
-                vfio-brokerd";
-    let (call, object, name) = ("keeper".into(), object.into(), "EIO".into());
-    Error::Kernel { call, object, errno: Errno::EIO as i32, name, hint: hint.into() }
-}
-
-impl Broker {
-    /// Why a keeper did not do what was asked of it for these devices.
-    pub(super) fn not_done(&self, why: NotDone, devices: &[LeasedDevice], call: &str) -> Error {
-        let failure = match why {
-            NotDone::Failed(failure) => failure,
-            NotDone::Lost(lost) => {
-                warn!(%lost, call, "a keeper has ended under a call");
-                return keeper_lost(call);
-            }
-        };
-        match failure {
-            Failure::Kernel { call, object, errno, note } => {
-                let errno = Errno::from_raw(errno);
-                match self.last_by_iommufd(&call, &object, errno, devices) {
-                    Some(error) => error,
-                    None => lacks::node(&object, errno)
-                        .unwrap_or_else(|| failed(&call, &object, errno, note.as_deref())),
-                }
-            }
-            Failure::NotViable(id) => match host::Group::scan(&*self.kernel, id) {
-                Ok(group) => {
-                    let blockers = group.map_or(Vec::new(), |group| group.blockers(|_| false));
-                    Error::NotViable { group: id, blockers }
-                }
-                Err(error) => error.into(),
-            },
-            Failure::Owned(id) => Error::Conflict {
-                what: format!("group {id}"),
-                why:
-                    "the kernel calls it not viable although no driver of the host has a device of \
-                      it: something else owns its DMA"
-                        .into(),
-            },
-            Failure::NoCdev(bdf) => lacks::cdev(bdf),
-            Failure::NoIommuDriver { noiommu } => Error::Unsupported {
-                what: if noiommu { "no-IOMMU" } else { "type1" }.into(),
-                why:
-                    "the kernel has no such IOMMU driver for VFIO: modprobe vfio_iommu_type1 (for \
-                      no-IOMMU, vfio.enable_unsafe_noiommu_mode=1)"
-                        .into(),
-            },
-            Failure::Moved { what, why } => Error::Conflict { what, why },
-            Failure::Bad { field, reason } => Error::BadRequest { field, reason },
-            Failure::NotDelivered(errno) => {
-                failed("sendmsg", "the client's socket", Errno::from_raw(errno), None)
-            }
-            Failure::NoSuchLease => Error::Conflict {
-                what: call.into(),
-                why: "its lease has just ended, or another call on it is under way".into(),
-            },
+/// What to do about an error; none where its own words say it, or nothing can be done.
+pub fn advice(error: &Error) -> Option<String> {
+    match error {
+        // Without a file there is nothing that could be looked into.
+        Error::Denied { file, device, .. } => file.as_ref().map(|_| {
+            let device = device.as_ref().map_or(String::new(), |bdf| format!(" for {bdf}"));
+            format!("`vfio-broker policy explain` shows how the policy decides{device}")
+        }),
+        Error::NotViable { blockers, .. } => not_viable(blockers),
+        Error::Busy { holder: Some(holder), .. } => {
+            Some(format!("`vfio-broker watch {}` tells when it is given back", holder.lease))
         }
-    }
-
-    /// EBUSY of a group that nobody has: it is whoever had it last by iommufd, if there is one.
-    fn last_by_iommufd(
-        &self,
-        call: &str,
-        object: &str,
-        errno: Errno,
-        devices: &[LeasedDevice],
-    ) -> Option<Error> {
-        let id = object.strip_prefix("/dev/vfio/")?.trim_start_matches("noiommu-").parse().ok()?;
-        if (call, errno) != ("open", Errno::EBUSY) {
-            return None;
+        // Only who may know the holder is told of its leases' ends.
+        Error::Busy { holder: None, .. } => Some("try again later".into()),
+        Error::Quarantined { until, unbind, .. } => Some(match until {
+            Until::Holder => "whoever still has it open must close it; then try again".into(),
+            Until::Administrator => taken_off(unbind),
+            Until::Kernel => "try again later: the broker asks again by itself".into(),
+        }),
+        Error::OverLimit { limit, .. } => over(limit),
+        Error::NoSuchDevice { .. } => {
+            Some("`vfio-broker topology` shows those that there are".into())
         }
-        let books = self.books();
-        let last = books.ledger.unproved_group(id)?;
-        let device = devices.iter().find(|device| device.group == id);
-        // Only the tenant that had it gets here.
-        Some(Error::Busy {
-            device: device.map_or(format!("group {id}"), |device| device.bdf.to_string()),
-            holder: Some(Holder {
-                lease: last.lease.to_string(),
-                vm: last.vm.clone(),
-                tenant: last.tenant.clone(),
-                uid: last.uid,
-                pid: last.pid,
-            }),
-            since: Some(last.since),
-        })
+        Error::NoSuchLease { .. } => Some("`vfio-broker leases` shows those that there are".into()),
+        Error::Kernel { call, object, errno, .. } => {
+            Some(kernel(call, object, Errno::from_raw(*errno)))
+        }
+        Error::Conflict { .. }
+        | Error::BadRequest { .. }
+        | Error::Unsupported { .. }
+        | Error::InterfaceNotFound { .. }
+        | Error::MethodNotFound { .. }
+        | Error::ExpectedMore {} => None,
     }
 }
 
-/// What to do about it; the errno alone says too little.
-fn hint(call: &str, object: &str, errno: Errno) -> String {
+/// What to do about blockers, beside what each says itself.
+fn not_viable(blockers: &[Blocker]) -> Option<String> {
+    // One without a driver is in the way of its own use alone.
+    if let Some(first) = blockers.first()
+        && blockers.iter().all(|blocker| blocker.driver.is_none())
+    {
+        let bdf = &first.bdf;
+        return Some(format!(
+            "where another function of the group is wanted, withhold {bdf} instead of using it"
+        ));
+    }
+    let kept = blockers.iter().any(|blocker| blocker.fix.is_none());
+    let ask = "a function without a command is not yours to take: ask who looks after this host";
+    kept.then(|| ask.into())
+}
+
+/// Taking devices off their drivers and putting them back; root alone can.
+fn taken_off(devices: &[String]) -> String {
+    let each = devices.iter().map(|bdf| {
+        format!(
+            "echo {bdf} > /sys/bus/pci/devices/{bdf}/driver/unbind, which waits for the last close, \
+             and then echo {bdf} > /sys/bus/pci/drivers_probe"
+        )
+    });
+    let commands = each.collect::<Vec<_>>().join(", ");
+    format!("whoever looks after this host can do that ({commands}); then try again")
+}
+
+/// What to do about a limit that the policy sets.
+fn over(limit: &str) -> Option<String> {
+    let less = match limit {
+        "memlock" | "mapped_bytes" => "ask for less",
+        "leases" | "devices" | "mappings" | "fds" => "give something back",
+        _ => return None,
+    };
+    Some(format!("{less}, or have {limit} of the tenant raised in the policy"))
+}
+
+/// What to do about a failed call; the errno alone says too little.
+fn kernel(call: &str, object: &str, errno: Errno) -> String {
     let group = object.starts_with("/dev/vfio/") && object != "/dev/vfio/vfio";
     match (call, errno) {
         (_, Errno::EMFILE | Errno::ENFILE) => {
@@ -246,20 +199,68 @@ fn hint(call: &str, object: &str, errno: Errno) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::broker::error::system;
 
     #[test]
     fn a_kernel_error_says_what_to_do_next() {
-        let says = |call, object: &str, errno| {
-            let Error::Kernel { hint, name, .. } = system(call, object, errno) else {
-                panic!("another error")
-            };
-            assert_eq!(name, format!("{errno:?}"));
-            hint
-        };
+        let says = |call, object: &str, errno| advice(&system(call, object, errno)).unwrap();
         assert!(says("open", "/dev/vfio/vfio", Errno::ENOENT).contains("modprobe vfio"));
         assert!(says("open", "/dev/vfio/26", Errno::EBUSY).contains("fuser -v /dev/vfio/26"));
         let unsafe_interrupts = says("VFIO_SET_IOMMU", "container", Errno::EPERM);
         assert!(unsafe_interrupts.contains("allow_unsafe_interrupts"));
         assert!(says("VFIO_IOMMU_MAP_DMA", "container", Errno::ENOMEM).contains("RLIMIT_MEMLOCK"));
+    }
+
+    #[test]
+    fn what_a_device_waits_for_decides_what_is_advised() {
+        let says = |until, unbind: &[&str]| {
+            let unbind = unbind.iter().map(|bdf| (*bdf).to_owned()).collect();
+            let (device, reason) = ("d".to_owned(), "r".to_owned());
+            advice(&Error::Quarantined { device, since: 0, reason, until, holder: None, unbind })
+                .unwrap()
+        };
+        assert!(says(Until::Holder, &[]).contains("must close it"));
+        let administrator = says(Until::Administrator, &["0000:01:00.0", "0000:01:00.1"]);
+        for said in ["looks after this host", "0000:01:00.0/driver/unbind", "0000:01:00.1/driver"] {
+            assert!(administrator.contains(said), "{administrator}");
+        }
+        assert!(!says(Until::Kernel, &[]).contains("close"));
+    }
+
+    #[test]
+    fn withholding_is_told_of_only_where_it_helps() {
+        let blocker = |driver: Option<&str>| Blocker {
+            bdf: "0000:05:00.1".into(),
+            driver: driver.map(str::to_owned),
+            fix: None,
+        };
+        let says = |blockers| advice(&Error::NotViable { group: 17, blockers }).unwrap();
+        assert!(says(vec![blocker(None)]).contains("withhold 0000:05:00.1"));
+        assert!(!says(vec![blocker(None), blocker(Some("ahci"))]).contains("withhold"));
+    }
+
+    #[test]
+    fn a_limit_of_the_policy_can_be_raised_there_and_another_cannot() {
+        let says =
+            |limit: &str| advice(&Error::OverLimit { limit: limit.into(), most: 1, asked: 2 });
+        assert!(says("memlock").unwrap().starts_with("ask for less, or have memlock"));
+        assert!(says("leases").unwrap().starts_with("give something back"));
+        assert_eq!(says("devices of one lease"), None);
+    }
+
+    #[test]
+    fn a_denial_points_to_the_policy_only_where_it_is_a_file() {
+        let says = |file: Option<&str>, device: Option<&str>| {
+            advice(&Error::Denied {
+                rule: "r".into(),
+                reason: "why".into(),
+                file: file.map(str::to_owned),
+                line: None,
+                device: device.map(Into::into),
+            })
+        };
+        assert_eq!(says(None, Some("0000:01:00.0")), None);
+        assert!(says(Some("policy.toml"), Some("0000:01:00.0")).unwrap().contains("0000:01:00.0"));
+        assert!(says(Some("policy.toml"), None).unwrap().ends_with("decides"));
     }
 }

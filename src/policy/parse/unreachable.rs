@@ -1,18 +1,20 @@
 //! Tenants that nobody can be, because an earlier one takes them all.
 
-use super::parse::Found;
-use super::peer::{OVERFLOW_ID, Who, covers};
-use super::problem::Report;
+use super::found::Found;
+use crate::policy::peer::{OVERFLOW_ID, Principals, covers};
+use crate::policy::problem::Report;
 
 /// Reports tenants, and single users of them, that an earlier tenant always takes.
 pub(super) fn check(report: &mut Report<'_>, tenants: &[Found]) {
     for (at, found) in tenants.iter().enumerate() {
         let earlier = &tenants[..at];
         let taker = |uid: Option<u32>| {
-            earlier.iter().find(|other| takes(&other.tenant.who, uid, &found.tenant.who))
+            earlier
+                .iter()
+                .find(|other| takes(&other.tenant.principals, uid, &found.tenant.principals))
         };
         let name = &found.tenant.name;
-        let taken: Vec<_> = if found.tenant.who.users.is_some() {
+        let taken: Vec<_> = if found.tenant.principals.users.is_some() {
             let users = found.users.iter();
             users.filter_map(|(uid, span)| Some((span, Some(*uid), taker(Some(*uid))?))).collect()
         } else {
@@ -39,7 +41,7 @@ pub(super) fn check(report: &mut Report<'_>, tenants: &[Found]) {
 }
 
 /// Whether `earlier` is for everybody with this uid, or any uid, whom `later` is for.
-fn takes(earlier: &Who, uid: Option<u32>, later: &Who) -> bool {
+fn takes(earlier: &Principals, uid: Option<u32>, later: &Principals) -> bool {
     let user = match (&earlier.users, uid) {
         (None, uid) => uid != Some(OVERFLOW_ID),
         (Some(users), Some(uid)) => users.contains(&uid),
