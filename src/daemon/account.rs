@@ -3,7 +3,7 @@
 
 use super::closer::{Closer, Lane};
 use super::limit::RateLimit;
-use super::porter::{MOST_OF_OWNER, Sink, Stuck, Waiting};
+use super::receiver::{MOST_OF_OWNER, Sink, Stuck, Waiting};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
 use crate::protocol::{Error, Handout};
 use std::cell::{Cell, RefCell};
@@ -39,7 +39,7 @@ const MOST_STRANGERS: usize = 1000;
 pub(super) struct Accounts {
     closer: Closer,
     /// One of each for all strangers: with their own, many uids could hold up all closer threads
-    /// and have any number of porters.
+    /// and have any number of receivers.
     strangers_lane: Lane,
     strangers_sink: Rc<Sink>,
     strangers_denials: Rc<RefCell<RateLimit>>,
@@ -62,8 +62,8 @@ pub(super) struct Account {
     pub(super) own_lane: Lane,
     /// Where its connections end.
     pub(super) sink: Rc<Sink>,
-    /// Messages of its that porters take, at a time.
-    pub(super) porters: Semaphore,
+    /// Messages of its that receivers take, at a time.
+    pub(super) receivers: Semaphore,
     /// Those that could not be ended.
     pub(super) stuck: Stuck,
     /// Requests in flight that are not answered on the event loop.
@@ -193,7 +193,7 @@ impl Account {
             lane,
             own_lane,
             sink,
-            porters: Semaphore::new(MOST_OF_OWNER),
+            receivers: Semaphore::new(MOST_OF_OWNER),
             stuck: Stuck::default(),
             requests: Arc::new(Semaphore::new(most_requests)),
             most_requests,

@@ -4,7 +4,7 @@ use super::Daemon;
 use super::account::Seat;
 use super::incoming::{Flags, Incoming, Message, Sent, StrayFds};
 use super::outgoing::{Answer, SendError};
-use super::porter::NotTaken;
+use super::receiver::NotTaken;
 use crate::broker::Caller;
 use crate::policy::Peer;
 use crate::protocol::{Error, Memlock, Oversize, Request, SetMemlock};
@@ -182,8 +182,8 @@ impl Connection {
         if !account.sends_fds {
             return Err(Lost::FdsNotTaken);
         }
-        let porters = &self.daemon.porters;
-        let taken = porters.take(account, self.caller.peer.uid, self.socket.get_ref()).await?;
+        let receivers = &self.daemon.receivers;
+        let taken = receivers.take(account, self.caller.peer.uid, self.socket.get_ref()).await?;
         self.more = true;
         Ok(self.incoming.push(&taken.bytes, Sent::new(taken.files, &account.lane))?)
     }
@@ -286,7 +286,7 @@ async fn empty(daemon: &Daemon, seat: &Seat, uid: u32, socket: &OwnedFd) -> Resu
         match fdpass::peek(socket.as_fd(), &mut buffer) {
             Ok(next) if next.len == 0 => return Ok(()),
             Ok(next) if next.fds => {
-                let taken = daemon.porters.take(&seat.account, uid, socket).await?;
+                let taken = daemon.receivers.take(&seat.account, uid, socket).await?;
                 seat.account.lane.close(taken.files.into_iter().flatten());
             }
             Ok(next) => {

@@ -4,7 +4,7 @@
 //! calls on worker threads with a deadline ([`workers`]), taking back on threads of its own
 //! ([`reclaim`]), closing the broker's own files on closer
 //! threads ([`closer`]), receiving and closing what peers sent, and taking devices off their drivers, in
-//! processes of their own ([`porter`], [`rebinder`]).
+//! processes of their own ([`receiver`], [`rebinder`]).
 
 mod accept;
 mod account;
@@ -21,9 +21,9 @@ mod observer;
 mod options;
 mod outgoing;
 mod peer;
-mod porter;
 mod proxy;
 mod rebinder;
+mod receiver;
 mod reclaim;
 mod record;
 mod start;
@@ -43,7 +43,7 @@ use crate::protocol::{Error, MAX_MESSAGE};
 use account::{Account, Accounts};
 use closer::Closer;
 use observer::DaemonObserver;
-use porter::Porters;
+use receiver::Receivers;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -55,7 +55,7 @@ use tracing::{debug, info};
 /// Does what one of the daemon's own processes is for, if this program was started as one: call it
 /// first of all in `main`.
 pub fn be_process_if_asked() -> Option<std::process::ExitCode> {
-    porter::be_one_if_asked().or_else(rebinder::be_one_if_asked).or_else(proxy::be_one_if_asked)
+    receiver::be_one_if_asked().or_else(rebinder::be_one_if_asked).or_else(proxy::be_one_if_asked)
 }
 
 /// The arguments, if this program was started under that name.
@@ -75,7 +75,7 @@ struct Daemon {
     /// Threads that reclaim.
     reclaims: Handle,
     accounts: Rc<Accounts>,
-    porters: Rc<Porters>,
+    receivers: Rc<Receivers>,
     deadlines: Deadlines,
     /// Whether the policy has tenants by unit.
     names_units: bool,
@@ -106,7 +106,7 @@ impl Daemon {
             wanted: Notify::new(),
             reclaims,
             accounts: Rc::new(Accounts::new(most_connections, Closer::new()?)),
-            porters: Rc::default(),
+            receivers: Rc::default(),
             deadlines: Deadlines {
                 call: options.call_deadline,
                 read: options.read_deadline,

@@ -1,4 +1,4 @@
-//! What a porter does, in its own process: one errand, and then it ends.
+//! What a receiver does, in its own process: one errand, and then it ends.
 
 use super::{NotTaken, Taken};
 use crate::broker::check_memory;
@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 /// What it is called in the list of processes; a program that is started under this name is one.
-pub(super) const NAME: &str = "vfio-broker-porter";
+pub(super) const NAME: &str = "vfio-broker-receiver";
 
 /// A report and what it reports on, at most: 16 reasons and a message.
 pub(super) const MOST_BYTES: usize = MAX_MESSAGE + (16 << 10);
@@ -26,7 +26,7 @@ const MOST_REASON: usize = 120;
 /// UIDS-GIDS.md) where that can be had, because who runs as the same user could stop it.
 const NOBODIES: [u32; 2] = [0xfffe_4653, 65534];
 
-/// Sockets that one porter closes at a time.
+/// Sockets that one receiver closes at a time.
 const MOST_CLOSING: usize = 64;
 
 /// The threads close a file each and use next to no stack.
@@ -93,7 +93,7 @@ impl Report {
     }
 }
 
-/// Does an errand if this program was started as a porter: call it first of all in `main`.
+/// Does an errand if this program was started as a receiver: call it first of all in `main`.
 pub(in super::super) fn be_one_if_asked() -> Option<ExitCode> {
     let mut args = super::super::started_as(NAME)?;
     let errand = args.next()?;
