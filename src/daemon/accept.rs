@@ -75,15 +75,15 @@ fn admit(daemon: &Rc<Daemon>, stream: UnixStream) {
         Ok(peer) => peer,
         Err(errno) => {
             debug!(reason = %Refused::Failed { call: "getsockopt", errno }, "not let in");
-            return daemon.accounts.strangers_sink().close(stream.into(), None);
+            return daemon.accounts.strangers_socket_closer().close(stream.into(), None);
         }
     };
     let uid = peer.uid;
     let account = daemon.accounts.account(daemon.broker.policy(), &peer);
-    let sink = Rc::clone(&account.sink);
+    let socket_closer = Rc::clone(&account.socket_closer);
     if let Err((stream, reason)) = try_admit(daemon, stream, peer, account) {
         debug!(uid, %reason, "not let in");
-        sink.close(stream, None);
+        socket_closer.close(stream, None);
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::closer::{Closer, Lane};
 use super::limit::RateLimit;
-use super::receiver::{MOST_OF_OWNER, Sink, Stuck, Waiting};
+use super::receiver::{MOST_OF_OWNER, SocketCloser, Stuck, Waiting};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
 use crate::protocol::{Error, Handout};
 use std::cell::{Cell, RefCell};
@@ -41,7 +41,7 @@ pub(super) struct Accounts {
     /// One of each for all strangers: with their own, many uids could hold up all closer threads
     /// and have any number of receivers.
     strangers_lane: Lane,
-    strangers_sink: Rc<Sink>,
+    strangers_socket_closer: Rc<SocketCloser>,
     strangers_denials: Rc<RefCell<RateLimit>>,
     waiting: Waiting,
     strangers: Cell<usize>,
@@ -61,7 +61,7 @@ pub(super) struct Account {
     /// Where what the broker meant for them is closed: behind nothing that a peer sent.
     pub(super) own_lane: Lane,
     /// Where its connections end.
-    pub(super) sink: Rc<Sink>,
+    pub(super) socket_closer: Rc<SocketCloser>,
     /// Messages of its that receivers take, at a time.
     pub(super) receivers: Semaphore,
     /// Those that could not be ended.
@@ -92,7 +92,7 @@ impl Accounts {
         let waiting = Waiting::default();
         Self {
             closer,
-            strangers_sink: Sink::new(waiting.clone()),
+            strangers_socket_closer: SocketCloser::new(waiting.clone()),
             waiting,
             strangers_lane,
             strangers_denials: Rc::new(RefCell::new(RateLimit::new(STRANGERS_DENIALS))),
@@ -109,8 +109,8 @@ impl Accounts {
     }
 
     /// Where the connections of those end who belong to no tenant.
-    pub(super) fn strangers_sink(&self) -> &Rc<Sink> {
-        &self.strangers_sink
+    pub(super) fn strangers_socket_closer(&self) -> &Rc<SocketCloser> {
+        &self.strangers_socket_closer
     }
 
     /// A place for one more connection of this account.
@@ -159,12 +159,12 @@ impl Accounts {
             return Rc::clone(account);
         }
         by_owner.retain(|_, account| !account.is_forgettable());
-        let (lane, sink) = match &tenant {
-            Ok(_) => (self.closer.lane(), Sink::new(self.waiting.clone())),
-            Err(_) => (self.strangers_lane.clone(), Rc::clone(&self.strangers_sink)),
+        let (lane, socket_closer) = match &tenant {
+            Ok(_) => (self.closer.lane(), SocketCloser::new(self.waiting.clone())),
+            Err(_) => (self.strangers_lane.clone(), Rc::clone(&self.strangers_socket_closer)),
         };
         let own_lane = self.closer.lane();
-        let mut account = Account::new(owner.clone(), tenant, lane, own_lane, sink);
+        let mut account = Account::new(owner.clone(), tenant, lane, own_lane, socket_closer);
         account.strangers_denials =
             account.is_stranger().then(|| Rc::clone(&self.strangers_denials));
         let account = Rc::new(account);
@@ -179,7 +179,7 @@ impl Account {
         tenant: Result<&Tenant, Refusal>,
         lane: Lane,
         own_lane: Lane,
-        sink: Rc<Sink>,
+        socket_closer: Rc<SocketCloser>,
     ) -> Self {
         let (connections, requests) = match &tenant {
             Ok(tenant) => (size(tenant.limits.connections), size(tenant.limits.requests)),
@@ -192,7 +192,7 @@ impl Account {
             most_connections: connections,
             lane,
             own_lane,
-            sink,
+            socket_closer,
             receivers: Semaphore::new(MOST_OF_OWNER),
             stuck: Stuck::default(),
             requests: Arc::new(Semaphore::new(most_requests)),

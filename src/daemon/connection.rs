@@ -80,10 +80,10 @@ impl Connection {
             debug!(uid = peer.uid, pid = peer.pid, %reason, "disconnected");
         }
         let Self { daemon, seat, socket, .. } = self;
-        let (sink, socket) = (Rc::clone(&seat.account.sink), socket.into_inner());
+        let (socket_closer, socket) = (Rc::clone(&seat.account.socket_closer), socket.into_inner());
         // Boxed, so that the task of an idle connection stays small.
         Box::pin(all_read(&daemon, &seat, peer.uid, &socket)).await;
-        sink.close(socket, Some(seat));
+        socket_closer.close(socket, Some(seat));
     }
 
     /// One call at a time, as Varlink has it. What can take long is boxed, so that the task of an

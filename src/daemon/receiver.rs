@@ -6,13 +6,13 @@
 //! no privileges and none of the daemon's files, started for each message that brings any. It passes
 //! on only files that can be memory. A receiver that takes too long is killed; one that even a kill
 //! does not end counts against the account that it was started for. Sockets that may hold something
-//! unread are closed by a second role of the same program ([`sink`]).
+//! unread are closed by a second role of the same program ([`socket_closer`]).
 
 mod errand;
-mod sink;
+mod socket_closer;
 
 pub(super) use errand::be_one_if_asked;
-pub(super) use sink::{Sink, Waiting};
+pub(super) use socket_closer::{SocketCloser, Waiting};
 
 use super::account::Account;
 use crate::protocol::Error;

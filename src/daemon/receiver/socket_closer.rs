@@ -42,7 +42,7 @@ impl Waiting {
 
 /// The end of one owner's connections. Lives on the event loop.
 #[derive(Debug)]
-pub(in super::super) struct Sink {
+pub(in super::super) struct SocketCloser {
     of_all: Waiting,
     /// With the places that they keep until they are handed over.
     waiting: RefCell<Vec<(OwnedFd, Option<Seat>)>>,
@@ -53,7 +53,7 @@ pub(in super::super) struct Sink {
     kept: RefCell<Option<Helper>>,
 }
 
-impl Sink {
+impl SocketCloser {
     pub(in super::super) fn new(of_all: Waiting) -> Rc<Self> {
         Rc::new(Self {
             of_all,
