@@ -8,16 +8,16 @@
 //! does not end counts against the account that it was started for. Sockets that may hold something
 //! unread are closed by a second role of the same program ([`socket_closer`]).
 
-mod errand;
+mod role;
 mod socket_closer;
 
-pub(super) use errand::be_one_if_asked;
+pub(super) use role::be_one_if_asked;
 pub(super) use socket_closer::{SocketCloser, Waiting};
 
 use super::account::Account;
 use crate::protocol::Error;
 use crate::sys::fdpass;
-use errand::{Errand, NAME, Report};
+use role::{Role, NAME, Report};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, setsockopt, shutdown, socketpair,
@@ -135,7 +135,7 @@ impl Stuck {
 /// Has a receiver take a message; also gives the receiver where it does not end.
 fn take(socket: OwnedFd) -> (Result<Taken, NotTaken>, Option<Child>) {
     let failed = || Err(NotTaken::Failed(Errno::EPROTO.into()));
-    let mut receiver = match Helper::start(Errand::Take) {
+    let mut receiver = match Helper::start(Role::Take) {
         Ok(receiver) => receiver,
         Err(error) => return (Err(NotTaken::Failed(error)), None),
     };
@@ -143,7 +143,7 @@ fn take(socket: OwnedFd) -> (Result<Taken, NotTaken>, Option<Child>) {
     // It fails where the receiver died, and then there is no report either.
     let _ = fdpass::send(ours, b"f", &[socket.as_fd()], flags);
     let _ = shutdown(ours.as_raw_fd(), Shutdown::Write);
-    let mut buffer = vec![0; errand::MOST_BYTES];
+    let mut buffer = vec![0; role::MOST_BYTES];
     let taken = match fdpass::receive(ours, &mut buffer, fdpass::MAX_FDS, flags) {
         Ok(got) => Report::decode(&buffer[..got.len])
             .map_or_else(failed, |report| report.into_taken(got.fds)),
@@ -161,14 +161,14 @@ struct Helper {
 }
 
 impl Helper {
-    fn start(errand: Errand) -> std::io::Result<Self> {
+    fn start(role: Role) -> std::io::Result<Self> {
         let (socket, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let patience = TimeVal::new(PATIENCE.as_secs().cast_signed(), 0);
         setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
         setsockopt(&socket, sockopt::SendTimeout, &patience)?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg0(NAME).arg(errand.name()).env_clear().stdin(theirs);
+        command.arg0(NAME).arg(role.name()).env_clear().stdin(theirs);
         command.stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
         Ok(Self { child: command.spawn()?, socket })
     }

@@ -7,7 +7,7 @@
 //! ever closed here: rather than that, nobody is let in.
 
 use super::super::account::Seat;
-use super::errand::Errand;
+use super::role::Role;
 use super::{Helper, MOST_STUCK, fdpass};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
@@ -123,7 +123,7 @@ impl SocketCloser {
             return there;
         }
         if self.still_stuck() < MOST_STUCK
-            && let Ok(Ok(receiver)) = spawn_blocking(|| Helper::start(Errand::Close)).await
+            && let Ok(Ok(receiver)) = spawn_blocking(|| Helper::start(Role::Close)).await
         {
             return Some(receiver);
         }
