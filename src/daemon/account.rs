@@ -1,7 +1,7 @@
 //! Who takes up how much: connections and requests in flight, by tenant; peers that belong to no
 //! tenant, by uid.
 
-use super::closer::{Closer, Lane};
+use super::closer::{CloseQueue, Closer};
 use super::limit::RateLimit;
 use super::receiver::{MOST_OF_OWNER, SocketCloser, Stuck, Waiting};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
@@ -40,7 +40,7 @@ pub(super) struct Accounts {
     closer: Closer,
     /// One of each for all strangers: with their own, many uids could hold up all closer threads
     /// and have any number of receivers.
-    strangers_lane: Lane,
+    strangers_close_queue: CloseQueue,
     strangers_socket_closer: Rc<SocketCloser>,
     strangers_denials: Rc<RefCell<RateLimit>>,
     waiting: Waiting,
@@ -57,9 +57,9 @@ pub(super) struct Account {
     connections: Cell<usize>,
     most_connections: usize,
     /// Where everything that its peers sent is closed.
-    pub(super) lane: Lane,
+    pub(super) close_queue: CloseQueue,
     /// Where what the broker meant for them is closed: behind nothing that a peer sent.
-    pub(super) own_lane: Lane,
+    pub(super) own_close_queue: CloseQueue,
     /// Where its connections end.
     pub(super) socket_closer: Rc<SocketCloser>,
     /// Messages of its that receivers take, at a time.
@@ -88,13 +88,13 @@ pub(super) struct Seat {
 
 impl Accounts {
     pub(super) fn new(most_connections: usize, closer: Closer) -> Self {
-        let strangers_lane = closer.lane();
+        let strangers_close_queue = closer.queue();
         let waiting = Waiting::default();
         Self {
             closer,
             strangers_socket_closer: SocketCloser::new(waiting.clone()),
             waiting,
-            strangers_lane,
+            strangers_close_queue,
             strangers_denials: Rc::new(RefCell::new(RateLimit::new(STRANGERS_DENIALS))),
             strangers: Cell::new(0),
             by_owner: RefCell::default(),
@@ -130,7 +130,7 @@ impl Accounts {
         if account.is_stranger() && self.strangers.get() >= most_strangers {
             return Err(over("connections of all who have no tenant", most_strangers));
         }
-        if account.lane.unclosed() >= MOST_UNCLOSED {
+        if account.close_queue.unclosed() >= MOST_UNCLOSED {
             return Err(over("open files of this client that can't be closed", MOST_UNCLOSED));
         }
         if account.connections.get() >= account.most_connections {
@@ -159,12 +159,15 @@ impl Accounts {
             return Rc::clone(account);
         }
         by_owner.retain(|_, account| !account.is_forgettable());
-        let (lane, socket_closer) = match &tenant {
-            Ok(_) => (self.closer.lane(), SocketCloser::new(self.waiting.clone())),
-            Err(_) => (self.strangers_lane.clone(), Rc::clone(&self.strangers_socket_closer)),
+        let (close_queue, socket_closer) = match &tenant {
+            Ok(_) => (self.closer.queue(), SocketCloser::new(self.waiting.clone())),
+            Err(_) => {
+                (self.strangers_close_queue.clone(), Rc::clone(&self.strangers_socket_closer))
+            }
         };
-        let own_lane = self.closer.lane();
-        let mut account = Account::new(owner.clone(), tenant, lane, own_lane, socket_closer);
+        let own_close_queue = self.closer.queue();
+        let mut account =
+            Account::new(owner.clone(), tenant, close_queue, own_close_queue, socket_closer);
         account.strangers_denials =
             account.is_stranger().then(|| Rc::clone(&self.strangers_denials));
         let account = Rc::new(account);
@@ -177,8 +180,8 @@ impl Account {
     fn new(
         owner: Owner,
         tenant: Result<&Tenant, Refusal>,
-        lane: Lane,
-        own_lane: Lane,
+        close_queue: CloseQueue,
+        own_close_queue: CloseQueue,
         socket_closer: Rc<SocketCloser>,
     ) -> Self {
         let (connections, requests) = match &tenant {
@@ -190,8 +193,8 @@ impl Account {
             owner,
             connections: Cell::new(0),
             most_connections: connections,
-            lane,
-            own_lane,
+            close_queue,
+            own_close_queue,
             socket_closer,
             receivers: Semaphore::new(MOST_OF_OWNER),
             stuck: Stuck::default(),

@@ -41,7 +41,10 @@ impl Connection {
             let fds = grant.fds.into_iter().map(SentFd::Made).collect();
             return Ok(Answer::with_kept(grant.reply, fds));
         }
-        Ok(Answer::with_fds(grant.reply, Deferred::new(grant.fds, &self.seat.account.own_lane)))
+        Ok(Answer::with_fds(
+            grant.reply,
+            Deferred::new(grant.fds, &self.seat.account.own_close_queue),
+        ))
     }
 
     /// The fast way: what the broker keeps, sent without a copy of it being made.
@@ -51,7 +54,7 @@ impl Connection {
     }
 
     pub(super) async fn get_fds(&self, request: GetFds) -> Result<Answer, Error> {
-        let lane = &self.seat.account.own_lane;
+        let close_queue = &self.seat.account.own_close_queue;
         let mut result = self.open_anew(&request).await;
         for wait in BEFORE_BUSY {
             match &result {
@@ -60,12 +63,12 @@ impl Connection {
             }
             // What is in use may be our own copy of what was sent before, which is closed some time
             // soon, or one that a process has which is being started, here or at the holder's.
-            lane.drained(OUR_COPIES).await;
+            close_queue.drained(OUR_COPIES).await;
             tokio::time::sleep(Duration::from_millis(wait)).await;
             result = self.open_anew(&request).await;
         }
         let (reply, fds) = result?;
-        Ok(Answer::with_fds(reply, Deferred::new(fds, lane)))
+        Ok(Answer::with_fds(reply, Deferred::new(fds, close_queue)))
     }
 
     async fn open_anew(&self, request: &GetFds) -> Result<(Fds, Vec<OwnedFd>), Error> {
@@ -85,7 +88,7 @@ impl Connection {
     }
 
     pub(super) async fn map_dma(&self, request: MapDma, fds: Sent) -> Result<Answer, Error> {
-        // Wherever the job is dropped, the file goes to its lane.
+        // Wherever the job is dropped, the file goes to its close queue.
         let mut memory = fds.take(request.memory)?;
         let object = request.lease.clone();
         let MapDma { lease, key, iova, size, .. } = request.clone();

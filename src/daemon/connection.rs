@@ -185,7 +185,7 @@ impl Connection {
         let receivers = &self.daemon.receivers;
         let taken = receivers.take(account, self.caller.peer.uid, self.socket.get_ref()).await?;
         self.more = true;
-        Ok(self.incoming.push(&taken.bytes, Sent::new(taken.files, &account.lane))?)
+        Ok(self.incoming.push(&taken.bytes, Sent::new(taken.files, &account.close_queue))?)
     }
 
     /// The process at the other end may have its limit raised.
@@ -287,7 +287,7 @@ async fn empty(daemon: &Daemon, seat: &Seat, uid: u32, socket: &OwnedFd) -> Resu
             Ok(next) if next.len == 0 => return Ok(()),
             Ok(next) if next.fds => {
                 let taken = daemon.receivers.take(&seat.account, uid, socket).await?;
-                seat.account.lane.close(taken.files.into_iter().flatten());
+                seat.account.close_queue.close(taken.files.into_iter().flatten());
             }
             Ok(next) => {
                 let bytes = &mut buffer[..next.len];

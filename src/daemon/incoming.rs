@@ -4,7 +4,7 @@
 //! kernel ends a read with the bytes that fds came with, so they belong to the last message that
 //! begins in that read. Fds that come in the midst of a message are a framing error.
 
-use super::closer::Lane;
+use super::closer::CloseQueue;
 use crate::protocol::{Call, Error, Frames, Oversize, Request};
 use std::os::fd::OwnedFd;
 
@@ -13,12 +13,12 @@ use std::os::fd::OwnedFd;
 #[derive(Debug, Default)]
 pub(super) struct Sent {
     files: Vec<Result<OwnedFd, Error>>,
-    lane: Option<Lane>,
+    queue: Option<CloseQueue>,
 }
 
 impl Sent {
-    pub(super) fn new(files: Vec<Result<OwnedFd, Error>>, lane: &Lane) -> Self {
-        Self { files, lane: Some(lane.clone()) }
+    pub(super) fn new(files: Vec<Result<OwnedFd, Error>>, queue: &CloseQueue) -> Self {
+        Self { files, queue: Some(queue.clone()) }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -36,14 +36,14 @@ impl Sent {
             return Err(Error::bad("memory", reason));
         }
         let file = self.files.swap_remove(index)?;
-        Ok(Deferred { fds: vec![file], lane: self.lane.clone() })
+        Ok(Deferred { fds: vec![file], queue: self.queue.clone() })
     }
 }
 
 impl Drop for Sent {
     fn drop(&mut self) {
-        if let Some(lane) = &self.lane {
-            lane.close(self.files.drain(..).flatten());
+        if let Some(queue) = &self.queue {
+            queue.close(self.files.drain(..).flatten());
         }
     }
 }
@@ -52,13 +52,13 @@ impl Drop for Sent {
 #[derive(Debug, Default)]
 pub(super) struct Deferred {
     fds: Vec<OwnedFd>,
-    lane: Option<Lane>,
+    queue: Option<CloseQueue>,
 }
 
 impl Deferred {
-    pub(super) fn new(fds: Vec<OwnedFd>, lane: &Lane) -> Self {
-        let lane = (!fds.is_empty()).then(|| lane.clone());
-        Self { fds, lane }
+    pub(super) fn new(fds: Vec<OwnedFd>, queue: &CloseQueue) -> Self {
+        let queue = (!fds.is_empty()).then(|| queue.clone());
+        Self { fds, queue }
     }
 
     pub(super) fn fds(&self) -> &[OwnedFd] {
@@ -73,9 +73,9 @@ impl Deferred {
 
 impl Drop for Deferred {
     fn drop(&mut self) {
-        if let Some(lane) = &self.lane {
+        if let Some(queue) = &self.queue {
             // A lease's lifeline is the last of its files: it goes first.
-            lane.close(self.fds.drain(..).rev());
+            queue.close(self.fds.drain(..).rev());
         }
     }
 }
@@ -201,7 +201,7 @@ mod tests {
             fdpass::send(ours.as_fd(), bytes, &fds, MsgFlags::empty()).unwrap();
         }
         drop(ours);
-        let lane = crate::daemon::closer::Closer::new().unwrap().lane();
+        let queue = crate::daemon::closer::Closer::new().unwrap().queue();
         let (mut incoming, mut counts) = (Incoming::default(), Vec::new());
         let mut buffer = vec![0; buffer];
         loop {
@@ -210,7 +210,7 @@ mod tests {
                 return Ok(counts);
             }
             let files = got.fds.into_iter().map(Ok).collect();
-            incoming.push(&buffer[..got.len], Sent::new(files, &lane))?;
+            incoming.push(&buffer[..got.len], Sent::new(files, &queue))?;
             while let Some(message) = incoming.next_message().unwrap() {
                 assert_eq!(message.request, Ok(Request::GetInfo));
                 counts.push(message.fds.len());

@@ -17,13 +17,13 @@ pub(super) use socket_closer::{SocketCloser, Waiting};
 use super::account::Account;
 use crate::protocol::Error;
 use crate::sys::fdpass;
-use role::{Role, NAME, Report};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, setsockopt, shutdown, socketpair,
     sockopt,
 };
 use nix::sys::time::TimeVal;
+use role::{NAME, Report, Role};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
