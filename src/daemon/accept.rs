@@ -93,14 +93,14 @@ fn try_admit(
     peer: Peer,
     account: Rc<Account>,
 ) -> Result<(), (OwnedFd, Box<Refused>)> {
-    let seat = match daemon.accounts.seat(account) {
-        Ok(seat) => seat,
+    let charge = match daemon.accounts.charge(account) {
+        Ok(charge) => charge,
         Err(over) => {
             Answer::error(&over).send_what_fits(stream.as_fd());
             return Err((stream.into(), Box::new(Refused::Over(over))));
         }
     };
-    if !seat.account.sends_fds {
+    if !charge.account.sends_fds {
         // Where the kernel can't do it, fds end the connection. So do those that were sent before
         // this: the option is the connection's, and on the listener it would turn away the fds of
         // tenants that may send them and don't wait to be let in.
@@ -112,7 +112,7 @@ fn try_admit(
     let both = Interest::READABLE | Interest::WRITABLE;
     let socket = try_watch(stream.into(), both)
         .map_err(|(stream, error)| (stream, Box::new(Refused::Poll(error))))?;
-    let connection = Connection::new(Rc::clone(daemon), Caller { peer }, socket, seat);
+    let connection = Connection::new(Rc::clone(daemon), Caller { peer }, socket, charge);
     spawn_local(connection.serve());
     Ok(())
 }

@@ -79,9 +79,9 @@ pub(super) struct Account {
     pub(super) denied: Option<Error>,
 }
 
-/// A connection's place in its account; given back when dropped.
+/// One connection, charged to its account; given back when dropped.
 #[derive(Debug)]
-pub(super) struct Seat {
+pub(super) struct ConnectionCharge {
     pub(super) account: Rc<Account>,
     accounts: Rc<Accounts>,
 }
@@ -113,11 +113,11 @@ impl Accounts {
         &self.strangers_socket_closer
     }
 
-    /// A place for one more connection of this account.
+    /// Charges this account for one more connection.
     ///
     /// # Errors
     /// [`Error::OverLimit`].
-    pub(super) fn seat(self: &Rc<Self>, account: Rc<Account>) -> Result<Seat, Error> {
+    pub(super) fn charge(self: &Rc<Self>, account: Rc<Account>) -> Result<ConnectionCharge, Error> {
         let over = |limit: &str, most: usize| Error::OverLimit {
             limit: limit.into(),
             most: most as u64,
@@ -143,7 +143,7 @@ impl Accounts {
         account.connections.update(|count| count + 1);
         self.connections.update(|count| count + 1);
         self.strangers.update(|count| count + usize::from(account.is_stranger()));
-        Ok(Seat { account, accounts: Rc::clone(self) })
+        Ok(ConnectionCharge { account, accounts: Rc::clone(self) })
     }
 
     /// The account of a peer. A tenant's stays; a stranger's goes some time after its last
@@ -234,7 +234,7 @@ fn size(limit: u64) -> usize {
     usize::try_from(limit).unwrap_or(usize::MAX)
 }
 
-impl Drop for Seat {
+impl Drop for ConnectionCharge {
     fn drop(&mut self) {
         self.account.connections.update(|count| count - 1);
         self.accounts.connections.update(|count| count - 1);

@@ -43,7 +43,7 @@ impl Connection {
         }
         Ok(Answer::with_fds(
             grant.reply,
-            Deferred::new(grant.fds, &self.seat.account.own_close_queue),
+            Deferred::new(grant.fds, &self.charge.account.own_close_queue),
         ))
     }
 
@@ -54,7 +54,7 @@ impl Connection {
     }
 
     pub(super) async fn get_fds(&self, request: GetFds) -> Result<Answer, Error> {
-        let close_queue = &self.seat.account.own_close_queue;
+        let close_queue = &self.charge.account.own_close_queue;
         let mut result = self.open_anew(&request).await;
         for wait in BEFORE_BUSY {
             match &result {
@@ -142,6 +142,6 @@ impl Connection {
         Work: FnOnce(&Broker, &dyn Fn() -> bool) -> Result<T, Error> + Send + 'static,
         Late: FnOnce(&Broker, T) + Send + 'static,
     {
-        job.run(&self.daemon.broker, &self.seat.account, self.daemon.deadlines.call).await
+        job.run(&self.daemon.broker, &self.charge.account, self.daemon.deadlines.call).await
     }
 }

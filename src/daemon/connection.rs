@@ -1,7 +1,7 @@
 //! One connection: reads calls, has them carried out, answers them in order.
 
 use super::Daemon;
-use super::account::Seat;
+use super::account::ConnectionCharge;
 use super::incoming::{Flags, Incoming, Message, Sent, StrayFds};
 use super::outgoing::{Answer, SendError};
 use super::receiver::NotTaken;
@@ -26,7 +26,7 @@ pub(super) struct Connection {
     pub(super) daemon: Rc<Daemon>,
     pub(super) caller: Arc<Caller>,
     pub(super) socket: AsyncFd<OwnedFd>,
-    pub(super) seat: Seat,
+    pub(super) charge: ConnectionCharge,
     pub(super) incoming: Incoming,
     /// The last read may have left something behind.
     more: bool,
@@ -66,10 +66,10 @@ impl Connection {
         daemon: Rc<Daemon>,
         caller: Caller,
         socket: AsyncFd<OwnedFd>,
-        seat: Seat,
+        charge: ConnectionCharge,
     ) -> Self {
         let incoming = Incoming::default();
-        Self { daemon, caller: Arc::new(caller), socket, seat, incoming, more: false }
+        Self { daemon, caller: Arc::new(caller), socket, charge, incoming, more: false }
     }
 
     /// Serves it until it ends.
@@ -79,11 +79,12 @@ impl Connection {
         if let Err(reason) = ended {
             debug!(uid = peer.uid, pid = peer.pid, %reason, "disconnected");
         }
-        let Self { daemon, seat, socket, .. } = self;
-        let (socket_closer, socket) = (Rc::clone(&seat.account.socket_closer), socket.into_inner());
+        let Self { daemon, charge, socket, .. } = self;
+        let (socket_closer, socket) =
+            (Rc::clone(&charge.account.socket_closer), socket.into_inner());
         // Boxed, so that the task of an idle connection stays small.
-        Box::pin(all_read(&daemon, &seat, peer.uid, &socket)).await;
-        socket_closer.close(socket, Some(seat));
+        Box::pin(all_read(&daemon, &charge, peer.uid, &socket)).await;
+        socket_closer.close(socket, Some(charge));
     }
 
     /// One call at a time, as Varlink has it. What can take long is boxed, so that the task of an
@@ -130,7 +131,7 @@ impl Connection {
         if let Request::GetInfo | Request::GetInterfaceDescription(_) = request {
             return if fds.len() == 0 { Ok(request) } else { Err(fds_not_taken()) };
         }
-        if let Some(denied) = &self.seat.account.denied {
+        if let Some(denied) = &self.charge.account.denied {
             return Err(denied.clone());
         }
         match request {
@@ -178,7 +179,7 @@ impl Connection {
 
     /// Takes a message that has files with it.
     async fn take_files(&mut self) -> Result<(), Lost> {
-        let account = &self.seat.account;
+        let account = &self.charge.account;
         if !account.sends_fds {
             return Err(Lost::FdsNotTaken);
         }
@@ -205,7 +206,7 @@ impl Connection {
 
     /// An error as its answer, logged as it deserves.
     pub(super) fn refuse(&self, error: &Error) -> Answer {
-        Daemon::log_refusal(&self.seat.account, &self.caller.peer, error);
+        Daemon::log_refusal(&self.charge.account, &self.caller.peer, error);
         Answer::error(error)
     }
 }
@@ -262,7 +263,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Waits until the peer has read all, or is gone. What it leaves unread, open files in it, stays in the
 /// kernel at our cost when our end is closed; so until then the connection keeps its place in the limits.
-async fn all_read(daemon: &Daemon, seat: &Seat, uid: u32, socket: &OwnedFd) {
+async fn all_read(daemon: &Daemon, charge: &ConnectionCharge, uid: u32, socket: &OwnedFd) {
     // It sees the end behind what there is, and sends no more.
     let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
     let mut pause = Duration::from_millis(1);
@@ -270,7 +271,7 @@ async fn all_read(daemon: &Daemon, seat: &Seat, uid: u32, socket: &OwnedFd) {
     while unread(socket.as_fd()).is_ok_and(|bytes| bytes > 0) {
         // What it has sent could be its own end, which nobody else has.
         if !std::mem::replace(&mut is_emptied, true)
-            && empty(daemon, seat, uid, socket).await.is_err()
+            && empty(daemon, charge, uid, socket).await.is_err()
         {
             return;
         }
@@ -280,14 +281,19 @@ async fn all_read(daemon: &Daemon, seat: &Seat, uid: u32, socket: &OwnedFd) {
 }
 
 /// Takes out what a peer has sent and nobody will read.
-async fn empty(daemon: &Daemon, seat: &Seat, uid: u32, socket: &OwnedFd) -> Result<(), Lost> {
+async fn empty(
+    daemon: &Daemon,
+    charge: &ConnectionCharge,
+    uid: u32,
+    socket: &OwnedFd,
+) -> Result<(), Lost> {
     let mut buffer = [0; 4096];
     loop {
         match fdpass::peek(socket.as_fd(), &mut buffer) {
             Ok(next) if next.len == 0 => return Ok(()),
             Ok(next) if next.fds => {
-                let taken = daemon.receivers.take(&seat.account, uid, socket).await?;
-                seat.account.close_queue.close(taken.files.into_iter().flatten());
+                let taken = daemon.receivers.take(&charge.account, uid, socket).await?;
+                charge.account.close_queue.close(taken.files.into_iter().flatten());
             }
             Ok(next) => {
                 let bytes = &mut buffer[..next.len];

@@ -6,7 +6,7 @@
 //! can't be ended an owner has a few, and the last one is kept, to hold what comes. None of this is
 //! ever closed here: rather than that, nobody is let in.
 
-use super::super::account::Seat;
+use super::super::account::ConnectionCharge;
 use super::role::Role;
 use super::{Helper, MOST_STUCK, fdpass};
 use nix::errno::Errno;
@@ -45,7 +45,7 @@ impl Waiting {
 pub(in super::super) struct SocketCloser {
     of_all: Waiting,
     /// With the places that they keep until they are handed over.
-    waiting: RefCell<Vec<(OwnedFd, Option<Seat>)>>,
+    waiting: RefCell<Vec<(OwnedFd, Option<ConnectionCharge>)>>,
     runs: Cell<bool>,
     more: Notify,
     stuck: RefCell<Vec<Child>>,
@@ -66,14 +66,18 @@ impl SocketCloser {
     }
 
     /// Closes a peer's socket: here if no file is in it, else by a receiver.
-    pub(in super::super) fn close(self: &Rc<Self>, socket: OwnedFd, seat: Option<Seat>) {
+    pub(in super::super) fn close(
+        self: &Rc<Self>,
+        socket: OwnedFd,
+        charge: Option<ConnectionCharge>,
+    ) {
         // From here on nothing more gets into its queue.
         let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
         if is_emptied(&socket) {
             return;
         }
         self.of_all.0.update(|count| count + 1);
-        self.waiting.borrow_mut().push((socket, seat));
+        self.waiting.borrow_mut().push((socket, charge));
         self.more.notify_one();
         if !self.runs.replace(true) {
             spawn_local(Rc::clone(self).run());
