@@ -3,7 +3,7 @@
 
 use super::closer::{CloseQueue, Closer};
 use super::limit::RateLimit;
-use super::receiver::{MOST_OF_OWNER, SocketCloser, Stuck, Waiting};
+use super::receiver::{MOST_OF_OWNER, SocketCloser, Unkillable, Waiting};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
 use crate::protocol::{Error, Handout};
 use std::cell::{Cell, RefCell};
@@ -65,7 +65,7 @@ pub(super) struct Account {
     /// Messages of its that receivers take, at a time.
     pub(super) receivers: Semaphore,
     /// Those that could not be ended.
-    pub(super) stuck: Stuck,
+    pub(super) unkillable: Unkillable,
     /// Requests in flight that are not answered on the event loop.
     pub(super) requests: Arc<Semaphore>,
     pub(super) most_requests: usize,
@@ -197,7 +197,7 @@ impl Account {
             own_close_queue,
             socket_closer,
             receivers: Semaphore::new(MOST_OF_OWNER),
-            stuck: Stuck::default(),
+            unkillable: Unkillable::default(),
             requests: Arc::new(Semaphore::new(most_requests)),
             most_requests,
             denials: RefCell::new(RateLimit::new(DENIALS)),

@@ -41,10 +41,10 @@ const MOST: usize = 32;
 
 /// Receivers that did not end even when they were killed: those that take messages for one uid, those
 /// that close one owner's sockets.
-const MOST_STUCK: usize = 4;
+const MOST_UNKILLABLE: usize = 4;
 
 /// Of those that take messages for one owner, whatever their uids.
-const MOST_STUCK_OF_OWNER: usize = 16;
+const MOST_UNKILLABLE_OF_OWNER: usize = 16;
 
 /// How long a receiver may take to hand over what it received, and then to close the rest.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -62,7 +62,7 @@ pub(super) struct Taken {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum NotTaken {
     #[error("{0} processes that hold this client's files can't be ended")]
-    Stuck(usize),
+    Unkillable(usize),
     #[error("more than {} fds in one message", fdpass::MAX_FDS)]
     TooMany,
     #[error("the process that receives fds: {0}")]
@@ -93,8 +93,8 @@ impl Receivers {
         uid: u32,
         socket: &OwnedFd,
     ) -> Result<Taken, NotTaken> {
-        if let Some(stuck) = account.stuck.are_too_many(uid) {
-            return Err(NotTaken::Stuck(stuck));
+        if let Some(unkillable) = account.unkillable.are_too_many(uid) {
+            return Err(NotTaken::Unkillable(unkillable));
         }
         let of_uid = self.of(uid);
         let socket = socket.try_clone().map_err(NotTaken::Failed)?;
@@ -104,7 +104,7 @@ impl Receivers {
         let _of_all = self.places.acquire().await.map_err(ending)?;
         let done = spawn_blocking(move || take(socket)).await;
         let (result, left) = done.map_err(|error| NotTaken::Failed(error.into()))?;
-        account.stuck.0.borrow_mut().extend(left.map(|child| (uid, child)));
+        account.unkillable.0.borrow_mut().extend(left.map(|child| (uid, child)));
         result
     }
 
@@ -120,15 +120,16 @@ impl Receivers {
 
 /// An owner's receivers that did not end even when they were killed, with whom they were started for.
 #[derive(Debug, Default)]
-pub(super) struct Stuck(RefCell<Vec<(u32, Child)>>);
+pub(super) struct Unkillable(RefCell<Vec<(u32, Child)>>);
 
-impl Stuck {
+impl Unkillable {
     /// How many there are, where that is too many for one more of this uid.
     fn are_too_many(&self, uid: u32) -> Option<usize> {
-        let mut stuck = self.0.borrow_mut();
-        stuck.retain_mut(|(_, child)| matches!(child.try_wait(), Ok(None)));
-        let own = stuck.iter().filter(|(of, _)| *of == uid).count();
-        (own >= MOST_STUCK || stuck.len() >= MOST_STUCK_OF_OWNER).then_some(stuck.len())
+        let mut unkillable = self.0.borrow_mut();
+        unkillable.retain_mut(|(_, child)| matches!(child.try_wait(), Ok(None)));
+        let own = unkillable.iter().filter(|(of, _)| *of == uid).count();
+        (own >= MOST_UNKILLABLE || unkillable.len() >= MOST_UNKILLABLE_OF_OWNER)
+            .then_some(unkillable.len())
     }
 }
 

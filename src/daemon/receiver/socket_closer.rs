@@ -8,7 +8,7 @@
 
 use super::super::account::ConnectionCharge;
 use super::role::Role;
-use super::{Helper, MOST_STUCK, fdpass};
+use super::{Helper, MOST_UNKILLABLE, fdpass};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
 use std::cell::{Cell, RefCell};
@@ -48,7 +48,7 @@ pub(in super::super) struct SocketCloser {
     waiting: RefCell<Vec<(OwnedFd, Option<ConnectionCharge>)>>,
     runs: Cell<bool>,
     more: Notify,
-    stuck: RefCell<Vec<Child>>,
+    unkillable: RefCell<Vec<Child>>,
     /// The last one, with what it may not be able to close.
     kept: RefCell<Option<Helper>>,
 }
@@ -60,7 +60,7 @@ impl SocketCloser {
             waiting: RefCell::default(),
             runs: Cell::new(false),
             more: Notify::new(),
-            stuck: RefCell::default(),
+            unkillable: RefCell::default(),
             kept: RefCell::default(),
         })
     }
@@ -103,7 +103,7 @@ impl SocketCloser {
         // What comes from now on starts another.
         self.runs.set(false);
         match receiver {
-            Some(last) if self.still_stuck() + 1 >= MOST_STUCK => {
+            Some(last) if self.still_unkillable() + 1 >= MOST_UNKILLABLE => {
                 self.kept.replace(Some(last));
             }
             Some(receiver) => self.end(receiver, PAUSE).await,
@@ -126,7 +126,7 @@ impl SocketCloser {
         if there.is_some() {
             return there;
         }
-        if self.still_stuck() < MOST_STUCK
+        if self.still_unkillable() < MOST_UNKILLABLE
             && let Ok(Ok(receiver)) = spawn_blocking(|| Helper::start(Role::Close)).await
         {
             return Some(receiver);
@@ -135,10 +135,10 @@ impl SocketCloser {
         None
     }
 
-    fn still_stuck(&self) -> usize {
-        let mut stuck = self.stuck.borrow_mut();
-        stuck.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-        stuck.len()
+    fn still_unkillable(&self) -> usize {
+        let mut unkillable = self.unkillable.borrow_mut();
+        unkillable.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        unkillable.len()
     }
 
     /// Sends a receiver all that waits; it never waits itself.
@@ -163,8 +163,8 @@ impl SocketCloser {
             let ended = receiver.ends_within(patience);
             (!ended).then_some(receiver.child)
         });
-        if let Ok(Some(stuck)) = ended.await {
-            self.stuck.borrow_mut().push(stuck);
+        if let Ok(Some(unkillable)) = ended.await {
+            self.unkillable.borrow_mut().push(unkillable);
         }
     }
 }
