@@ -3,9 +3,9 @@
 use super::Daemon;
 use super::account::Account;
 use super::connection::Connection;
-use super::limit::RateLimit;
 use super::outgoing::Answer;
 use super::peer;
+use super::rate_limit::RateLimit;
 use crate::broker::Caller;
 use crate::policy::Peer;
 use crate::protocol::Error;

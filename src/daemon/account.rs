@@ -2,7 +2,7 @@
 //! tenant, by uid.
 
 use super::closer::{CloseQueue, Closer};
-use super::limit::RateLimit;
+use super::rate_limit::RateLimit;
 use super::receiver::{MOST_OF_OWNER, SocketCloser, Unkillable, Waiting};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
 use crate::protocol::{Error, Handout};

@@ -93,8 +93,8 @@ impl Connection {
         while let Some(Message { request, flags, fds }) = self.next_message().await? {
             let answer = match self.check(request, flags, &fds) {
                 Err(error) => Err(error),
-                Ok(Request::GetInfo) => Ok(Answer::reply(super::info::info())),
-                Ok(Request::GetInterfaceDescription(name)) => super::info::describe(&name),
+                Ok(Request::GetInfo) => Ok(Answer::reply(super::introspect::info())),
+                Ok(Request::GetInterfaceDescription(name)) => super::introspect::describe(&name),
                 Ok(Request::Acquire(request)) => Box::pin(self.acquire(request)).await,
                 Ok(Request::GetFds(request)) => match self.try_get_fds(&request) {
                     Some(answer) => answer,

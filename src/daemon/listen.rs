@@ -1,7 +1,7 @@
 //! The listening socket: the service manager's, or one of our own.
 
+use super::file_mode;
 use super::start_error::StartError;
-use super::trust;
 use crate::sys::inherited;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -113,7 +113,7 @@ pub(super) fn make_directory(socket: &Path) -> Result<(), StartError> {
         info!(directory = %directory.display(), "making the socket's directory");
     }
     DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(at)?;
-    match trust::is_directory_safe(&std::fs::metadata(directory).map_err(at)?) {
+    match file_mode::is_directory_safe(&std::fs::metadata(directory).map_err(at)?) {
         true => Ok(()),
         false => Err(StartError::UnsafeDirectory(directory.to_owned())),
     }
@@ -148,7 +148,7 @@ fn lock(socket: &Path, deadline: Duration) -> Result<Flock<File>, StartError> {
     let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK;
     let mut file = options.custom_flags(flags).open(&path).map_err(at)?;
     let found = file.metadata().map_err(at)?;
-    if !found.is_file() || !trust::is_owned(&found) || found.mode() & 0o077 != 0 {
+    if !found.is_file() || !file_mode::is_owned(&found) || found.mode() & 0o077 != 0 {
         return Err(StartError::UnsafeLock(path));
     }
     let until = Instant::now() + deadline;
@@ -173,7 +173,7 @@ fn remove_stale(path: &Path) -> Result<(), StartError> {
     if !found.file_type().is_socket() {
         return Err(StartError::NotASocket(path.to_owned()));
     }
-    if !trust::is_owned(&found) {
+    if !file_mode::is_owned(&found) {
         return Err(StartError::OthersSocket { path: path.to_owned(), uid: found.uid() });
     }
     let probe = || {
@@ -208,7 +208,7 @@ fn open_to_all(path: &Path) -> std::io::Result<u64> {
     let flags = nix::libc::O_PATH | nix::libc::O_NOFOLLOW;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let found = file.metadata()?;
-    if !found.file_type().is_socket() || !trust::is_owned(&found) {
+    if !found.file_type().is_socket() || !file_mode::is_owned(&found) {
         return Err(std::io::Error::other("somebody has replaced the socket"));
     }
     let pinned = format!("/proc/self/fd/{}", file.as_raw_fd());

@@ -1,7 +1,7 @@
 //! What the broker tells the daemon, on whichever thread it does.
 
 use super::lifelines::Lifelines;
-use super::limit::RateLimit;
+use super::rate_limit::RateLimit;
 use crate::broker::{LifelineId, Observer};
 use crate::protocol::{Event, EventKind};
 use std::collections::HashMap;

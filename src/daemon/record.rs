@@ -1,9 +1,9 @@
 //! The file in which the broker keeps who was given devices by their own nodes, for the daemon that is
 //! started after this one.
 
+use super::file_mode;
 use super::listen::beside;
 use super::start_error::StartError;
-use super::trust;
 use crate::broker::{Given, Record};
 use crate::kernel;
 use nix::errno::Errno;
@@ -90,7 +90,7 @@ impl RecordFile {
             opened => opened?,
         };
         let found = file.metadata()?;
-        if !found.is_file() || !trust::is_owned(&found) || found.mode() & 0o077 != 0 {
+        if !found.is_file() || !file_mode::is_owned(&found) || found.mode() & 0o077 != 0 {
             return Err(std::io::Error::other("others than vfio-brokerd can have written to it"));
         }
         let mut text = String::new();

@@ -7,7 +7,7 @@ use super::proxy::{Machine, Proxy};
 use super::rebinder::{DaemonRebinder, Processes};
 use super::record::RecordFile;
 use super::start_error::StartError;
-use super::{Daemon, accept, log, reclaim, trust, workers};
+use super::{Daemon, accept, file_mode, log, reclaim, workers};
 use crate::broker::{Broker, Given};
 use crate::host::Host;
 use crate::kernel::{Kernel, Linux};
@@ -196,7 +196,7 @@ fn read_policy(path: &Path) -> Result<String, StartError> {
     };
     // What is looked at is what is read, whatever becomes of the path in between.
     let file = File::open(path).map_err(unreadable)?;
-    if !trust::is_file_safe(&file.metadata().map_err(unreadable)?) {
+    if !file_mode::is_file_safe(&file.metadata().map_err(unreadable)?) {
         return Err(StartError::UnsafePolicy(path.to_owned()));
     }
     std::io::read_to_string(file).map_err(unreadable)
