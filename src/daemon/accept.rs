@@ -9,7 +9,7 @@ use super::rate_limit::RateLimit;
 use crate::broker::Caller;
 use crate::policy::Peer;
 use crate::protocol::Error;
-use crate::sys::peer::refuse_fds;
+use crate::sys::peer::pass_fds;
 use crate::sys::readiness::{try_watch, watch};
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -100,12 +100,8 @@ fn try_admit(
             return Err((stream.into(), Box::new(Refused::Over(over))));
         }
     };
-    if !charge.account.sends_fds {
-        // Where the kernel can't do it, fds end the connection. So do those that were sent before
-        // this: the option is the connection's, and on the listener it would turn away the fds of
-        // tenants that may send them and don't wait to be let in.
-        let _ = refuse_fds(stream.as_fd());
-    }
+    // Where the kernel can't refuse fds, those that come end the connection.
+    let _ = pass_fds(stream.as_fd(), charge.account.sends_fds);
     if let Err(error) = stream.set_nonblocking(true) {
         return Err((stream.into(), Box::new(Refused::Poll(error))));
     }

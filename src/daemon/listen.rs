@@ -3,6 +3,7 @@
 use super::file_mode;
 use super::start_error::StartError;
 use crate::sys::inherited;
+use crate::sys::peer::pass_fds;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{
@@ -10,7 +11,7 @@ use nix::sys::socket::{
     socket, sockopt,
 };
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -70,6 +71,7 @@ pub(super) fn passed() -> Result<Option<UnixListener>, StartError> {
     let mut fds = inherited::take(FIRST_PASSED, count).map_err(|e| failed("not open", e))?;
     let Some(fd) = fds.pop() else { return Ok(None) };
     check(&fd)?;
+    let_no_fds_pass(&fd);
     let listener = UnixListener::from(fd);
     let blocking = |error: std::io::Error| StartError::Activation(error.to_string());
     listener.set_nonblocking(true).map_err(blocking)?;
@@ -90,6 +92,13 @@ fn check(fd: &OwnedFd) -> Result<(), StartError> {
     }
 }
 
+/// Has the kernel refuse fds from whoever connects: a connection begins with what its listening socket
+/// says. Fds that came before the daemon has seen who sends them would be in nobody's account. A kernel
+/// before Linux 6.16 can't refuse them.
+fn let_no_fds_pass(listener: &OwnedFd) {
+    let _ = pass_fds(listener.as_fd(), false);
+}
+
 /// Makes a socket at `path`, in place of one that nobody listens on any more.
 fn create(path: &Path) -> Result<Listening, StartError> {
     let at = |source| StartError::Socket { path: path.to_owned(), source };
@@ -99,6 +108,7 @@ fn create(path: &Path) -> Result<Listening, StartError> {
     remove_stale(path)?;
     let listener = bound(path).map_err(|errno| at(errno.into()))?;
     let inode = open_to_all(path).map_err(at)?;
+    let_no_fds_pass(&listener);
     listen(&listener, Backlog::MAXALLOWABLE).map_err(|errno| at(errno.into()))?;
     Ok(Listening { listener: listener.into(), file: Some((path.to_owned(), inode)) })
 }
