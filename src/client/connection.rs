@@ -59,8 +59,27 @@ impl Connection {
         self.inbox.is_empty() && is_silent(self.socket.as_fd())
     }
 
+    /// Sends a call. Where its open files are refused, it asks something first, so that the broker has
+    /// let it in, and sends them once more.
     pub(super) fn send(
         &mut self,
+        call: &Outgoing,
+        fds: &[BorrowedFd<'_>],
+        deadline: Deadline,
+    ) -> std::result::Result<(), Lost> {
+        match self.try_send(call, fds, deadline) {
+            Err(lost) if lost.is_refusal_of_fds() => {}
+            sent => return sent,
+        }
+        let greeting = Outgoing::greeting();
+        self.try_send(&greeting, &[], deadline)
+            .and_then(|()| self.receive(greeting.method, deadline))
+            .map_err(Lost::before_the_call)?;
+        self.try_send(call, fds, deadline).map_err(Lost::if_refused_again)
+    }
+
+    fn try_send(
+        &self,
         call: &Outgoing,
         fds: &[BorrowedFd<'_>],
         deadline: Deadline,

@@ -41,6 +41,11 @@ impl Peer {
         }
     }
 
+    /// Has the kernel refuse open files from the client, or no longer; false where it can't.
+    pub(super) fn pass_fds(&self, pass: bool) -> bool {
+        crate::sys::peer::pass_fds(self.stream.as_fd(), pass).is_ok()
+    }
+
     /// Sends bytes as they are; the open files go with the first.
     pub(super) fn say(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) {
         assert_eq!(self.try_say(bytes, fds), Ok(bytes.len()));
@@ -80,6 +85,28 @@ pub(super) fn answer_and_hang_up(parameters: &'static str) -> (Script, Receiver<
         hung_up.send(()).unwrap();
     });
     (script, heard)
+}
+
+/// A script that grants a lease and has the kernel refuse open files until it is greeted, and then
+/// too unless it lets them in.
+pub(super) fn refuse_files_until_greeted(lets_in: bool) -> Script {
+    script(move |mut peer| {
+        peer.call();
+        let can_refuse = peer.pass_fds(false);
+        let _lease = peer.grant();
+        if can_refuse {
+            let greeting = peer.call().unwrap();
+            assert_eq!(greeting["method"], "org.varlink.service.GetInfo");
+            peer.pass_fds(lets_in);
+            peer.reply("{}", &[]);
+        }
+        if lets_in {
+            let call = peer.call().unwrap();
+            assert_eq!((&call["parameters"]["iova"], peer.fds.len()), (&4096.into(), 1));
+            peer.reply("{}", &[]);
+        }
+        assert!(peer.call().is_none() || !can_refuse);
+    })
 }
 
 pub(super) fn null() -> std::fs::File {

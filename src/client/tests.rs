@@ -1,6 +1,6 @@
 //! The blocking client against a broker that misbehaves.
 
-use super::fake::{Fake, answer_and_hang_up, null, script};
+use super::fake::{Fake, answer_and_hang_up, null, refuse_files_until_greeted, script};
 use super::{Acquire, Client, DmaRange, Error, Lease};
 use crate::protocol::{self, FdKind};
 use std::io::Read;
@@ -36,6 +36,30 @@ fn a_lease_comes_with_its_files_and_ends_with_its_fd() {
     let missing = lease.device("0000:01:00.0").unwrap_err().to_string();
     assert!(missing.contains("its devices are 0000:65:00.0"), "{missing}");
     drop(lease);
+    drop(broker);
+    fake.join();
+}
+
+#[test]
+fn files_that_are_refused_before_the_connection_is_let_in_are_sent_after_that() {
+    let fake = Fake::new(vec![refuse_files_until_greeted(true)]);
+    let mut broker = Client::connect_to(&fake.path).unwrap();
+    let lease = acquire(&mut broker);
+    broker.map_dma(&lease, null(), DmaRange::new(4096, 4096)).unwrap();
+    drop(broker);
+    fake.join();
+}
+
+#[test]
+fn files_that_are_refused_for_good_are_an_error_that_says_why() {
+    let fake = Fake::new(vec![refuse_files_until_greeted(false)]);
+    let mut broker = Client::connect_to(&fake.path).unwrap();
+    let lease = acquire(&mut broker);
+    if let Err(error) = broker.map_dma(&lease, null(), DmaRange::new(4096, 4096)) {
+        let error = error.to_string();
+        let can_refuse = !error.contains("was lost");
+        assert!(!can_refuse || error.contains("lacks the handout"), "{error}");
+    }
     drop(broker);
     fake.join();
 }

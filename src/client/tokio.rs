@@ -150,7 +150,7 @@ impl Client {
     pub async fn watch(&self, lease: Option<&str>) -> Result<Watch> {
         let call = protocol::Watch { lease: lease.map(str::to_owned) };
         let call = Outgoing::new(&call, true)?;
-        let connection = Connection::open(&self.path).await?;
+        let mut connection = Connection::open(&self.path).await?;
         within(self.timeout, connection.send(&call, &[]))
             .await
             .map_err(|lost| call.failed(lost, self.timeout))?;
@@ -264,7 +264,23 @@ impl Connection {
         self.inbox.is_empty() && super::connection::is_silent(self.stream.as_fd())
     }
 
+    /// See the blocking client's.
     async fn send(
+        &mut self,
+        call: &Outgoing,
+        fds: &[BorrowedFd<'_>],
+    ) -> std::result::Result<(), Lost> {
+        match self.try_send(call, fds).await {
+            Err(lost) if lost.is_refusal_of_fds() => {}
+            sent => return sent,
+        }
+        let greeting = Outgoing::greeting();
+        self.try_send(&greeting, &[]).await.map_err(Lost::before_the_call)?;
+        self.receive(greeting.method).await.map_err(Lost::before_the_call)?;
+        self.try_send(call, fds).await.map_err(Lost::if_refused_again)
+    }
+
+    async fn try_send(
         &self,
         call: &Outgoing,
         mut fds: &[BorrowedFd<'_>],
@@ -317,7 +333,7 @@ fn errno(error: &std::io::Error) -> Errno {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fake::{Fake, answer_and_hang_up, null, script};
+    use super::super::fake::{Fake, answer_and_hang_up, null, refuse_files_until_greeted, script};
     use super::*;
     use crate::protocol::EventKind;
 
@@ -352,6 +368,17 @@ mod tests {
             assert_eq!((lease.id(), lease.groups().unwrap().len()), ("l1", 1));
             broker.map_dma(&lease, null(), DmaRange::new(4096, 4096)).await.unwrap();
             assert!(!broker.release(lease).await.unwrap());
+        });
+        fake.join();
+    }
+
+    #[test]
+    fn files_that_are_refused_before_the_connection_is_let_in_are_sent_after_that() {
+        let fake = Fake::new(vec![refuse_files_until_greeted(true)]);
+        run(async {
+            let mut broker = Client::connect_to(&fake.path).await.unwrap();
+            let lease = broker.acquire(request()).await.unwrap();
+            broker.map_dma(&lease, null(), DmaRange::new(4096, 4096)).await.unwrap();
         });
         fake.join();
     }

@@ -36,6 +36,12 @@ impl Outgoing {
         Ok(Self { method, bytes })
     }
 
+    /// A call that changes nothing: once it is answered, the broker has let the connection in.
+    pub(super) fn greeting() -> Self {
+        const METHOD: &str = "org.varlink.service.GetInfo";
+        Self { method: METHOD, bytes: format!("{{\"method\":\"{METHOD}\"}}\0").into_bytes() }
+    }
+
     /// Whether the call can be made again when its answer was lost: it changes nothing.
     fn is_repeatable(&self) -> bool {
         use protocol::{GetFds, Leases, Topology};
@@ -74,6 +80,32 @@ pub(super) enum Lost {
     TimedOut,
     /// What came is not a reply.
     Bad(Error),
+}
+
+impl Lost {
+    /// Whether the kernel refuses the open files of a call. It does so for all clients (Linux 6.16 and
+    /// later) until the broker has let the connection in, and sees that they may send some.
+    pub(super) fn is_refusal_of_fds(&self) -> bool {
+        matches!(self, Self::Unsent(nix::errno::Errno::EPERM))
+    }
+
+    /// What this is for the call that the greeting went before.
+    pub(super) fn before_the_call(self) -> Self {
+        match self {
+            Self::Unanswered(errno) => Self::Unsent(errno.unwrap_or(nix::errno::Errno::ECONNRESET)),
+            lost => lost,
+        }
+    }
+
+    /// What a second refusal is: the broker's own.
+    pub(super) fn if_refused_again(self) -> Self {
+        if !self.is_refusal_of_fds() {
+            return self;
+        }
+        let reason = "the broker takes no open files from this client: its tenant in the policy lacks \
+                      the handout \"devices\"";
+        Self::Bad(Error::Request { field: "memory", reason: reason.into() })
+    }
 }
 
 /// One message and the open files that came with it.

@@ -3,13 +3,13 @@
 use super::Daemon;
 use super::account::Account;
 use super::connection::Connection;
-use super::limit::RateLimit;
 use super::outgoing::Answer;
 use super::peer;
+use super::rate_limit::RateLimit;
 use crate::broker::Caller;
 use crate::policy::Peer;
 use crate::protocol::Error;
-use crate::sys::peer::refuse_fds;
+use crate::sys::peer::pass_fds;
 use crate::sys::readiness::{try_watch, watch};
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -75,15 +75,15 @@ fn admit(daemon: &Rc<Daemon>, stream: UnixStream) {
         Ok(peer) => peer,
         Err(errno) => {
             debug!(reason = %Refused::Failed { call: "getsockopt", errno }, "not let in");
-            return daemon.accounts.strangers_sink().close(stream.into(), None);
+            return daemon.accounts.strangers_socket_closer().close(stream.into(), None);
         }
     };
     let uid = peer.uid;
     let account = daemon.accounts.account(daemon.broker.policy(), &peer);
-    let sink = Rc::clone(&account.sink);
+    let socket_closer = Rc::clone(&account.socket_closer);
     if let Err((stream, reason)) = try_admit(daemon, stream, peer, account) {
         debug!(uid, %reason, "not let in");
-        sink.close(stream, None);
+        socket_closer.close(stream, None);
     }
 }
 
@@ -93,26 +93,22 @@ fn try_admit(
     peer: Peer,
     account: Rc<Account>,
 ) -> Result<(), (OwnedFd, Box<Refused>)> {
-    let seat = match daemon.accounts.seat(account) {
-        Ok(seat) => seat,
+    let charge = match daemon.accounts.charge(account) {
+        Ok(charge) => charge,
         Err(over) => {
             Answer::error(&over).send_what_fits(stream.as_fd());
             return Err((stream.into(), Box::new(Refused::Over(over))));
         }
     };
-    if !seat.account.sends_fds {
-        // Where the kernel can't do it, fds end the connection. So do those that were sent before
-        // this: the option is the connection's, and on the listener it would turn away the fds of
-        // tenants that may send them and don't wait to be let in.
-        let _ = refuse_fds(stream.as_fd());
-    }
+    // Where the kernel can't refuse fds, those that come end the connection.
+    let _ = pass_fds(stream.as_fd(), charge.account.sends_fds);
     if let Err(error) = stream.set_nonblocking(true) {
         return Err((stream.into(), Box::new(Refused::Poll(error))));
     }
     let both = Interest::READABLE | Interest::WRITABLE;
     let socket = try_watch(stream.into(), both)
         .map_err(|(stream, error)| (stream, Box::new(Refused::Poll(error))))?;
-    let connection = Connection::new(Rc::clone(daemon), Caller { peer }, socket, seat);
+    let connection = Connection::new(Rc::clone(daemon), Caller { peer }, socket, charge);
     spawn_local(connection.serve());
     Ok(())
 }

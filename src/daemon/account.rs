@@ -1,9 +1,9 @@
 //! Who takes up how much: connections and requests in flight, by tenant; peers that belong to no
 //! tenant, by uid.
 
-use super::closer::{Closer, Lane};
-use super::limit::RateLimit;
-use super::porter::{MOST_OF_OWNER, Sink, Stuck, Waiting};
+use super::closer::{CloseQueue, Closer};
+use super::rate_limit::RateLimit;
+use super::receiver::{MOST_OF_OWNER, SocketCloser, Unkillable, Waiting};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
 use crate::protocol::{Error, Handout};
 use std::cell::{Cell, RefCell};
@@ -39,9 +39,9 @@ const MOST_STRANGERS: usize = 1000;
 pub(super) struct Accounts {
     closer: Closer,
     /// One of each for all strangers: with their own, many uids could hold up all closer threads
-    /// and have any number of porters.
-    strangers_lane: Lane,
-    strangers_sink: Rc<Sink>,
+    /// and have any number of receivers.
+    strangers_close_queue: CloseQueue,
+    strangers_socket_closer: Rc<SocketCloser>,
     strangers_denials: Rc<RefCell<RateLimit>>,
     waiting: Waiting,
     strangers: Cell<usize>,
@@ -57,13 +57,13 @@ pub(super) struct Account {
     connections: Cell<usize>,
     most_connections: usize,
     /// Where everything that its peers sent is closed.
-    pub(super) lane: Lane,
+    pub(super) close_queue: CloseQueue,
     /// Where its connections end.
-    pub(super) sink: Rc<Sink>,
-    /// Messages of its that porters take, at a time.
-    pub(super) porters: Semaphore,
+    pub(super) socket_closer: Rc<SocketCloser>,
+    /// Messages of its that receivers take, at a time.
+    pub(super) receivers: Semaphore,
     /// Those that could not be ended.
-    pub(super) stuck: Stuck,
+    pub(super) unkillable: Unkillable,
     /// Requests in flight that are not answered on the event loop.
     pub(super) requests: Arc<Semaphore>,
     pub(super) most_requests: usize,
@@ -77,22 +77,22 @@ pub(super) struct Account {
     pub(super) denied: Option<Error>,
 }
 
-/// A connection's place in its account; given back when dropped.
+/// One connection, charged to its account; given back when dropped.
 #[derive(Debug)]
-pub(super) struct Seat {
+pub(super) struct ConnectionCharge {
     pub(super) account: Rc<Account>,
     accounts: Rc<Accounts>,
 }
 
 impl Accounts {
     pub(super) fn new(most_connections: usize, closer: Closer) -> Self {
-        let strangers_lane = closer.lane();
+        let strangers_close_queue = closer.queue();
         let waiting = Waiting::default();
         Self {
             closer,
-            strangers_sink: Sink::new(waiting.clone()),
+            strangers_socket_closer: SocketCloser::new(waiting.clone()),
             waiting,
-            strangers_lane,
+            strangers_close_queue,
             strangers_denials: Rc::new(RefCell::new(RateLimit::new(STRANGERS_DENIALS))),
             strangers: Cell::new(0),
             by_owner: RefCell::default(),
@@ -107,15 +107,15 @@ impl Accounts {
     }
 
     /// Where the connections of those end who belong to no tenant.
-    pub(super) fn strangers_sink(&self) -> &Rc<Sink> {
-        &self.strangers_sink
+    pub(super) fn strangers_socket_closer(&self) -> &Rc<SocketCloser> {
+        &self.strangers_socket_closer
     }
 
-    /// A place for one more connection of this account.
+    /// Charges this account for one more connection.
     ///
     /// # Errors
     /// [`Error::OverLimit`].
-    pub(super) fn seat(self: &Rc<Self>, account: Rc<Account>) -> Result<Seat, Error> {
+    pub(super) fn charge(self: &Rc<Self>, account: Rc<Account>) -> Result<ConnectionCharge, Error> {
         let over = |limit: &str, most: usize| Error::OverLimit {
             limit: limit.into(),
             most: most as u64,
@@ -128,7 +128,7 @@ impl Accounts {
         if account.is_stranger() && self.strangers.get() >= most_strangers {
             return Err(over("connections of all who have no tenant", most_strangers));
         }
-        if account.lane.unclosed() >= MOST_UNCLOSED {
+        if account.close_queue.unclosed() >= MOST_UNCLOSED {
             return Err(over("open files of this client that can't be closed", MOST_UNCLOSED));
         }
         if account.connections.get() >= account.most_connections {
@@ -141,7 +141,7 @@ impl Accounts {
         account.connections.update(|count| count + 1);
         self.connections.update(|count| count + 1);
         self.strangers.update(|count| count + usize::from(account.is_stranger()));
-        Ok(Seat { account, accounts: Rc::clone(self) })
+        Ok(ConnectionCharge { account, accounts: Rc::clone(self) })
     }
 
     /// The account of a peer. A tenant's stays; a stranger's goes some time after its last
@@ -157,11 +157,13 @@ impl Accounts {
             return Rc::clone(account);
         }
         by_owner.retain(|_, account| !account.is_forgettable());
-        let (lane, sink) = match &tenant {
-            Ok(_) => (self.closer.lane(), Sink::new(self.waiting.clone())),
-            Err(_) => (self.strangers_lane.clone(), Rc::clone(&self.strangers_sink)),
+        let (close_queue, socket_closer) = match &tenant {
+            Ok(_) => (self.closer.queue(), SocketCloser::new(self.waiting.clone())),
+            Err(_) => {
+                (self.strangers_close_queue.clone(), Rc::clone(&self.strangers_socket_closer))
+            }
         };
-        let mut account = Account::new(owner.clone(), tenant, lane, sink);
+        let mut account = Account::new(owner.clone(), tenant, close_queue, socket_closer);
         account.strangers_denials =
             account.is_stranger().then(|| Rc::clone(&self.strangers_denials));
         let account = Rc::new(account);
@@ -171,7 +173,12 @@ impl Accounts {
 }
 
 impl Account {
-    fn new(owner: Owner, tenant: Result<&Tenant, Refusal>, lane: Lane, sink: Rc<Sink>) -> Self {
+    fn new(
+        owner: Owner,
+        tenant: Result<&Tenant, Refusal>,
+        close_queue: CloseQueue,
+        socket_closer: Rc<SocketCloser>,
+    ) -> Self {
         let (connections, requests) = match &tenant {
             Ok(tenant) => (size(tenant.limits.connections), size(tenant.limits.requests)),
             Err(_) => (STRANGER_CONNECTIONS, 0),
@@ -181,10 +188,10 @@ impl Account {
             owner,
             connections: Cell::new(0),
             most_connections: connections,
-            lane,
-            sink,
-            porters: Semaphore::new(MOST_OF_OWNER),
-            stuck: Stuck::default(),
+            close_queue,
+            socket_closer,
+            receivers: Semaphore::new(MOST_OF_OWNER),
+            unkillable: Unkillable::default(),
             requests: Arc::new(Semaphore::new(most_requests)),
             most_requests,
             denials: RefCell::new(RateLimit::new(DENIALS)),
@@ -221,7 +228,7 @@ fn size(limit: u64) -> usize {
     usize::try_from(limit).unwrap_or(usize::MAX)
 }
 
-impl Drop for Seat {
+impl Drop for ConnectionCharge {
     fn drop(&mut self) {
         self.account.connections.update(|count| count - 1);
         self.accounts.connections.update(|count| count - 1);

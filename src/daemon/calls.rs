@@ -60,7 +60,7 @@ impl Connection {
 
     /// Makes a call in one of its tenant's places; waits for one.
     async fn in_place<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        let account = &self.seat.account;
+        let account = &self.charge.account;
         let place = Arc::clone(&account.requests).acquire_owned();
         let Ok(Ok(_place)) = timeout(self.daemon.deadlines.call, place).await else {
             let most = account.most_requests as u64;

@@ -1,30 +1,30 @@
-//! Closes open files whose close can take long: guests' memory, whose pages are freed by it. Also, where no process can be had for them, peers' sockets; what is
-//! in those can make it take for ever.
+//! The closer threads: they close guests' memory, whose pages are freed by that, which can take long.
+//! Peers' sockets are closed by processes ([`super::receiver`]).
 //!
-//! Every owner has a lane: its files wait for each other and for nobody else's, and however many
-//! of them hang, they hold up a few threads of their own.
+//! Every owner has a close queue of its own. Its files wait for each other and for no other owner's;
+//! however many of them hang, they hold up at most [`QUEUE_THREADS`] threads.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-/// The most threads that one lane can hold up.
-const LANE_THREADS: usize = 4;
+/// The most threads that one close queue can hold up.
+const QUEUE_THREADS: usize = 4;
 
-/// More threads than this are never started, for all lanes together.
+/// More threads than this are never started, for all queues together.
 const MOST_THREADS: usize = 1024;
 
 /// The closer threads close one file at a time and use next to no stack.
 const STACK: usize = 64 << 10;
 
-/// Threads that close files, and the lanes they serve in turn.
+/// Threads that close files, and the queues they serve in turn.
 #[derive(Clone, Debug)]
 pub(super) struct Closer(Arc<Shared>);
 
 /// One owner's files to be closed.
 #[derive(Clone, Debug)]
-pub(super) struct Lane(Arc<Handle>);
+pub(super) struct CloseQueue(Arc<Handle>);
 
 #[derive(Debug)]
 struct Handle {
@@ -41,15 +41,15 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    lanes: HashMap<u64, Waiting>,
+    queues: HashMap<u64, Waiting>,
     last_number: u64,
-    /// One entry for each thread that a lane may take up next.
+    /// Queues with work, once for each further thread that they may take up.
     turns: VecDeque<u64>,
     threads: usize,
     idle: usize,
 }
 
-/// What is in a lane.
+/// The files of a queue.
 #[derive(Debug, Default)]
 struct Waiting {
     files: VecDeque<OwnedFd>,
@@ -74,14 +74,14 @@ impl Closer {
         Ok(closer)
     }
 
-    /// A lane for one more owner.
-    pub(super) fn lane(&self) -> Lane {
+    /// A queue for one more owner.
+    pub(super) fn queue(&self) -> CloseQueue {
         let mut state = self.0.state();
         state.last_number += 1;
         let (number, unclosed) = (state.last_number, Arc::<AtomicUsize>::default());
         let waiting = Waiting { unclosed: Arc::clone(&unclosed), ..Waiting::default() };
-        state.lanes.insert(number, waiting);
-        Lane(Arc::new(Handle { closer: self.clone(), number, unclosed }))
+        state.queues.insert(number, waiting);
+        CloseQueue(Arc::new(Handle { closer: self.clone(), number, unclosed }))
     }
 
     fn spawn(&self) -> std::io::Result<()> {
@@ -91,18 +91,18 @@ impl Closer {
     }
 }
 
-impl Lane {
+impl CloseQueue {
     /// Closes these, some time soon.
     pub(super) fn close(&self, fds: impl IntoIterator<Item = OwnedFd>) {
         let Handle { closer, number, unclosed } = &*self.0;
         let mut guard = closer.0.state();
         let state = &mut *guard;
-        let Some(lane) = state.lanes.get_mut(number) else { return };
-        let before = lane.files.len();
-        lane.files.extend(fds);
-        unclosed.fetch_add(lane.files.len() - before, Ordering::Relaxed);
-        while lane.claims < LANE_THREADS.min(lane.files.len()) {
-            lane.claims += 1;
+        let Some(queue) = state.queues.get_mut(number) else { return };
+        let before = queue.files.len();
+        queue.files.extend(fds);
+        unclosed.fetch_add(queue.files.len() - before, Ordering::Relaxed);
+        while queue.claims < QUEUE_THREADS.min(queue.files.len()) {
+            queue.claims += 1;
             state.turns.push_back(*number);
         }
         // A thread for each turn, since each may hang.
@@ -127,10 +127,10 @@ impl Lane {
 impl Drop for Handle {
     fn drop(&mut self) {
         let mut state = self.closer.0.state();
-        if let Some(lane) = state.lanes.get_mut(&self.number) {
-            lane.orphan = true;
-            if lane.claims == 0 {
-                state.lanes.remove(&self.number);
+        if let Some(queue) = state.queues.get_mut(&self.number) {
+            queue.orphan = true;
+            if queue.claims == 0 {
+                state.queues.remove(&self.number);
             }
         }
     }
@@ -141,8 +141,8 @@ fn close_each(shared: &Shared) {
     let mut state = shared.state();
     loop {
         while let Some(number) = state.turns.pop_front() {
-            let Some(lane) = state.lanes.get_mut(&number) else { continue };
-            let (file, unclosed) = (lane.files.pop_front(), Arc::clone(&lane.unclosed));
+            let Some(queue) = state.queues.get_mut(&number) else { continue };
+            let (file, unclosed) = (queue.files.pop_front(), Arc::clone(&queue.unclosed));
             if let Some(file) = file {
                 drop(state);
                 drop(file);
@@ -161,13 +161,13 @@ fn close_each(shared: &Shared) {
     }
 }
 
-/// A lane that has more waits for its next turn behind the others.
+/// A queue that has more waits for its next turn behind the others.
 fn end_of_turn(state: &mut State, number: u64) {
-    let Some(lane) = state.lanes.get_mut(&number) else { return };
-    if lane.files.is_empty() {
-        lane.claims -= 1;
-        if lane.claims == 0 && lane.orphan {
-            state.lanes.remove(&number);
+    let Some(queue) = state.queues.get_mut(&number) else { return };
+    if queue.files.is_empty() {
+        queue.claims -= 1;
+        if queue.claims == 0 && queue.orphan {
+            state.queues.remove(&number);
         }
     } else {
         state.turns.push_back(number);
@@ -183,10 +183,10 @@ mod tests {
 
     #[test]
     fn what_is_handed_over_gets_closed() {
-        let lane = Closer::new().unwrap().lane();
+        let queue = Closer::new().unwrap().queue();
         for _ in 0..100 {
             let (ours, mut theirs) = UnixStream::pair().unwrap();
-            lane.close([ours.into()]);
+            queue.close([ours.into()]);
             assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
         }
     }
@@ -198,18 +198,18 @@ mod tests {
         for _ in 0..20 {
             let (ours, theirs): (Vec<_>, Vec<_>) =
                 (0..10).map(|_| UnixStream::pair().unwrap()).unzip();
-            closer.lane().close(ours.into_iter().map(OwnedFd::from));
+            closer.queue().close(ours.into_iter().map(OwnedFd::from));
             others.extend(theirs);
         }
         for mut theirs in others {
             assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
         }
         // The thread that closed the last one may not have tidied up yet.
-        let lane = closer.lane();
-        while closer.0.state().lanes.len() > 1 {
+        let queue = closer.queue();
+        while closer.0.state().queues.len() > 1 {
             std::thread::yield_now();
         }
-        assert_eq!(lane.unclosed(), 0);
+        assert_eq!(queue.unclosed(), 0);
     }
 
     /// A TCP socket with unsent data, a peer that does not read and SO_LINGER: closing it takes
@@ -230,9 +230,9 @@ mod tests {
     #[test]
     fn closes_that_hang_hold_up_nobody_else() {
         let closer = Closer::new().unwrap();
-        let (hostile, other) = (closer.lane(), closer.lane());
+        let (hostile, other) = (closer.queue(), closer.queue());
         let mut readers = Vec::new();
-        for _ in 0..3 * LANE_THREADS {
+        for _ in 0..3 * QUEUE_THREADS {
             let (sender, reader) = lingering(3600);
             hostile.close([sender]);
             readers.push(reader);
@@ -242,7 +242,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         other.close([first.0, second.0, ours.into()]);
         assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
-        assert_eq!(hostile.unclosed(), 3 * LANE_THREADS);
-        assert!(closer.0.state().threads <= 2 * LANE_THREADS);
+        assert_eq!(hostile.unclosed(), 3 * QUEUE_THREADS);
+        assert!(closer.0.state().threads <= 2 * QUEUE_THREADS);
     }
 }

@@ -1,10 +1,10 @@
 //! One connection: reads calls, has them carried out, answers them in order.
 
 use super::Daemon;
-use super::account::Seat;
+use super::account::ConnectionCharge;
 use super::incoming::{Flags, Incoming, Message, Sent, StrayFds};
 use super::outgoing::{Answer, SendError};
-use super::porter::NotTaken;
+use super::receiver::NotTaken;
 use crate::broker::Caller;
 use crate::policy::Peer;
 use crate::protocol::{Error, Memlock, Oversize, Request, SetMemlock};
@@ -26,7 +26,7 @@ pub(super) struct Connection {
     pub(super) daemon: Rc<Daemon>,
     pub(super) caller: Arc<Caller>,
     pub(super) socket: AsyncFd<OwnedFd>,
-    pub(super) seat: Seat,
+    pub(super) charge: ConnectionCharge,
     pub(super) incoming: Incoming,
     /// The last read may have left something behind.
     more: bool,
@@ -68,10 +68,10 @@ impl Connection {
         daemon: Rc<Daemon>,
         caller: Caller,
         socket: AsyncFd<OwnedFd>,
-        seat: Seat,
+        charge: ConnectionCharge,
     ) -> Self {
         let incoming = Incoming::default();
-        Self { daemon, caller: Arc::new(caller), socket, seat, incoming, more: false }
+        Self { daemon, caller: Arc::new(caller), socket, charge, incoming, more: false }
     }
 
     /// Serves it until it ends.
@@ -81,11 +81,12 @@ impl Connection {
         if let Err(reason) = ended {
             debug!(uid = peer.uid, pid = peer.pid, %reason, "disconnected");
         }
-        let Self { daemon, seat, socket, .. } = self;
-        let (sink, socket) = (Rc::clone(&seat.account.sink), socket.into_inner());
+        let Self { daemon, charge, socket, .. } = self;
+        let (socket_closer, socket) =
+            (Rc::clone(&charge.account.socket_closer), socket.into_inner());
         // Boxed, so that the task of an idle connection stays small.
-        Box::pin(all_read(&daemon, &seat, peer.uid, &socket)).await;
-        sink.close(socket, Some(seat));
+        Box::pin(all_read(&daemon, &charge, peer.uid, &socket)).await;
+        socket_closer.close(socket, Some(charge));
     }
 
     /// One call at a time, as Varlink has it. What can take long is boxed, so that the task of an
@@ -94,8 +95,8 @@ impl Connection {
         while let Some(Message { request, flags, fds }) = self.next_message().await? {
             let answer = match self.check(request, flags, &fds) {
                 Err(error) => Err(error),
-                Ok(Request::GetInfo) => Ok(Answer::reply(super::info::info())),
-                Ok(Request::GetInterfaceDescription(name)) => super::info::describe(&name),
+                Ok(Request::GetInfo) => Ok(Answer::reply(super::introspect::info())),
+                Ok(Request::GetInterfaceDescription(name)) => super::introspect::describe(&name),
                 Ok(Request::Acquire(request)) => match Box::pin(self.acquire(request)).await? {
                     Some(answer) => Ok(answer),
                     None => continue,
@@ -135,7 +136,7 @@ impl Connection {
         if let Request::GetInfo | Request::GetInterfaceDescription(_) = request {
             return if fds.len() == 0 { Ok(request) } else { Err(fds_not_taken()) };
         }
-        if let Some(denied) = &self.seat.account.denied {
+        if let Some(denied) = &self.charge.account.denied {
             return Err(denied.clone());
         }
         match request {
@@ -183,14 +184,14 @@ impl Connection {
 
     /// Takes a message that has files with it.
     async fn take_files(&mut self) -> Result<(), Lost> {
-        let account = &self.seat.account;
+        let account = &self.charge.account;
         if !account.sends_fds {
             return Err(Lost::FdsNotTaken);
         }
-        let porters = &self.daemon.porters;
-        let taken = porters.take(account, self.caller.peer.uid, self.socket.get_ref()).await?;
+        let receivers = &self.daemon.receivers;
+        let taken = receivers.take(account, self.caller.peer.uid, self.socket.get_ref()).await?;
         self.more = true;
-        Ok(self.incoming.push(&taken.bytes, Sent::new(taken.files, &account.lane))?)
+        Ok(self.incoming.push(&taken.bytes, Sent::new(taken.files, &account.close_queue))?)
     }
 
     /// The process at the other end may have its limit raised.
@@ -210,7 +211,7 @@ impl Connection {
 
     /// An error as its answer, logged as it deserves.
     pub(super) fn refuse(&self, error: &Error) -> Answer {
-        Daemon::log_refusal(&self.seat.account, &self.caller.peer, error);
+        Daemon::log_refusal(&self.charge.account, &self.caller.peer, error);
         Answer::error(error)
     }
 }
@@ -267,7 +268,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Waits until the peer has read all, or is gone. What it leaves unread, open files in it, stays in the
 /// kernel at our cost when our end is closed; so until then the connection keeps its place in the limits.
-async fn all_read(daemon: &Daemon, seat: &Seat, uid: u32, socket: &OwnedFd) {
+async fn all_read(daemon: &Daemon, charge: &ConnectionCharge, uid: u32, socket: &OwnedFd) {
     // It sees the end behind what there is, and sends no more.
     let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
     let mut pause = Duration::from_millis(1);
@@ -275,7 +276,7 @@ async fn all_read(daemon: &Daemon, seat: &Seat, uid: u32, socket: &OwnedFd) {
     while unread(socket.as_fd()).is_ok_and(|bytes| bytes > 0) {
         // What it has sent could be its own end, which nobody else has.
         if !std::mem::replace(&mut is_emptied, true)
-            && empty(daemon, seat, uid, socket).await.is_err()
+            && empty(daemon, charge, uid, socket).await.is_err()
         {
             return;
         }
@@ -285,14 +286,19 @@ async fn all_read(daemon: &Daemon, seat: &Seat, uid: u32, socket: &OwnedFd) {
 }
 
 /// Takes out what a peer has sent and nobody will read.
-async fn empty(daemon: &Daemon, seat: &Seat, uid: u32, socket: &OwnedFd) -> Result<(), Lost> {
+async fn empty(
+    daemon: &Daemon,
+    charge: &ConnectionCharge,
+    uid: u32,
+    socket: &OwnedFd,
+) -> Result<(), Lost> {
     let mut buffer = [0; 4096];
     loop {
         match fdpass::peek(socket.as_fd(), &mut buffer) {
             Ok(next) if next.len == 0 => return Ok(()),
             Ok(next) if next.fds => {
-                let taken = daemon.porters.take(&seat.account, uid, socket).await?;
-                seat.account.lane.close(taken.files.into_iter().flatten());
+                let taken = daemon.receivers.take(&charge.account, uid, socket).await?;
+                charge.account.close_queue.close(taken.files.into_iter().flatten());
             }
             Ok(next) => {
                 let bytes = &mut buffer[..next.len];

@@ -4,7 +4,7 @@
 //! kernel ends a read with the bytes that fds came with, so they belong to the last message that
 //! begins in that read. Fds that come in the midst of a message are a framing error.
 
-use super::closer::Lane;
+use super::closer::CloseQueue;
 use crate::protocol::{Call, Error, Frames, Oversize, Request};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -13,12 +13,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 #[derive(Debug, Default)]
 pub(super) struct Sent {
     files: Vec<Result<OwnedFd, Error>>,
-    lane: Option<Lane>,
+    queue: Option<CloseQueue>,
 }
 
 impl Sent {
-    pub(super) fn new(files: Vec<Result<OwnedFd, Error>>, lane: &Lane) -> Self {
-        Self { files, lane: Some(lane.clone()) }
+    pub(super) fn new(files: Vec<Result<OwnedFd, Error>>, queue: &CloseQueue) -> Self {
+        Self { files, queue: Some(queue.clone()) }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -36,14 +36,14 @@ impl Sent {
             return Err(Error::bad("memory", reason));
         }
         let file = self.files.swap_remove(index)?;
-        Ok(Memory { file, lane: self.lane.clone() })
+        Ok(Memory { file, queue: self.queue.clone() })
     }
 }
 
 impl Drop for Sent {
     fn drop(&mut self) {
-        if let Some(lane) = &self.lane {
-            lane.close(self.files.drain(..).flatten());
+        if let Some(queue) = &self.queue {
+            queue.close(self.files.drain(..).flatten());
         }
     }
 }
@@ -52,7 +52,7 @@ impl Drop for Sent {
 #[derive(Debug)]
 pub(super) struct Memory {
     file: OwnedFd,
-    lane: Option<Lane>,
+    queue: Option<CloseQueue>,
 }
 
 impl AsFd for Memory {
@@ -63,9 +63,9 @@ impl AsFd for Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        if let Some(lane) = &self.lane {
+        if let Some(queue) = &self.queue {
             // Ours is closed here and is not the last one then.
-            lane.close(self.file.try_clone());
+            queue.close(self.file.try_clone());
         }
     }
 }
@@ -190,7 +190,7 @@ mod tests {
             fdpass::send(ours.as_fd(), bytes, &fds, MsgFlags::empty()).unwrap();
         }
         drop(ours);
-        let lane = crate::daemon::closer::Closer::new().unwrap().lane();
+        let queue = crate::daemon::closer::Closer::new().unwrap().queue();
         let (mut incoming, mut counts) = (Incoming::default(), Vec::new());
         let mut buffer = vec![0; buffer];
         loop {
@@ -199,7 +199,7 @@ mod tests {
                 return Ok(counts);
             }
             let files = got.fds.into_iter().map(Ok).collect();
-            incoming.push(&buffer[..got.len], Sent::new(files, &lane))?;
+            incoming.push(&buffer[..got.len], Sent::new(files, &queue))?;
             while let Some(message) = incoming.next_message().unwrap() {
                 assert_eq!(message.request, Ok(Request::GetInfo));
                 counts.push(message.fds.len());

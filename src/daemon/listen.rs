@@ -1,8 +1,9 @@
 //! The listening socket: the service manager's, or one of our own.
 
+use super::file_mode;
 use super::start_error::StartError;
-use super::trust;
 use crate::sys::inherited;
+use crate::sys::peer::pass_fds;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{
@@ -10,7 +11,7 @@ use nix::sys::socket::{
     socket, sockopt,
 };
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -70,6 +71,7 @@ pub(super) fn passed() -> Result<Option<UnixListener>, StartError> {
     let mut fds = inherited::take(FIRST_PASSED, count).map_err(|e| failed("not open", e))?;
     let Some(fd) = fds.pop() else { return Ok(None) };
     check(&fd)?;
+    let_no_fds_pass(&fd);
     let listener = UnixListener::from(fd);
     let blocking = |error: std::io::Error| StartError::Activation(error.to_string());
     listener.set_nonblocking(true).map_err(blocking)?;
@@ -90,6 +92,13 @@ fn check(fd: &OwnedFd) -> Result<(), StartError> {
     }
 }
 
+/// Has the kernel refuse fds from whoever connects: a connection begins with what its listening socket
+/// says. Fds that came before the daemon has seen who sends them would be in nobody's account. A kernel
+/// before Linux 6.16 can't refuse them.
+fn let_no_fds_pass(listener: &OwnedFd) {
+    let _ = pass_fds(listener.as_fd(), false);
+}
+
 /// Makes a socket at `path`, in place of one that nobody listens on any more.
 fn create(path: &Path) -> Result<Listening, StartError> {
     let at = |source| StartError::Socket { path: path.to_owned(), source };
@@ -99,6 +108,7 @@ fn create(path: &Path) -> Result<Listening, StartError> {
     remove_stale(path)?;
     let listener = bound(path).map_err(|errno| at(errno.into()))?;
     let inode = open_to_all(path).map_err(at)?;
+    let_no_fds_pass(&listener);
     listen(&listener, Backlog::MAXALLOWABLE).map_err(|errno| at(errno.into()))?;
     Ok(Listening { listener: listener.into(), file: Some((path.to_owned(), inode)) })
 }
@@ -113,7 +123,7 @@ pub(super) fn make_directory(socket: &Path) -> Result<(), StartError> {
         info!(directory = %directory.display(), "making the socket's directory");
     }
     DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(at)?;
-    match trust::is_directory_safe(&std::fs::metadata(directory).map_err(at)?) {
+    match file_mode::is_directory_safe(&std::fs::metadata(directory).map_err(at)?) {
         true => Ok(()),
         false => Err(StartError::UnsafeDirectory(directory.to_owned())),
     }
@@ -147,7 +157,7 @@ fn lock(socket: &Path, deadline: Duration) -> Result<Flock<File>, StartError> {
     let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK;
     let mut file = options.custom_flags(flags).open(&path).map_err(at)?;
     let found = file.metadata().map_err(at)?;
-    if !found.is_file() || !trust::is_owned(&found) || found.mode() & 0o077 != 0 {
+    if !found.is_file() || !file_mode::is_owned(&found) || found.mode() & 0o077 != 0 {
         return Err(StartError::UnsafeLock(path));
     }
     let until = Instant::now() + deadline;
@@ -172,7 +182,7 @@ fn remove_stale(path: &Path) -> Result<(), StartError> {
     if !found.file_type().is_socket() {
         return Err(StartError::NotASocket(path.to_owned()));
     }
-    if !trust::is_owned(&found) {
+    if !file_mode::is_owned(&found) {
         return Err(StartError::OthersSocket { path: path.to_owned(), uid: found.uid() });
     }
     let probe = || {
@@ -207,7 +217,7 @@ fn open_to_all(path: &Path) -> std::io::Result<u64> {
     let flags = nix::libc::O_PATH | nix::libc::O_NOFOLLOW;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let found = file.metadata()?;
-    if !found.file_type().is_socket() || !trust::is_owned(&found) {
+    if !found.file_type().is_socket() || !file_mode::is_owned(&found) {
         return Err(std::io::Error::other("somebody has replaced the socket"));
     }
     let pinned = format!("/proc/self/fd/{}", file.as_raw_fd());

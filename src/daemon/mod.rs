@@ -9,20 +9,20 @@ mod account;
 mod calls;
 mod closer;
 mod connection;
+mod file_mode;
 mod incoming;
-mod info;
+mod introspect;
 mod keepers;
-mod limit;
 mod listen;
 mod log;
 mod observer;
 mod options;
 mod outgoing;
 mod peer;
-mod porter;
+mod rate_limit;
+mod receiver;
 mod start;
 mod start_error;
-mod trust;
 mod watch;
 
 pub use log::LogFormat;
@@ -36,7 +36,7 @@ use crate::protocol::{Error, MAX_MESSAGE};
 use account::{Account, Accounts};
 use closer::Closer;
 use observer::DaemonObserver;
-use porter::Porters;
+use receiver::Receivers;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -45,7 +45,7 @@ use tracing::{debug, info};
 /// Does what one of the daemon's own processes is for, if this program was started as one: call it
 /// first of all in `main`.
 pub fn be_process_if_asked() -> Option<std::process::ExitCode> {
-    porter::be_one_if_asked().or_else(crate::keeper::be_one_if_asked)
+    receiver::be_one_if_asked().or_else(crate::keeper::be_one_if_asked)
 }
 
 /// The arguments, if this program was started under that name.
@@ -59,7 +59,7 @@ struct Daemon {
     broker: Rc<Broker>,
     observer: Rc<DaemonObserver>,
     accounts: Rc<Accounts>,
-    porters: Rc<Porters>,
+    receivers: Rc<Receivers>,
     deadlines: Deadlines,
     /// Whether the policy has tenants by unit.
     names_units: bool,
@@ -86,7 +86,7 @@ impl Daemon {
             broker,
             observer,
             accounts: Rc::new(Accounts::new(most_connections, Closer::new()?)),
-            porters: Rc::default(),
+            receivers: Rc::default(),
             deadlines: Deadlines {
                 call: options.call_deadline,
                 read: options.read_deadline,

@@ -1,6 +1,6 @@
 //! What the broker tells the daemon of leases: for the log, and for those who watch.
 
-use super::limit::RateLimit;
+use super::rate_limit::RateLimit;
 use crate::broker::Observer;
 use crate::protocol::{Event, EventKind};
 use std::cell::RefCell;

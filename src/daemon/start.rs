@@ -5,7 +5,7 @@ use super::listen::{self, Listening};
 use super::observer::DaemonObserver;
 use super::options::Options;
 use super::start_error::StartError;
-use super::{Daemon, accept, log, trust};
+use super::{Daemon, accept, file_mode, log};
 use crate::broker::{Broker, Parts};
 use crate::host::Host;
 use crate::keeper::{Machine, PATIENCE, Place};
@@ -173,7 +173,7 @@ fn read_policy(path: &Path) -> Result<String, StartError> {
     };
     // What is looked at is what is read, whatever becomes of the path in between.
     let file = File::open(path).map_err(unreadable)?;
-    if !trust::is_file_safe(&file.metadata().map_err(unreadable)?) {
+    if !file_mode::is_file_safe(&file.metadata().map_err(unreadable)?) {
         return Err(StartError::UnsafePolicy(path.to_owned()));
     }
     std::io::read_to_string(file).map_err(unreadable)

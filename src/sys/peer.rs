@@ -99,20 +99,21 @@ pub fn is_alive(pidfd: BorrowedFd<'_>) -> Result<bool, Errno> {
     Ok(poll(&mut [PollFd::new(pidfd, PollFlags::POLLIN)], PollTimeout::ZERO)? == 0)
 }
 
-/// Has the kernel refuse fds that are sent to this socket, with EPERM at their sender.
+/// Whether the kernel lets fds be sent to this socket; where not, their sender gets EPERM. What a
+/// listening socket accepts begins with the listening socket's setting.
 ///
 /// # Errors
 /// ENOPROTOOPT before Linux 6.16.
-pub fn refuse_fds(socket: BorrowedFd<'_>) -> Result<(), Errno> {
-    let off: libc::c_int = 0;
+pub fn pass_fds(socket: BorrowedFd<'_>, pass: bool) -> Result<(), Errno> {
+    let pass = libc::c_int::from(pass);
     // SAFETY: the option is an int, which lives through the call.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
             libc::SOL_SOCKET,
             SO_PASSRIGHTS,
-            (&raw const off).cast(),
-            size_of_val(&off) as libc::socklen_t,
+            (&raw const pass).cast(),
+            size_of_val(&pass) as libc::socklen_t,
         )
     };
     Errno::result(result).map(drop)
@@ -159,15 +160,20 @@ mod tests {
     }
 
     #[test]
-    fn fds_are_refused_where_the_kernel_can() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        match refuse_fds(theirs.as_fd()) {
-            Err(errno) => assert_eq!(errno, Errno::ENOPROTOOPT),
-            Ok(()) => {
-                let none = nix::sys::socket::MsgFlags::empty();
-                let sent = crate::sys::fdpass::send(ours.as_fd(), b"x", &[ours.as_fd()], none);
-                assert_eq!(sent, Err(Errno::EPERM));
-            }
+    fn fds_are_refused_where_the_kernel_can_from_the_listening_socket_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        if let Err(errno) = pass_fds(listener.as_fd(), false) {
+            return assert_eq!(errno, Errno::ENOPROTOOPT);
         }
+        let ours = UnixStream::connect(&path).unwrap();
+        let none = nix::sys::socket::MsgFlags::empty();
+        let send = || crate::sys::fdpass::send(ours.as_fd(), b"x", &[ours.as_fd()], none);
+        assert_eq!(send(), Err(Errno::EPERM));
+        let (theirs, _) = listener.accept().unwrap();
+        assert_eq!(send(), Err(Errno::EPERM));
+        pass_fds(theirs.as_fd(), true).unwrap();
+        assert_eq!(send(), Ok(1));
     }
 }

@@ -1,29 +1,29 @@
-//! Open files that peers send are never this process's. Closing one can take for ever, and a process
-//! in which that happens can't even be killed (a FUSE file whose server read the request and keeps
-//! quiet); and what is waited for may be something that only this process still has.
+//! A peer's open files are never this process's. Closing one can take for ever, and a process in
+//! which that happens can't even be killed (a FUSE file whose server keeps quiet); and what it waits
+//! for may be something that only this process still has.
 //!
-//! So a *porter* receives, looks at and closes them: this program again, in a process of its own,
-//! with no privileges and none of the daemon's files, started for each message that brings any. Only
-//! files that can be memory come from there. Sockets that may still hold something unread are closed
-//! by one too ([`sink`]). A porter that takes too long is killed; one that even that does not end
-//! counts against whom it was started for.
+//! So a *receiver* receives, checks and closes them: this program again, in a process of its own, with
+//! no privileges and none of the daemon's files, started for each message that brings any. It passes
+//! on only files that can be memory. A receiver that takes too long is killed; one that even a kill
+//! does not end counts against the account that it was started for. Sockets that may hold something
+//! unread are closed by a second role of the same program ([`socket_closer`]).
 
-mod errand;
-mod sink;
+mod role;
+mod socket_closer;
 
-pub(super) use errand::be_one_if_asked;
-pub(super) use sink::{Sink, Waiting};
+pub(super) use role::be_one_if_asked;
+pub(super) use socket_closer::{SocketCloser, Waiting};
 
 use super::account::Account;
 use crate::protocol::Error;
 use crate::sys::fdpass;
-use errand::{Errand, NAME, Report};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, setsockopt, shutdown, socketpair,
     sockopt,
 };
 use nix::sys::time::TimeVal;
+use role::{NAME, Report, Role};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -34,19 +34,19 @@ use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
-/// Porters at a time that take messages: for one uid, for one owner, and for all.
+/// Receivers at a time that take messages: for one uid, for one owner, and for all.
 const MOST_OF_UID: usize = 4;
 pub(super) const MOST_OF_OWNER: usize = 8;
 const MOST: usize = 32;
 
-/// Porters that did not end even when they were killed: those that take messages for one uid, those
+/// Receivers that did not end even when they were killed: those that take messages for one uid, those
 /// that close one owner's sockets.
-const MOST_STUCK: usize = 4;
+const MOST_UNKILLABLE: usize = 4;
 
 /// Of those that take messages for one owner, whatever their uids.
-const MOST_STUCK_OF_OWNER: usize = 16;
+const MOST_UNKILLABLE_OF_OWNER: usize = 16;
 
-/// How long a porter may take to hand over what it received, and then to close the rest.
+/// How long a receiver may take to hand over what it received, and then to close the rest.
 const PATIENCE: Duration = Duration::from_secs(10);
 const CLOSING_PATIENCE: Duration = Duration::from_millis(200);
 
@@ -62,27 +62,27 @@ pub(super) struct Taken {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum NotTaken {
     #[error("{0} processes that hold this client's files can't be ended")]
-    Stuck(usize),
+    Unkillable(usize),
     #[error("more than {} fds in one message", fdpass::MAX_FDS)]
     TooMany,
     #[error("the process that receives fds: {0}")]
     Failed(std::io::Error),
 }
 
-/// All porters. Lives on the event loop.
+/// All receivers. Lives on the event loop.
 #[derive(Debug)]
-pub(super) struct Porters {
+pub(super) struct Receivers {
     places: Semaphore,
     by_uid: RefCell<HashMap<u32, Rc<Semaphore>>>,
 }
 
-impl Default for Porters {
+impl Default for Receivers {
     fn default() -> Self {
         Self { places: Semaphore::new(MOST), by_uid: RefCell::default() }
     }
 }
 
-impl Porters {
+impl Receivers {
     /// Takes the message at the head of a socket, which has files with it.
     ///
     /// # Errors
@@ -93,18 +93,18 @@ impl Porters {
         uid: u32,
         socket: &OwnedFd,
     ) -> Result<Taken, NotTaken> {
-        if let Some(stuck) = account.stuck.are_too_many(uid) {
-            return Err(NotTaken::Stuck(stuck));
+        if let Some(unkillable) = account.unkillable.are_too_many(uid) {
+            return Err(NotTaken::Unkillable(unkillable));
         }
         let of_uid = self.of(uid);
         let socket = socket.try_clone().map_err(NotTaken::Failed)?;
         let ending = |_| NotTaken::Failed(Errno::ECANCELED.into());
         let _of_uid = of_uid.acquire().await.map_err(ending)?;
-        let _of_owner = account.porters.acquire().await.map_err(ending)?;
+        let _of_owner = account.receivers.acquire().await.map_err(ending)?;
         let _of_all = self.places.acquire().await.map_err(ending)?;
         let done = spawn_blocking(move || take(socket)).await;
         let (result, left) = done.map_err(|error| NotTaken::Failed(error.into()))?;
-        account.stuck.0.borrow_mut().extend(left.map(|child| (uid, child)));
+        account.unkillable.0.borrow_mut().extend(left.map(|child| (uid, child)));
         result
     }
 
@@ -118,57 +118,58 @@ impl Porters {
     }
 }
 
-/// An owner's porters that did not end even when they were killed, with whom they were started for.
+/// An owner's receivers that did not end even when they were killed, with whom they were started for.
 #[derive(Debug, Default)]
-pub(super) struct Stuck(RefCell<Vec<(u32, Child)>>);
+pub(super) struct Unkillable(RefCell<Vec<(u32, Child)>>);
 
-impl Stuck {
+impl Unkillable {
     /// How many there are, where that is too many for one more of this uid.
     fn are_too_many(&self, uid: u32) -> Option<usize> {
-        let mut stuck = self.0.borrow_mut();
-        stuck.retain_mut(|(_, child)| matches!(child.try_wait(), Ok(None)));
-        let own = stuck.iter().filter(|(of, _)| *of == uid).count();
-        (own >= MOST_STUCK || stuck.len() >= MOST_STUCK_OF_OWNER).then_some(stuck.len())
+        let mut unkillable = self.0.borrow_mut();
+        unkillable.retain_mut(|(_, child)| matches!(child.try_wait(), Ok(None)));
+        let own = unkillable.iter().filter(|(of, _)| *of == uid).count();
+        (own >= MOST_UNKILLABLE || unkillable.len() >= MOST_UNKILLABLE_OF_OWNER)
+            .then_some(unkillable.len())
     }
 }
 
-/// Has a porter take a message; also gives the porter where it does not end.
+/// Has a receiver take a message; also gives the receiver where it does not end.
 fn take(socket: OwnedFd) -> (Result<Taken, NotTaken>, Option<Child>) {
     let failed = || Err(NotTaken::Failed(Errno::EPROTO.into()));
-    let mut porter = match Porter::start(Errand::Take) {
-        Ok(porter) => porter,
+    let mut receiver = match Helper::start(Role::Take) {
+        Ok(receiver) => receiver,
         Err(error) => return (Err(NotTaken::Failed(error)), None),
     };
-    let (ours, flags) = (porter.socket.as_fd(), MsgFlags::empty());
-    // It fails where the porter died, and then there is no report either.
+    let (ours, flags) = (receiver.socket.as_fd(), MsgFlags::empty());
+    // It fails where the receiver died, and then there is no report either.
     let _ = fdpass::send(ours, b"f", &[socket.as_fd()], flags);
     let _ = shutdown(ours.as_raw_fd(), Shutdown::Write);
-    let mut buffer = vec![0; errand::MOST_BYTES];
+    let mut buffer = vec![0; role::MOST_BYTES];
     let taken = match fdpass::receive(ours, &mut buffer, fdpass::MAX_FDS, flags) {
         Ok(got) => Report::decode(&buffer[..got.len])
             .map_or_else(failed, |report| report.into_taken(got.fds)),
         Err(_) => failed(),
     };
-    let ended = porter.ends_within(CLOSING_PATIENCE);
-    (taken, (!ended).then_some(porter.child))
+    let ended = receiver.ends_within(CLOSING_PATIENCE);
+    (taken, (!ended).then_some(receiver.child))
 }
 
-/// One that was started, and the way to it.
+/// A process of this program that was started, and the socket to it.
 #[derive(Debug)]
-struct Porter {
+struct Helper {
     child: Child,
     socket: OwnedFd,
 }
 
-impl Porter {
-    fn start(errand: Errand) -> std::io::Result<Self> {
+impl Helper {
+    fn start(role: Role) -> std::io::Result<Self> {
         let (socket, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let patience = TimeVal::new(PATIENCE.as_secs().cast_signed(), 0);
         setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
         setsockopt(&socket, sockopt::SendTimeout, &patience)?;
         let mut command = Command::new("/proc/self/exe");
-        command.arg0(NAME).arg(errand.name()).env_clear().stdin(theirs);
+        command.arg0(NAME).arg(role.name()).env_clear().stdin(theirs);
         command.stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
         Ok(Self { child: command.spawn()?, socket })
     }

@@ -1,4 +1,4 @@
-//! What a porter does, in its own process: one errand, and then it ends.
+//! What a receiver does, in its own process: one role, and then it ends.
 
 use super::{NotTaken, Taken};
 use crate::keeper::check_memory;
@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 /// What it is called in the list of processes; a program that is started under this name is one.
-pub(super) const NAME: &str = "vfio-broker-porter";
+pub(super) const NAME: &str = "vfio-broker-receiver";
 
 /// A report and what it reports on, at most: 16 reasons and a message.
 pub(super) const MOST_BYTES: usize = MAX_MESSAGE + (16 << 10);
@@ -27,21 +27,21 @@ const MOST_REASON: usize = 120;
 /// UIDS-GIDS.md) where that can be had, because who runs as the same user could stop it.
 const NOBODIES: [u32; 2] = [0xfffe_4653, 65534];
 
-/// Sockets that one porter closes at a time.
+/// Sockets that one receiver closes at a time.
 const MOST_CLOSING: usize = 64;
 
 /// The threads close a file each and use next to no stack.
 const STACK: usize = 64 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Errand {
+pub(super) enum Role {
     /// Receive one message of the socket that is given, and report.
     Take,
     /// Close all sockets that are given, until no more are.
     Close,
 }
 
-impl Errand {
+impl Role {
     const ALL: [Self; 2] = [Self::Take, Self::Close];
 
     pub(super) fn name(self) -> &'static str {
@@ -94,29 +94,29 @@ impl Report {
     }
 }
 
-/// Does an errand if this program was started as a porter: call it first of all in `main`.
+/// Plays a role if this program was started as a receiver: call it first of all in `main`.
 pub(in super::super) fn be_one_if_asked() -> Option<ExitCode> {
     let mut args = super::super::started_as(NAME)?;
-    let errand = args.next()?;
-    let errand = Errand::ALL.into_iter().find(|it| errand == it.name())?;
-    Some(match do_it(errand) {
+    let role = args.next()?;
+    let role = Role::ALL.into_iter().find(|it| role == it.name())?;
+    Some(match do_it(role) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     })
 }
 
-fn do_it(errand: Errand) -> nix::Result<()> {
+fn do_it(role: Role) -> nix::Result<()> {
     drop_rights()?;
     let stdin = std::io::stdin();
-    match errand {
-        Errand::Take => {
+    match role {
+        Role::Take => {
             let given = fdpass::receive_all(stdin.as_fd(), &mut [0; 1], MsgFlags::empty())?.fds;
             if let Some(socket) = given.first() {
                 take(socket)?;
             }
             close(given);
         }
-        Errand::Close => close_as_they_come(stdin.as_fd()),
+        Role::Close => close_as_they_come(stdin.as_fd()),
     }
     Ok(())
 }
