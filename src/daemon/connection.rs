@@ -92,8 +92,10 @@ impl Connection {
         while let Some(Message { request, flags, fds }) = self.next_message().await? {
             let answer = match self.check(request, flags, &fds) {
                 Err(error) => Err(error),
-                Ok(Request::GetInfo) => Ok(Answer::reply(super::info::info())),
-                Ok(Request::GetInterfaceDescription(name)) => super::info::describe(&name),
+                Ok(Request::GetInfo(_)) => Ok(Answer::reply(super::info::info())),
+                Ok(Request::GetInterfaceDescription(asked)) => {
+                    super::info::describe(&asked.interface)
+                }
                 Ok(Request::Acquire(request)) => Box::pin(self.acquire(request)).await,
                 Ok(Request::GetFds(request)) => match self.try_get_fds(&request) {
                     Some(answer) => answer,
@@ -127,23 +129,25 @@ impl Connection {
         fds: &Sent,
     ) -> Result<Request, Error> {
         let request = request?;
-        if let Request::GetInfo | Request::GetInterfaceDescription(_) = request {
-            return if fds.len() == 0 { Ok(request) } else { Err(fds_not_taken()) };
-        }
-        if let Some(denied) = &self.seat.account.denied {
+        let rules = request.rules();
+        if let Some(denied) = &self.seat.account.denied
+            && !rules.for_strangers
+        {
             return Err(denied.clone());
         }
-        match request {
-            _ if flags.upgrade => Err(Error::bad("upgrade", "no method here can be upgraded")),
-            Request::MapDma(_) => Ok(request),
-            _ if fds.len() > 0 => Err(fds_not_taken()),
-            Request::Watch(_) if !flags.more => Err(Error::ExpectedMore {}),
-            // Their replies are what they are for.
-            Request::Acquire(_) | Request::GetFds(_) | Request::Watch(_) if flags.oneway => {
-                Err(Error::bad("oneway", "this method only makes sense with its reply"))
-            }
-            request => Ok(request),
+        if flags.upgrade {
+            return Err(Error::bad("upgrade", "no method here can be upgraded"));
         }
+        if fds.len() > 0 && !rules.takes_files {
+            return Err(fds_not_taken());
+        }
+        if rules.needs_more && !flags.more {
+            return Err(Error::ExpectedMore {});
+        }
+        if rules.needs_reply && flags.oneway {
+            return Err(Error::bad("oneway", "this method only makes sense with its reply"));
+        }
+        Ok(request)
     }
 
     async fn next_message(&mut self) -> Result<Option<Message>, Lost> {
