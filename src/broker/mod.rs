@@ -19,11 +19,11 @@ mod hint;
 mod key;
 mod lacks;
 mod lifeline;
-mod lists;
 mod memlock;
 mod memory;
 mod open;
 mod plan;
+mod queries;
 mod rebind;
 mod reclaim;
 mod space;
@@ -31,15 +31,17 @@ mod space;
 pub use api::{Caller, Contested, Ended, Grant, LifelineId, Nobody, Observer, SentFd};
 pub use given::{Given, Record};
 pub use memory::check_memory;
+pub use queries::Tour;
 pub use rebind::Rebinder;
 
+use crate::host::Survey;
 use crate::kernel::Kernel;
 use crate::ledger::{Lease, LeaseId};
 use crate::policy::Policy;
 use crate::protocol::{Event, EventKind};
 use books::Books;
 use given::AllGiven;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// How long a reclaim waits for what is still open, in steps: a process that is killed closes its
@@ -60,6 +62,8 @@ pub struct Broker {
     contested: OnceLock<Box<dyn Contested>>,
     given: Mutex<AllGiven>,
     books: Mutex<Books>,
+    /// What those who list the machine at the moment share.
+    survey: Mutex<Weak<Survey>>,
     /// Something has been reclaimed, or can't be yet.
     changed: Condvar,
 }
@@ -91,6 +95,7 @@ impl Broker {
             contested: OnceLock::new(),
             given: Mutex::default(),
             books: Mutex::default(),
+            survey: Mutex::default(),
             changed: Condvar::new(),
         })
     }

@@ -23,6 +23,9 @@ const STRANGERS_DENIALS: u32 = 10 * DENIALS;
 /// Files of one owner whose close hangs, before it is let in no more: each holds something up.
 const MOST_UNCLOSED: usize = 64;
 
+/// Requests of one owner that read the machine at a time: what one has read serves the next.
+pub(super) const MOST_SCANS: usize = 2;
+
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Owner {
     Tenant(String),
@@ -69,6 +72,8 @@ pub(super) struct Account {
     /// Requests in flight that are not answered on the event loop.
     pub(super) requests: Arc<Semaphore>,
     pub(super) most_requests: usize,
+    /// Requests of its that read the machine, at a time.
+    pub(super) scans: Arc<Semaphore>,
     /// Whether its calls can need open files: only MapDma's do.
     pub(super) sends_fds: bool,
     /// What is denied it and gets into the log.
@@ -197,6 +202,7 @@ impl Account {
             stuck: Stuck::default(),
             requests: Arc::new(Semaphore::new(most_requests)),
             most_requests,
+            scans: Arc::new(Semaphore::new(MOST_SCANS)),
             denials: RefCell::new(RateLimit::new(DENIALS)),
             strangers_denials: None,
             sends_fds: tenant.as_ref().is_ok_and(|tenant| may_map(tenant)),

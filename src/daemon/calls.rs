@@ -107,16 +107,7 @@ impl Connection {
         self.on_worker("UnmapDma", object, work, |_, _, _| {}).await.map(Answer::reply)
     }
 
-    pub(super) async fn topology(&self) -> Result<Answer, Error> {
-        let work = |broker: &Broker, caller: &Caller| broker.topology(caller);
-        self.on_worker("Topology", "sysfs".into(), work, |_, _, _| {}).await.map(Answer::reply)
-    }
-
-    pub(super) fn leases(&self) -> Result<Answer, Error> {
-        self.daemon.broker.leases(&self.caller).map(Answer::reply)
-    }
-
-    async fn on_worker<T: Send + 'static>(
+    pub(super) async fn on_worker<T: Send + 'static>(
         &self,
         call: &'static str,
         object: String,

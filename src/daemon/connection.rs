@@ -105,8 +105,8 @@ impl Connection {
                 Ok(Request::MapDma(request)) => Box::pin(self.map_dma(request, fds)).await,
                 Ok(Request::UnmapDma(request)) => Box::pin(self.unmap_dma(request)).await,
                 Ok(Request::SetMemlock(request)) => self.set_memlock(&request),
-                Ok(Request::Topology(_)) => Box::pin(self.topology()).await,
-                Ok(Request::Leases(_)) => self.leases(),
+                Ok(Request::Topology(_)) => Box::pin(self.topology(flags)).await?,
+                Ok(Request::Leases(_)) => Box::pin(self.leases(flags)).await?,
                 Ok(Request::Watch(watch)) => return Box::pin(self.watch(watch)).await,
             };
             let answer = answer.unwrap_or_else(|error| self.refuse(&error));

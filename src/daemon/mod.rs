@@ -16,6 +16,7 @@ mod info;
 mod lifelines;
 mod limit;
 mod listen;
+mod lists;
 mod log;
 mod observer;
 mod options;

@@ -2,7 +2,7 @@
 
 use super::incoming::Deferred;
 use crate::broker::SentFd;
-use crate::protocol::{Error, Reply};
+use crate::protocol::{Error, MAX_MESSAGE, Reply};
 use crate::sys::fdpass;
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
@@ -51,6 +51,18 @@ impl Answer {
     /// A reply with what the broker keeps.
     pub(super) fn with_kept<T: Serialize>(parameters: T, fds: Vec<SentFd>) -> Self {
         Self { bytes: encode(&Reply { parameters, continues: false }), fds: Enclosed::Kept(fds) }
+    }
+
+    /// A reply that may be longer than a message can be.
+    ///
+    /// # Errors
+    /// How long it would be.
+    pub(super) fn if_it_fits<T: Serialize>(parameters: T, continues: bool) -> Result<Self, usize> {
+        let bytes = encode(&Reply { parameters, continues });
+        if bytes.len() > MAX_MESSAGE {
+            return Err(bytes.len());
+        }
+        Ok(Self { bytes, fds: Enclosed::Kept(Vec::new()) })
     }
 
     /// One reply of several.

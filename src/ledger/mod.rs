@@ -21,6 +21,7 @@ pub use request::{Acquire, Effect, Extend, Quota, Refusal, Request, Restored, Wa
 pub use unproved::Unproved;
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 #[cfg(test)]
 mod tests;
@@ -64,6 +65,12 @@ impl Ledger {
     /// Every lease, ended ones that are not reclaimed yet among them.
     pub fn leases(&self) -> impl Iterator<Item = &Lease> {
         self.leases.values()
+    }
+
+    /// The leases behind this one, in the order of their names; without one, all.
+    pub fn leases_after(&self, id: Option<LeaseId>) -> impl Iterator<Item = &Lease> {
+        let from = id.map_or(Bound::Unbounded, Bound::Excluded);
+        self.leases.range((from, Bound::Unbounded)).map(|(_, lease)| lease)
     }
 
     /// A lease that can be used: granted, and not ended.
