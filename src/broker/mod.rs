@@ -15,14 +15,16 @@ mod fds;
 mod form;
 mod keeper;
 mod key;
-mod lists;
 mod memlock;
 mod plan;
 mod proof;
+mod queries;
 
 pub use api::{Caller, Delivery, Keepers, Observer};
 pub use error::advice;
+pub use queries::Tour;
 
+use crate::host::Survey;
 use crate::kernel::Kernel;
 use crate::ledger::Lease;
 use crate::policy::Policy;
@@ -30,7 +32,7 @@ use crate::protocol::{Event, EventKind};
 use books::Books;
 use error::no_such_lease;
 use std::cell::{Cell, RefCell, RefMut};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::Notify;
@@ -61,6 +63,8 @@ pub struct Broker {
     patience: Duration,
     deadline: Duration,
     books: RefCell<Books>,
+    /// What those who list the machine at the moment share.
+    survey: RefCell<Weak<Survey>>,
     /// Grows with each change of the books.
     generation: Cell<u64>,
     changed: Notify,
@@ -78,6 +82,7 @@ impl Broker {
             patience,
             deadline,
             books: RefCell::default(),
+            survey: RefCell::default(),
             generation: Cell::default(),
             changed: Notify::new(),
         })

@@ -3,7 +3,9 @@
 use super::pci_names::PciNames;
 use super::style::{Style, ago, all_printable, print, print_json};
 use super::{Context, Failure};
-use crate::protocol::{Device, Group, GroupState, Groups, Lease, Unproved};
+use crate::protocol::{self, Device, Group, GroupState, Groups, Lease, Unproved};
+use std::collections::HashMap;
+use std::sync::mpsc;
 
 /// Show groups and devices, who has them, and what keeps them from being used
 #[derive(Debug, clap::Args)]
@@ -11,49 +13,74 @@ pub(super) struct Args {}
 
 pub(super) fn run(context: &Context, _: &Args) -> Result<(), Failure> {
     let mut broker = context.connect()?;
-    let groups = broker.topology()?;
     if context.json {
+        let groups = broker.topology()?;
         return Ok(print_json(&Groups { groups })?);
     }
-    if groups.is_empty() {
-        return Ok(print("no groups that the policy lets you see\n")?);
-    }
-    let (groups, leases) = (all_printable(groups)?, all_printable(broker.leases()?)?);
-    let tree = Tree { style: context.style, names: PciNames::load(), leases };
-    Ok(print(&tree.draw(&groups))?)
+    let leases = all_printable(broker.leases()?)?;
+    let mut tree = Tree::new(context.style, PciNames::load(), leases);
+    let mut replies = broker.call_more(&protocol::Topology {})?;
+    std::thread::scope(|scope| {
+        // A pager stops reading for as long as somebody looks at a page; the broker hangs up on who
+        // stops reading. So replies are read while others are printed.
+        let (sender, arrived) = mpsc::channel();
+        scope.spawn(move || {
+            // It ends early where printing has failed.
+            let _ = replies.try_for_each(|reply| sender.send(reply));
+        });
+        let mut is_empty = true;
+        for reply in arrived {
+            for group in all_printable(reply?.groups)? {
+                is_empty = false;
+                print(&tree.draw(&group))?;
+            }
+        }
+        let last = match is_empty {
+            true => "no groups that the policy lets you see\n".to_owned(),
+            false => tree.how_to_bind(),
+        };
+        Ok(print(&last)?)
+    })
 }
 
 struct Tree {
     style: Style,
     names: PciNames,
-    leases: Vec<Lease>,
+    leases: HashMap<String, Lease>,
+    /// The width of the drivers' names: the longest so far, since each group is drawn when it comes.
+    widest: usize,
+    /// Something could be bound to a VFIO driver.
+    is_left: bool,
 }
 
 impl Tree {
-    fn draw(&self, groups: &[Group]) -> String {
-        let driver = |device: &Device| device.driver.as_ref().map_or(1, String::len);
-        let widest = groups.iter().flat_map(|g| &g.devices).map(driver).max().unwrap_or(1);
-        let mut text = String::new();
-        for group in groups {
-            text += &self.head(group);
-            for (i, device) in group.devices.iter().enumerate() {
-                let branch = if i + 1 == group.devices.len() { "`-" } else { "|-" };
-                text += &self.device(branch, device, widest);
-            }
-            if let Some(Unproved { tenant, devices, since, .. }) = &group.unproved {
-                text += &format!(
-                    "   {} only for {tenant}, which had {} by iommufd {} ago, until an administrator \
-                     has unbound it\n",
-                    self.style.yellow("!"),
-                    devices.join(" "),
-                    ago(*since)
-                );
-            }
-            for blocker in &group.blockers {
-                text += &format!("   {} {blocker}\n", self.style.red("!"));
-            }
+    fn new(style: Style, names: PciNames, leases: Vec<Lease>) -> Self {
+        let leases = leases.into_iter().map(|lease| (lease.lease.clone(), lease)).collect();
+        Self { style, names, leases, widest: "vfio-pci".len(), is_left: false }
+    }
+
+    fn draw(&mut self, group: &Group) -> String {
+        let drivers = group.devices.iter().filter_map(|device| device.driver.as_ref());
+        self.widest = drivers.map(String::len).fold(self.widest, usize::max);
+        self.is_left |= group.devices.iter().any(|device| !device.vfio && !is_bridge(device));
+        let mut text = self.head(group);
+        for (i, device) in group.devices.iter().enumerate() {
+            let branch = if i + 1 == group.devices.len() { "`-" } else { "|-" };
+            text += &self.device(branch, device);
         }
-        text + &self.how_to_bind(groups)
+        if let Some(Unproved { tenant, devices, since, .. }) = &group.unproved {
+            text += &format!(
+                "   {} only for {tenant}, which had {} by iommufd {} ago, until an administrator \
+                 has unbound it\n",
+                self.style.yellow("!"),
+                devices.join(" "),
+                ago(*since)
+            );
+        }
+        for blocker in &group.blockers {
+            text += &format!("   {} {blocker}\n", self.style.red("!"));
+        }
+        text
     }
 
     fn head(&self, group: &Group) -> String {
@@ -74,7 +101,8 @@ impl Tree {
         format!("{}  {state}\n", style.bold(&format!("group {}", group.id)))
     }
 
-    fn device(&self, branch: &str, device: &Device, widest: usize) -> String {
+    fn device(&self, branch: &str, device: &Device) -> String {
+        let widest = self.widest;
         let Device { bdf, vendor, device: id, class, driver, lease, cdev, .. } = device;
         let cdev = cdev.as_deref().and_then(|path| path.rsplit('/').next());
         let cdev = cdev.map_or(String::new(), |name| format!(", cdev {name}"));
@@ -82,7 +110,7 @@ impl Tree {
         let name = self.names.device(vendor, id);
         let class = self.style.dim(&(self.names.class(class) + &cdev));
         let holder = lease.as_ref().map_or(String::new(), |lease| {
-            let known = self.leases.iter().find(|known| known.lease == *lease);
+            let known = self.leases.get(lease);
             let vm = known.map_or(String::new(), |l| format!("{} of {}, ", l.vm, l.tenant));
             format!("  {}", self.style.yellow(&format!("<- {vm}lease {lease}")))
         });
@@ -91,9 +119,8 @@ impl Tree {
 
     /// Where to read how a device gets onto a VFIO driver: not here, where the command would stand
     /// beside what the host needs.
-    fn how_to_bind(&self, groups: &[Group]) -> String {
-        let devices = groups.iter().flat_map(|group| &group.devices);
-        if devices.filter(|device| !is_bridge(device)).all(|device| device.vfio) {
+    fn how_to_bind(&self) -> String {
+        if !self.is_left {
             return String::new();
         }
         let uid = nix::unistd::geteuid();
@@ -171,9 +198,10 @@ mod tests {
             free(10, device("0000:67:00.0", "-", None)),
             free(11, port),
         ];
-        let tree = Tree { style: Style::plain(), names: PciNames::default(), leases: vec![] };
-        let drawn = tree.draw(&groups);
-        let (drawn, hint) = drawn.split_once("->").unwrap();
+        let tree = || Tree::new(Style::plain(), PciNames::default(), vec![]);
+        let mut whole = tree();
+        let drawn: String = groups.iter().map(|group| whole.draw(group)).collect();
+        let hint = whole.how_to_bind();
         assert_eq!(
             drawn,
             "group 7  held\n\
@@ -190,7 +218,9 @@ mod tests {
              `- 0000:00:01.0  pcieport  [8086:10d3], class 060400\n"
         );
         assert!(hint.contains("policy explain --uid"), "{hint}");
-        assert!(!tree.draw(&groups[2..3]).contains("->"), "nothing is left to bind");
+        let mut bound = tree();
+        bound.draw(&groups[2]);
+        assert_eq!(bound.how_to_bind(), "", "nothing is left to bind");
         let left = Unproved {
             tenant: "alice".into(),
             lease: "l1".into(),
@@ -199,7 +229,7 @@ mod tests {
             devices: vec!["0000:66:00.0".into()],
         };
         let whose = Group { unproved: Some(left), ..groups[2].clone() };
-        let drawn = tree.draw(&[whose]);
+        let drawn = bound.draw(&whose);
         assert!(drawn.contains("! only for alice, which had 0000:66:00.0 by iommufd"), "{drawn}");
     }
 }

@@ -1,6 +1,7 @@
 //! The blocking client.
 
 use super::connection::{Connection, Deadline};
+use super::replies::Replies;
 use super::wire::{Incoming, Lost, Outgoing, decode};
 use super::{Acquire, DmaRange, Error, Files, Lease, Result, socket_path};
 use crate::protocol::{self, Event, FdKind, Method};
@@ -25,8 +26,8 @@ pub(super) const LOOK_AGAIN: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Client {
     path: PathBuf,
-    timeout: Option<Duration>,
-    connection: Option<Connection>,
+    pub(super) timeout: Option<Duration>,
+    pub(super) connection: Option<Connection>,
 }
 
 impl Client {
@@ -165,12 +166,17 @@ impl Client {
         Ok(self.call(&protocol::SetMemlock { lease, key, bytes }, &[])?.0.bytes)
     }
 
-    /// The IOMMU groups of the host with their devices, as far as the policy lets one see them.
+    /// The IOMMU groups of the host with their devices, as far as the policy lets one see them. To
+    /// have each as soon as it is read, use [`Client::call_more`].
     ///
     /// # Errors
     /// See [`Error`].
     pub fn topology(&mut self) -> Result<Vec<protocol::Group>> {
-        Ok(self.call(&protocol::Topology {}, &[])?.0.groups)
+        let mut groups = Vec::new();
+        for some in self.call_more(&protocol::Topology {})? {
+            groups.extend(some?.groups);
+        }
+        Ok(groups)
     }
 
     /// The leases that one may see.
@@ -178,7 +184,11 @@ impl Client {
     /// # Errors
     /// See [`Error`].
     pub fn leases(&mut self) -> Result<Vec<protocol::Lease>> {
-        Ok(self.call(&protocol::Leases {}, &[])?.0.leases)
+        let mut leases = Vec::new();
+        for some in self.call_more(&protocol::Leases {})? {
+            leases.extend(some?.leases);
+        }
+        Ok(leases)
     }
 
     /// What happens to leases from now on, or to one of them; on a connection of its own.
@@ -209,7 +219,28 @@ impl Client {
         decode::<M>(&message).map(|(reply, _)| (reply, fds))
     }
 
-    fn exchange(
+    /// Any method of the interface that lists something: reply by reply, each as soon as the broker has
+    /// it. Open files don't come this way.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), vfio_broker::client::Error> {
+    /// let mut broker = vfio_broker::client::Client::connect()?;
+    /// for some in broker.call_more(&vfio_broker::protocol::Topology {})? {
+    ///     for group in some?.groups {
+    ///         println!("group {} has {} devices", group.id, group.devices.len());
+    ///     }
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn call_more<M: Method>(&mut self, call: &M) -> Result<Replies<'_, M>> {
+        Replies::new(self, call)
+    }
+
+    pub(super) fn exchange(
         &mut self,
         call: &Outgoing,
         fds: &[BorrowedFd<'_>],

@@ -27,6 +27,7 @@ pub(crate) mod connection;
 mod error;
 mod files;
 mod lease;
+mod replies;
 mod wire;
 
 mod blocking;
@@ -46,6 +47,7 @@ pub use blocking::{Client, Watch};
 pub use error::{Error, Result};
 pub use files::{File, Files, inheritable};
 pub use lease::{DmaRange, Lease};
+pub use replies::Replies;
 
 use std::path::PathBuf;
 

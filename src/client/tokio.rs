@@ -15,6 +15,7 @@ use ::tokio::time::{Instant, sleep, timeout};
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use std::future::Future;
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -132,7 +133,12 @@ impl Client {
     /// # Errors
     /// As there.
     pub async fn topology(&mut self) -> Result<Vec<protocol::Group>> {
-        Ok(self.call(&protocol::Topology {}, &[]).await?.0.groups)
+        let mut replies = self.call_more(&protocol::Topology {}).await?;
+        let mut groups = Vec::new();
+        while let Some(some) = replies.next().await {
+            groups.extend(some?.groups);
+        }
+        Ok(groups)
     }
 
     /// See [`super::Client::leases`].
@@ -140,7 +146,12 @@ impl Client {
     /// # Errors
     /// As there.
     pub async fn leases(&mut self) -> Result<Vec<protocol::Lease>> {
-        Ok(self.call(&protocol::Leases {}, &[]).await?.0.leases)
+        let mut replies = self.call_more(&protocol::Leases {}).await?;
+        let mut leases = Vec::new();
+        while let Some(some) = replies.next().await {
+            leases.extend(some?.leases);
+        }
+        Ok(leases)
     }
 
     /// See [`super::Client::watch`].
@@ -169,6 +180,17 @@ impl Client {
         let call = Outgoing::new(call, false)?;
         let Incoming { message, fds } = self.exchange(&call, fds).await?;
         decode::<M>(&message).map(|(reply, _)| (reply, fds))
+    }
+
+    /// See [`super::Client::call_more`].
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn call_more<M: Method>(&mut self, call: &M) -> Result<Replies<'_, M>> {
+        let call = Outgoing::new(call, true)?;
+        let first = Some(self.exchange(&call, &[]).await?);
+        let connection = self.connection.take();
+        Ok(Replies { client: self, call, first, connection, method: PhantomData })
     }
 
     async fn exchange(&mut self, call: &Outgoing, fds: &[BorrowedFd<'_>]) -> Result<Incoming> {
@@ -205,6 +227,40 @@ impl Client {
                 result => return result,
             }
         }
+    }
+}
+
+/// The replies to [`Client::call_more`], each as it comes; see [`super::Replies`].
+#[derive(Debug)]
+pub struct Replies<'a, M> {
+    client: &'a mut Client,
+    call: Outgoing,
+    first: Option<Incoming>,
+    /// None once the last reply has come.
+    connection: Option<Connection>,
+    method: PhantomData<M>,
+}
+
+impl<M: Method> Replies<'_, M> {
+    /// The next reply; `None` after the last one. None is lost when this future is dropped.
+    pub async fn next(&mut self) -> Option<Result<M::Reply>> {
+        let connection = self.connection.as_mut()?;
+        let limit = self.client.timeout;
+        let incoming = match self.first.take() {
+            Some(first) => Ok(first),
+            None => within(limit, connection.receive(self.call.method)).await,
+        };
+        let reply = incoming
+            .map_err(|lost| self.call.failed(lost, limit))
+            .and_then(|incoming| decode::<M>(&incoming.message));
+        match &reply {
+            Ok((_, true)) => {}
+            Ok((_, false)) | Err(Error::Broker { .. } | Error::Unknown { .. }) => {
+                self.client.connection = self.connection.take();
+            }
+            Err(_) => self.connection = None,
+        }
+        Some(reply.map(|(reply, _)| reply))
     }
 }
 

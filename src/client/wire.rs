@@ -2,7 +2,7 @@
 
 use super::{Error, Result};
 use crate::protocol::{self, Frames, MAX_MESSAGE, Method};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::os::fd::OwnedFd;
@@ -11,48 +11,38 @@ use std::os::fd::OwnedFd;
 #[derive(Debug)]
 pub(super) struct Outgoing {
     pub(super) method: &'static str,
+    repeatable: bool,
     pub(super) bytes: Vec<u8>,
-}
-
-#[derive(Serialize)]
-struct CallFrame<'a, M> {
-    method: &'a str,
-    parameters: &'a M,
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    more: bool,
 }
 
 impl Outgoing {
     /// Encodes a call; with `more` it may be answered many times.
     pub(super) fn new<M: Method>(call: &M, more: bool) -> Result<Self> {
         let method = M::NAME;
-        let frame = CallFrame { method, parameters: call, more };
-        let mut bytes = serde_json::to_vec(&frame)
+        let mut bytes = protocol::encode(call, more)
             .map_err(|error| Error::Request { field: "parameters", reason: error.to_string() })?;
         bytes.push(0);
         if bytes.len() > MAX_MESSAGE {
             return Err(Error::TooLong { method, size: bytes.len() });
         }
-        Ok(Self { method, bytes })
+        Ok(Self { method, repeatable: M::RULES.repeatable, bytes })
     }
 
     /// A call that changes nothing: once it is answered, the broker has let the connection in.
     pub(super) fn greeting() -> Self {
         const METHOD: &str = "org.varlink.service.GetInfo";
-        Self { method: METHOD, bytes: format!("{{\"method\":\"{METHOD}\"}}\0").into_bytes() }
-    }
-
-    /// Whether the call can be made again when its answer was lost: it changes nothing.
-    fn is_repeatable(&self) -> bool {
-        use protocol::{GetFds, Leases, Topology};
-        [GetFds::NAME, Leases::NAME, Topology::NAME].contains(&self.method)
+        Self {
+            method: METHOD,
+            repeatable: true,
+            bytes: format!("{{\"method\":\"{METHOD}\"}}\0").into_bytes(),
+        }
     }
 
     /// Whether the call can be made again on a new connection.
     pub(super) fn may_repeat_after(&self, lost: &Lost) -> bool {
         match lost {
             Lost::Unsent(_) => true,
-            Lost::Unanswered(_) => self.is_repeatable(),
+            Lost::Unanswered(_) => self.repeatable,
             Lost::TimedOut | Lost::Bad(_) => false,
         }
     }
@@ -151,9 +141,9 @@ impl Inbox {
 
 #[derive(Deserialize)]
 struct ReplyFrame<'a> {
-    #[serde(borrow, default)]
+    #[serde(borrow)]
     error: Option<Cow<'a, str>>,
-    #[serde(borrow, default)]
+    #[serde(borrow)]
     parameters: Option<&'a RawValue>,
     #[serde(default)]
     continues: bool,

@@ -50,14 +50,6 @@ impl Connection {
         self.in_place(broker.unmap_dma(&self.caller, &request)).await.map(Answer::reply)
     }
 
-    pub(super) fn topology(&self) -> Result<Answer, Error> {
-        self.daemon.broker.topology(&self.caller).map(Answer::reply)
-    }
-
-    pub(super) fn leases(&self) -> Result<Answer, Error> {
-        self.daemon.broker.leases(&self.caller).map(Answer::reply)
-    }
-
     /// Makes a call in one of its tenant's places; waits for one.
     async fn in_place<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
         let account = &self.charge.account;

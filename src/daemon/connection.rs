@@ -95,8 +95,10 @@ impl Connection {
         while let Some(Message { request, flags, fds }) = self.next_message().await? {
             let answer = match self.check(request, flags, &fds) {
                 Err(error) => Err(error),
-                Ok(Request::GetInfo) => Ok(Answer::reply(super::introspect::info())),
-                Ok(Request::GetInterfaceDescription(name)) => super::introspect::describe(&name),
+                Ok(Request::GetInfo(_)) => Ok(Answer::reply(super::introspect::info())),
+                Ok(Request::GetInterfaceDescription(asked)) => {
+                    super::introspect::describe(&asked.interface)
+                }
                 Ok(Request::Acquire(request)) => match Box::pin(self.acquire(request)).await? {
                     Some(answer) => Ok(answer),
                     None => continue,
@@ -109,8 +111,8 @@ impl Connection {
                 Ok(Request::MapDma(request)) => Box::pin(self.map_dma(request, fds)).await,
                 Ok(Request::UnmapDma(request)) => Box::pin(self.unmap_dma(request)).await,
                 Ok(Request::SetMemlock(request)) => self.set_memlock(&request),
-                Ok(Request::Topology(_)) => self.topology(),
-                Ok(Request::Leases(_)) => self.leases(),
+                Ok(Request::Topology(_)) => Box::pin(self.topology(flags)).await?,
+                Ok(Request::Leases(_)) => Box::pin(self.leases(flags)).await?,
                 Ok(Request::Watch(watch)) => return Box::pin(self.watch(watch)).await,
             };
             let answer = answer.unwrap_or_else(|error| self.refuse(&error));
@@ -133,23 +135,25 @@ impl Connection {
         fds: &Sent,
     ) -> Result<Request, Error> {
         let request = request?;
-        if let Request::GetInfo | Request::GetInterfaceDescription(_) = request {
-            return if fds.len() == 0 { Ok(request) } else { Err(fds_not_taken()) };
-        }
-        if let Some(denied) = &self.charge.account.denied {
+        let rules = request.rules();
+        if let Some(denied) = &self.charge.account.denied
+            && !rules.for_strangers
+        {
             return Err(denied.clone());
         }
-        match request {
-            _ if flags.upgrade => Err(Error::bad("upgrade", "no method here can be upgraded")),
-            Request::MapDma(_) => Ok(request),
-            _ if fds.len() > 0 => Err(fds_not_taken()),
-            Request::Watch(_) if !flags.more => Err(Error::ExpectedMore {}),
-            // Their replies are what they are for.
-            Request::Acquire(_) | Request::GetFds(_) | Request::Watch(_) if flags.oneway => {
-                Err(Error::bad("oneway", "this method only makes sense with its reply"))
-            }
-            request => Ok(request),
+        if flags.upgrade {
+            return Err(Error::bad("upgrade", "no method here can be upgraded"));
         }
+        if fds.len() > 0 && !rules.takes_files {
+            return Err(fds_not_taken());
+        }
+        if rules.needs_more && !flags.more {
+            return Err(Error::ExpectedMore {});
+        }
+        if rules.needs_reply && flags.oneway {
+            return Err(Error::bad("oneway", "this method only makes sense with its reply"));
+        }
+        Ok(request)
     }
 
     async fn next_message(&mut self) -> Result<Option<Message>, Lost> {

@@ -1,12 +1,9 @@
 //! `org.varlink.service`: what this is and what it can do.
 
 use super::outgoing::Answer;
-use crate::protocol::{DESCRIPTION, Error, INTERFACE, Info, InterfaceDescription};
-
-const SERVICE: &str = "org.varlink.service";
-
-/// Varlink's own interface, described.
-const SERVICE_DESCRIPTION: &str = include_str!("org.varlink.service.varlink");
+use crate::protocol::{
+    DESCRIPTION, Error, INTERFACE, Info, InterfaceDescription, SERVICE, SERVICE_DESCRIPTION,
+};
 
 pub(super) fn info() -> Info {
     Info {

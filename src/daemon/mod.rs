@@ -14,6 +14,7 @@ mod incoming;
 mod introspect;
 mod keepers;
 mod listen;
+mod lists;
 mod log;
 mod observer;
 mod options;

@@ -1,7 +1,7 @@
 //! What goes back: a reply or an error.
 
 use crate::broker::advice;
-use crate::protocol::{Error, Reply};
+use crate::protocol::{Error, MAX_MESSAGE, Reply};
 use crate::sys::fdpass;
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
@@ -19,6 +19,18 @@ impl Answer {
     /// A reply.
     pub(super) fn reply<T: Serialize>(parameters: T) -> Self {
         Self(encode(&Reply { parameters, continues: false }))
+    }
+
+    /// A reply that may be longer than a message can be.
+    ///
+    /// # Errors
+    /// How long it would be.
+    pub(super) fn if_it_fits<T: Serialize>(parameters: T, continues: bool) -> Result<Self, usize> {
+        let bytes = encode(&Reply { parameters, continues });
+        if bytes.len() > MAX_MESSAGE {
+            return Err(bytes.len());
+        }
+        Ok(Self(bytes))
     }
 
     /// One reply of several.

@@ -1,11 +1,13 @@
 //! What is in this machine: PCI devices, their IOMMU groups and drivers, read from sysfs through
-//! the kernel layer. Binding and unbinding will live here too.
+//! the kernel layer.
 
 mod device;
 mod group;
+mod survey;
 
 pub use device::{Device, cdev, has_let_go, has_vfs, registration};
 pub use group::Group;
+pub use survey::Survey;
 
 use crate::kernel::{Error, Kernel, Result};
 use crate::protocol::Bdf;
@@ -27,9 +29,8 @@ impl Host {
     /// # Errors
     /// What reading sysfs says; no groups at all is not an error.
     pub fn scan(kernel: &dyn Kernel) -> Result<Self> {
-        let names = gone_is_none(list(kernel, GROUPS))?.unwrap_or_default();
         let mut groups = BTreeMap::new();
-        for id in names.iter().filter_map(|name| name.parse().ok()) {
+        for id in group_ids(kernel)? {
             if let Some(group) = Group::scan(kernel, id)? {
                 groups.insert(id, group);
             }
@@ -49,6 +50,17 @@ impl Host {
     pub fn devices(&self) -> impl Iterator<Item = (&Group, &Device)> {
         self.groups.values().flat_map(|group| group.devices.iter().map(move |d| (group, d)))
     }
+}
+
+/// The numbers of all groups, those without a PCI device among them, in order.
+///
+/// # Errors
+/// What reading sysfs says; no groups at all is not an error.
+pub fn group_ids(kernel: &dyn Kernel) -> Result<Vec<u32>> {
+    let names = gone_is_none(list(kernel, GROUPS))?.unwrap_or_default();
+    let mut ids: Vec<u32> = names.iter().filter_map(|name| name.parse().ok()).collect();
+    ids.sort_unstable();
+    Ok(ids)
 }
 
 /// Where a device is.

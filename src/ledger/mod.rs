@@ -25,6 +25,7 @@ pub use request::{
 pub use unproved::Unproved;
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 #[cfg(test)]
 mod tests;
@@ -69,6 +70,12 @@ impl Ledger {
     /// Every lease, ended ones that are not reclaimed yet among them.
     pub fn leases(&self) -> impl Iterator<Item = &Lease> {
         self.leases.values()
+    }
+
+    /// The leases behind this one, in the order of their names; without one, all.
+    pub fn leases_after(&self, id: Option<LeaseId>) -> impl Iterator<Item = &Lease> {
+        let from = id.map_or(Bound::Unbounded, Bound::Excluded);
+        self.leases.range((from, Bound::Unbounded)).map(|(_, lease)| lease)
     }
 
     /// A lease that can be used: granted, and not ended.

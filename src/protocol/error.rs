@@ -154,9 +154,9 @@ pub enum Error {
     #[serde(rename = "org.varlink.service.MethodNotFound")]
     #[error("no method {method}")]
     MethodNotFound { method: String },
-    /// Varlink's own: the method only works with `more`.
+    /// Varlink's own: the answer is many replies, or too long for one.
     #[serde(rename = "org.varlink.service.ExpectedMore")]
-    #[error("this method needs \"more\"")]
+    #[error("the answer takes more than one message: ask with \"more\"")]
     ExpectedMore {},
 }
 

@@ -3,11 +3,7 @@
 
 #![allow(clippy::unwrap_used)] // a failure is what is looked for
 
-use super::{
-    Acquire, Call, Error, Frames, GetFds, GetInterfaceDescription, Leases, MAX_MESSAGE, MapDma,
-    Method, Release, Request, SetMemlock, Topology, UnmapDma, Watch,
-};
-use serde::Serialize;
+use super::{Call, Error, Frames, MAX_MESSAGE, Request};
 
 /// Cutting a stream into messages gives what splitting it at its NUL bytes gives, whatever the
 /// pieces it comes in and however often it is asked; a message that is too long ends it.
@@ -63,7 +59,7 @@ pub fn request(data: &[u8]) {
     let Ok(call) = serde_json::from_slice::<Call<'_>>(data) else { return };
     match Request::parse(&call) {
         Ok(request) => {
-            let bytes = encode(&request);
+            let bytes = request.encode().unwrap();
             let call: Call<'_> = serde_json::from_slice(&bytes).unwrap();
             assert_eq!(Request::parse(&call).as_ref(), Ok(&request));
         }
@@ -74,33 +70,10 @@ pub fn request(data: &[u8]) {
     }
 }
 
-fn encode(request: &Request) -> Vec<u8> {
-    fn call(method: &str, parameters: &impl Serialize) -> Vec<u8> {
-        let call = serde_json::json!({ "method": method, "parameters": parameters });
-        serde_json::to_vec(&call).unwrap()
-    }
-    match request {
-        Request::Acquire(acquire) => call(Acquire::NAME, acquire),
-        Request::GetFds(get_fds) => call(GetFds::NAME, get_fds),
-        Request::Release(release) => call(Release::NAME, release),
-        Request::MapDma(map_dma) => call(MapDma::NAME, map_dma),
-        Request::UnmapDma(unmap_dma) => call(UnmapDma::NAME, unmap_dma),
-        Request::SetMemlock(set_memlock) => call(SetMemlock::NAME, set_memlock),
-        Request::Topology(topology) => call(Topology::NAME, topology),
-        Request::Leases(leases) => call(Leases::NAME, leases),
-        Request::Watch(watch) => call(Watch::NAME, watch),
-        Request::GetInfo => call("org.varlink.service.GetInfo", &Leases {}),
-        Request::GetInterfaceDescription(interface) => {
-            let interface = interface.clone();
-            let parameters = GetInterfaceDescription { interface };
-            call("org.varlink.service.GetInterfaceDescription", &parameters)
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::{Acquire, Method};
     use proptest::prelude::*;
 
     /// Strings that a request might hold, and some that it had better not.
@@ -163,20 +136,8 @@ mod tests {
     }
 
     fn method() -> impl Strategy<Value = String> {
-        const NAMES: &[&str] = &[
-            Acquire::NAME,
-            GetFds::NAME,
-            Release::NAME,
-            MapDma::NAME,
-            UnmapDma::NAME,
-            SetMemlock::NAME,
-            Topology::NAME,
-            Leases::NAME,
-            Watch::NAME,
-            "org.varlink.service.GetInfo",
-            "org.varlink.service.GetInterfaceDescription",
-        ];
-        prop_oneof![proptest::sample::select(NAMES).prop_map(str::to_owned), ".{0,200}"]
+        let known = proptest::sample::select(Request::NAMES).prop_map(str::to_owned);
+        prop_oneof![known, ".{0,200}"]
     }
 
     /// A request that is right, or right but for one field.

@@ -1,11 +1,31 @@
 //! Leases and Topology: who has what, as far as the caller may know.
 
 use super::{Broker, Caller, container_name, devices};
-use crate::host::{self, Host};
+use crate::host::{self, Survey, group_ids};
 use crate::kernel::Node;
-use crate::ledger::{self, GroupState as Stage, Ledger, Phase};
+use crate::ledger::{self, GroupState as Stage, LeaseId, Ledger, Phase};
 use crate::policy::{Tenant, Verb};
 use crate::protocol::{Device, Error, Group, GroupState, Groups, Lease, LeaseList, Unproved};
+use std::rc::Rc;
+use std::time::Instant;
+
+/// How many groups are read, or leases looked at, in one step of a list.
+const STEP: usize = 32;
+
+/// Groups that are still to be listed for one caller.
+#[derive(Debug)]
+pub struct Tour {
+    ids: std::vec::IntoIter<u32>,
+    since: Instant,
+    survey: Rc<Survey>,
+}
+
+impl Tour {
+    /// Whether nothing is left.
+    pub fn is_over(&self) -> bool {
+        self.ids.as_slice().is_empty()
+    }
+}
 
 impl Broker {
     /// The leases the caller may see. Never blocks.
@@ -13,11 +33,31 @@ impl Broker {
     /// # Errors
     /// The caller is no tenant.
     pub fn leases(&self, caller: &Caller) -> Result<LeaseList, Error> {
+        let (mut leases, mut after) = (Vec::new(), None);
+        loop {
+            leases.extend(self.leases_after(caller, &mut after)?);
+            if after.is_none() {
+                return Ok(LeaseList { leases });
+            }
+        }
+    }
+
+    /// Some of the leases the caller may see: those behind `after`, which becomes the last one looked
+    /// at, or `None` at the end. Never blocks.
+    ///
+    /// # Errors
+    /// The caller is no tenant.
+    pub fn leases_after(
+        &self,
+        caller: &Caller,
+        after: &mut Option<LeaseId>,
+    ) -> Result<Vec<Lease>, Error> {
         self.tenant(caller)?;
         let books = self.books();
-        let live = books.ledger.leases().filter(|lease| lease.phase == Phase::Held);
-        let seen = live.filter(|lease| self.may_see(caller, &lease.tenant));
-        Ok(LeaseList { leases: seen.map(describe).collect() })
+        let some: Vec<_> = books.ledger.leases_after(*after).take(STEP).collect();
+        *after = some.last().filter(|_| some.len() == STEP).map(|lease| lease.id);
+        let live = some.into_iter().filter(|lease| lease.phase == Phase::Held);
+        Ok(live.filter(|lease| self.may_see(caller, &lease.tenant)).map(describe).collect())
     }
 
     /// Whether there is such a lease, live or being taken back, that the caller may see. Never
@@ -40,18 +80,45 @@ impl Broker {
     /// # Errors
     /// The caller is no tenant, or sysfs can't be read.
     pub fn topology(&self, caller: &Caller) -> Result<Groups, Error> {
-        let tenant = self.tenant(caller)?;
-        let mut host = Host::scan(&*self.kernel)?;
-        if self.policy.names_serials() {
-            host.read_serials(&*self.kernel)?;
+        let mut tour = self.tour(caller)?;
+        let mut groups = Vec::new();
+        while !tour.is_over() {
+            groups.extend(self.next_groups(caller, &mut tour)?);
         }
+        Ok(Groups { groups })
+    }
+
+    /// Begins to list the groups the caller may see. Reads sysfs.
+    ///
+    /// # Errors
+    /// As [`topology`](Self::topology).
+    pub fn tour(&self, caller: &Caller) -> Result<Tour, Error> {
+        let tenant = self.tenant(caller)?;
+        let since = Instant::now();
         self.look_for_proof(&tenant.name, |_| true);
+        let ids = group_ids(&*self.kernel)?.into_iter();
+        let mut shared = self.survey.borrow_mut();
+        let survey = shared.upgrade().unwrap_or_default();
+        *shared = Rc::downgrade(&survey);
+        Ok(Tour { ids, since, survey })
+    }
+
+    /// Some of the groups that are left; there may be none among those that were read. Reads sysfs.
+    ///
+    /// # Errors
+    /// As [`topology`](Self::topology).
+    pub fn next_groups(&self, caller: &Caller, tour: &mut Tour) -> Result<Vec<Group>, Error> {
+        let tenant = self.tenant(caller)?;
         let observes = self.policy.may(tenant, Verb::Observe).allowed;
-        let allowed = |group: &host::Group| self.any_allowed(tenant, group);
-        let ledger = self.books().ledger.clone();
-        let seen = host.groups.values().filter(|group| observes || allowed(group));
-        let groups = seen.map(|group| self.describe_group(caller, tenant, group, &ledger));
-        Ok(Groups { groups: groups.collect() })
+        let serials = self.policy.names_serials();
+        let mut seen = Vec::new();
+        for id in tour.ids.by_ref().take(STEP) {
+            let group = tour.survey.group(&*self.kernel, id, tour.since, serials)?;
+            seen.extend(group.filter(|group| observes || self.any_allowed(tenant, group)));
+        }
+        let books = self.books();
+        let groups = seen.iter();
+        Ok(groups.map(|group| self.describe_group(caller, tenant, group, &books.ledger)).collect())
     }
 
     fn any_allowed(&self, tenant: &Tenant, group: &host::Group) -> bool {

@@ -1,0 +1,123 @@
+//! Topology and Leases: answers that grow with the machine. With `more` each group or lease is a
+//! reply, made when those before it have been taken; without, all of them are one, if it fits.
+
+use super::connection::{Connection, Lost};
+use super::incoming::Flags;
+use super::outgoing::Answer;
+use crate::protocol::{Error, Group, Groups, Lease, LeaseList, MAX_MESSAGE};
+use serde::Serialize;
+use tokio::task::yield_now;
+
+impl Connection {
+    /// Sends all replies but the last one, which it returns.
+    pub(super) async fn topology(&self, flags: Flags) -> Result<Result<Answer, Error>, Lost> {
+        End::told_apart(self.list_groups(flags).await)
+    }
+
+    /// Sends all replies but the last one, which it returns.
+    pub(super) async fn leases(&self, flags: Flags) -> Result<Result<Answer, Error>, Lost> {
+        End::told_apart(self.list_leases(flags).await)
+    }
+
+    async fn list_groups(&self, flags: Flags) -> Result<Answer, End> {
+        let mut list = List::new(self, flags, |groups: Vec<Group>| Groups { groups });
+        let mut tour = self.daemon.broker.tour(&self.caller)?;
+        while !tour.is_over() {
+            let groups = self.daemon.broker.next_groups(&self.caller, &mut tour)?;
+            list.extend(groups).await?;
+            // A step of it, and others have their turn.
+            yield_now().await;
+        }
+        list.last()
+    }
+
+    async fn list_leases(&self, flags: Flags) -> Result<Answer, End> {
+        let mut list = List::new(self, flags, |leases: Vec<Lease>| LeaseList { leases });
+        let mut after = None;
+        loop {
+            list.extend(self.daemon.broker.leases_after(&self.caller, &mut after)?).await?;
+            if after.is_none() {
+                return list.last();
+            }
+            yield_now().await;
+        }
+    }
+}
+
+/// Why a list came to no last reply.
+enum End {
+    Refused(Error),
+    Lost(Lost),
+}
+
+impl From<Error> for End {
+    fn from(error: Error) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl From<Lost> for End {
+    fn from(lost: Lost) -> Self {
+        Self::Lost(lost)
+    }
+}
+
+impl End {
+    fn told_apart(result: Result<Answer, Self>) -> Result<Result<Answer, Error>, Lost> {
+        match result {
+            Ok(answer) => Ok(Ok(answer)),
+            Err(Self::Refused(error)) => Ok(Err(error)),
+            Err(Self::Lost(lost)) => Err(lost),
+        }
+    }
+}
+
+/// A list on its way to a client.
+struct List<'a, T, R> {
+    connection: &'a Connection,
+    /// It goes in many replies.
+    many: bool,
+    /// Of many replies the last item, which may be the end; otherwise all items so far.
+    items: Vec<T>,
+    /// What all items take up as JSON.
+    size: usize,
+    reply: fn(Vec<T>) -> R,
+}
+
+impl<'a, T: Serialize, R: Serialize> List<'a, T, R> {
+    fn new(connection: &'a Connection, flags: Flags, reply: fn(Vec<T>) -> R) -> Self {
+        let many = flags.more && !flags.oneway;
+        Self { connection, many, items: Vec::new(), size: 0, reply }
+    }
+
+    async fn extend(&mut self, items: Vec<T>) -> Result<(), End> {
+        for item in items {
+            if self.many {
+                if let Some(before) = self.items.pop() {
+                    let answer = Answer::if_it_fits((self.reply)(vec![before]), true);
+                    self.connection.send(answer.map_err(too_long)?).await?;
+                }
+            } else {
+                self.size += serde_json::to_vec(&item).map_or(0, |bytes| bytes.len());
+                // The rest need not be read.
+                if self.size > MAX_MESSAGE {
+                    return Err(End::Refused(Error::ExpectedMore {}));
+                }
+            }
+            self.items.push(item);
+        }
+        Ok(())
+    }
+
+    fn last(self) -> Result<Answer, End> {
+        let many = self.many;
+        let refused = |size| if many { too_long(size) } else { Error::ExpectedMore {} };
+        Answer::if_it_fits((self.reply)(self.items), false).map_err(|size| refused(size).into())
+    }
+}
+
+/// A single item is more than a message can hold.
+fn too_long(size: usize) -> Error {
+    let (most, asked) = (MAX_MESSAGE as u64, size as u64);
+    Error::OverLimit { limit: "bytes of a message".into(), most, asked }
+}
