@@ -9,7 +9,6 @@ pub mod figures;
 pub mod floor;
 pub mod placement;
 pub mod raw;
-pub mod recorder;
 
 /// The device that all of it is about: in the lab's guest it is there.
 pub const NIC: &str = "0000:00:02.0";

@@ -20,7 +20,7 @@ use tracing::warn;
 
 /// Why nothing was reserved.
 struct Refused {
-    error: Error,
+    error: Box<Error>,
     /// Which lease has what was asked for.
     holder: Option<LeaseId>,
     /// What was asked for is just being taken back.
@@ -29,7 +29,7 @@ struct Refused {
 
 impl<E: Into<Error>> From<E> for Refused {
     fn from(error: E) -> Self {
-        Self { error: error.into(), holder: None, is_soon: false }
+        Self { error: Box::new(error.into()), holder: None, is_soon: false }
     }
 }
 
@@ -114,7 +114,7 @@ impl Broker {
                 }
             };
             if !can_pass {
-                return Err(error);
+                return Err(*error);
             }
         }
     }
@@ -169,7 +169,8 @@ impl Broker {
                     _ => None,
                 };
                 let is_soon = matches!(refusal, Refusal::NotYet { .. });
-                Err(Refused { error: self.refused(caller, &books, refusal), holder, is_soon })
+                let error = Box::new(self.refused(caller, &books, refusal));
+                Err(Refused { error, holder, is_soon })
             }
         }
     }
@@ -182,7 +183,7 @@ impl Broker {
         let is_soon = matches!(state, Some(GroupState::Reclaiming { .. }));
         let device = blockers.first().map_or(format!("group {group}"), |b| b.bdf.clone());
         let error = self.not_free(tenant, &books, device, *group).unwrap_or(error);
-        Refused { error, holder: None, is_soon }
+        Refused { error: Box::new(error), holder: None, is_soon }
     }
 
     /// Whether an error may be another one, or none, as soon as what is being taken back is free.

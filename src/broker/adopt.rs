@@ -233,7 +233,7 @@ async fn hear(broker: &Weak<Broker>, keeper: &Weak<KeeperHandle>, mut link: Aski
         _ => return Lost::Closed,
     };
     loop {
-        let parameters = match link.next().await {
+        let parameters = match link.next_answer().await {
             Ok(Answer::Reply(parameters)) => parameters,
             Ok(Answer::Error(name, _)) => return Lost::Malformed(name),
             Err(lost) => return lost,

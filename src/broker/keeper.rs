@@ -86,7 +86,7 @@ impl Turn {
         let malformed = |error: serde_json::Error| {
             NotDone::Lost(Lost::Malformed(format!("{}: {error}", C::NAME)))
         };
-        match self.0.next().await.map_err(NotDone::Lost)? {
+        match self.0.next_answer().await.map_err(NotDone::Lost)? {
             Answer::Reply(parameters) => serde_json::from_str(&parameters).map_err(malformed),
             Answer::Error(name, parameters) if name == FAILED => {
                 let Failed { failure } = serde_json::from_str(&parameters).map_err(malformed)?;

@@ -152,7 +152,7 @@ impl Keeper {
     }
 
     fn answer_link(&mut self, id: u64) -> Result<(), Lost> {
-        while let Some(message) = self.link_mut(id)?.answering.next()? {
+        while let Some(message) = self.link_mut(id)?.answering.next_call()? {
             let Message { bytes, fds } = message;
             let (method, parameters) = link::parse_call(&bytes)?;
             let answer = self.answer(id, &method, parameters, fds)?;

@@ -179,7 +179,7 @@ impl Answering {
     ///
     /// # Errors
     /// The link is of no more use.
-    pub fn next(&mut self) -> Result<Option<Message>, Lost> {
+    pub fn next_call(&mut self) -> Result<Option<Message>, Lost> {
         loop {
             if let Some(message) = self.inbox.next()? {
                 return Ok(Some(message));
@@ -258,7 +258,7 @@ impl Asking {
     ///
     /// # Errors
     /// The link is of no more use.
-    pub async fn next(&mut self) -> Result<Answer, Lost> {
+    pub async fn next_answer(&mut self) -> Result<Answer, Lost> {
         loop {
             if let Some(message) = self.inbox.next()? {
                 let frame: Frame<'_> = parse(&message.bytes)?;

@@ -5,7 +5,6 @@ use crate::common::raw::{Raw, call};
 use crate::common::{self, Daemon, Held, Setup, as_uid, cycle, policy, until};
 use serde_json::json;
 use std::process::{Command, Stdio};
-use vfio_broker::sim::Fault;
 
 #[test]
 fn who_has_no_tenant_may_ask_what_this_is() {

@@ -199,11 +199,13 @@ fn kernel(call: &str, object: &str, errno: Errno) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::broker::error::system;
+    use crate::kernel::Error as KernelError;
 
     #[test]
     fn a_kernel_error_says_what_to_do_next() {
-        let says = |call, object: &str, errno| advice(&system(call, object, errno)).unwrap();
+        let says = |call, object: &str, errno| {
+            advice(&KernelError::new(call, object, errno).into()).unwrap()
+        };
         assert!(says("open", "/dev/vfio/vfio", Errno::ENOENT).contains("modprobe vfio"));
         assert!(says("open", "/dev/vfio/26", Errno::EBUSY).contains("fuser -v /dev/vfio/26"));
         let unsafe_interrupts = says("VFIO_SET_IOMMU", "container", Errno::EPERM);
