@@ -63,5 +63,5 @@ fn the_protocols_examples_are_messages() {
             assert!(event.is_ok() || acquired.is_ok(), "{text}");
         }
     }
-    assert_eq!(calls, 3);
+    assert_eq!(calls, 4);
 }

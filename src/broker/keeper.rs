@@ -82,7 +82,11 @@ impl Turn {
         call: &C,
         fds: &[BorrowedFd<'_>],
     ) -> Result<C::Reply, NotDone> {
-        self.0.send(&link::call(call, false), fds).await.map_err(NotDone::Lost)?;
+        // One that could not begin has said why before it was asked.
+        match self.0.send(&link::call(call, false), fds).await {
+            Ok(()) | Err(Lost::Closed) => {}
+            Err(lost) => return Err(NotDone::Lost(lost)),
+        }
         let malformed = |error: serde_json::Error| {
             NotDone::Lost(Lost::Malformed(format!("{}: {error}", C::NAME)))
         };
