@@ -39,7 +39,10 @@ pub(super) async fn serve(daemon: Rc<Daemon>, listener: UnixListener) {
             Ok(readable) => readable,
             Err(failure) => return error!(%failure, "can't wait for connections any more"),
         };
-        while daemon.accounts.waiting().are_too_many() {
+        while daemon.open_files.are_out() {
+            if let Some(held_back) = failures.pass(Instant::now()) {
+                warn!(held_back, "open files run out: new connections wait");
+            }
             tokio::time::sleep(PAUSE).await;
         }
         match listener.accept() {
@@ -75,7 +78,7 @@ fn admit(daemon: &Rc<Daemon>, stream: UnixStream) {
         Ok(peer) => peer,
         Err(errno) => {
             debug!(reason = %Refused::Failed { call: "getsockopt", errno }, "not let in");
-            return daemon.accounts.strangers_socket_closer().close(stream.into(), None);
+            return daemon.accounts.strangers_socket_closer().close(stream, None);
         }
     };
     let uid = peer.uid;
@@ -93,7 +96,8 @@ fn try_admit(
     peer: Peer,
     account: Rc<Account>,
 ) -> Result<(), (OwnedFd, Box<Refused>)> {
-    let charge = match daemon.accounts.charge(account) {
+    let charge = daemon.check_open_files().and_then(|()| daemon.accounts.charge(account));
+    let charge = match charge {
         Ok(charge) => charge,
         Err(over) => {
             Answer::error(&over).send_what_fits(stream.as_fd());

@@ -3,7 +3,7 @@
 
 use super::closer::{CloseQueue, Closer};
 use super::rate_limit::RateLimit;
-use super::receiver::{MOST_OF_OWNER, SocketCloser, Unkillable, Waiting};
+use super::receiver::{MOST_OF_OWNER, SocketCloser, Unkillable};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
 use crate::protocol::{Error, Handout};
 use std::cell::{Cell, RefCell};
@@ -12,6 +12,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::Semaphore;
+use tracing::warn;
 
 /// Connections that a uid without a tenant may have: enough to ask what this is.
 const STRANGER_CONNECTIONS: usize = 16;
@@ -43,7 +44,6 @@ pub(super) struct Accounts {
     strangers_close_queue: CloseQueue,
     strangers_socket_closer: Rc<SocketCloser>,
     strangers_denials: Rc<RefCell<RateLimit>>,
-    waiting: Waiting,
     strangers: Cell<usize>,
     by_owner: RefCell<HashMap<Owner, Rc<Account>>>,
     connections: Cell<usize>,
@@ -89,11 +89,9 @@ pub(super) struct ConnectionCharge {
 impl Accounts {
     pub(super) fn new(most_connections: usize, closer: Closer) -> Self {
         let strangers_close_queue = closer.queue();
-        let waiting = Waiting::default();
         Self {
             closer,
-            strangers_socket_closer: SocketCloser::new(waiting.clone()),
-            waiting,
+            strangers_socket_closer: Rc::default(),
             strangers_close_queue,
             strangers_denials: Rc::new(RefCell::new(RateLimit::new(STRANGERS_DENIALS))),
             strangers: Cell::new(0),
@@ -101,11 +99,6 @@ impl Accounts {
             connections: Cell::new(0),
             most_connections,
         }
-    }
-
-    /// The sockets that wait for a process that closes them.
-    pub(super) fn waiting(&self) -> &Waiting {
-        &self.waiting
     }
 
     /// Where the connections of those end who belong to no tenant.
@@ -117,7 +110,10 @@ impl Accounts {
     ///
     /// # Errors
     /// [`Error::OverLimit`].
-    pub(super) fn charge(self: &Rc<Self>, account: Rc<Account>) -> Result<ConnectionCharge, Error> {
+    pub(super) fn charge(
+        self: &Rc<Self>,
+        account: Rc<Account>,
+    ) -> Result<Rc<ConnectionCharge>, Error> {
         let over = |limit: &str, most: usize| Error::OverLimit {
             limit: limit.into(),
             most: most as u64,
@@ -133,6 +129,9 @@ impl Accounts {
         if account.close_queue.unclosed() >= MOST_UNCLOSED {
             return Err(over("open files of this client that can't be closed", MOST_UNCLOSED));
         }
+        if account.socket_closer.is_overloaded() {
+            return Err(over("connections of this client that can't be closed", 0));
+        }
         if account.connections.get() >= account.most_connections {
             let what = match &account.owner {
                 Owner::Tenant(name) => format!("connections of tenant {name}"),
@@ -143,7 +142,26 @@ impl Accounts {
         account.connections.update(|count| count + 1);
         self.connections.update(|count| count + 1);
         self.strangers.update(|count| count + usize::from(account.is_stranger()));
-        Ok(ConnectionCharge { account, accounts: Rc::clone(self) })
+        Ok(Rc::new(ConnectionCharge { account, accounts: Rc::clone(self) }))
+    }
+
+    /// No socket closer starts anything any more.
+    pub(super) fn end(&self) {
+        self.each_socket_closer(SocketCloser::end);
+    }
+
+    /// Hands all connections that are left, once nobody serves them, to processes that close them.
+    pub(super) fn hand_over_connections(&self) {
+        self.each_socket_closer(|closer| {
+            if let Err(error) = closer.hand_over_the_rest() {
+                warn!(%error, "can't hand over connections: their close may hold up the end");
+            }
+        });
+    }
+
+    fn each_socket_closer(&self, visit: impl Fn(&SocketCloser)) {
+        visit(&self.strangers_socket_closer);
+        self.by_owner.borrow().values().for_each(|account| visit(&account.socket_closer));
     }
 
     /// The account of a peer. A tenant's stays; a stranger's goes some time after its last
@@ -160,7 +178,7 @@ impl Accounts {
         }
         by_owner.retain(|_, account| !account.is_forgettable());
         let (close_queue, socket_closer) = match &tenant {
-            Ok(_) => (self.closer.queue(), SocketCloser::new(self.waiting.clone())),
+            Ok(_) => (self.closer.queue(), Rc::default()),
             Err(_) => {
                 (self.strangers_close_queue.clone(), Rc::clone(&self.strangers_socket_closer))
             }

@@ -4,6 +4,7 @@ use super::Daemon;
 use super::account::ConnectionCharge;
 use super::incoming::{Flags, Incoming, Message, Sent, StrayFds};
 use super::outgoing::{Answer, SendError};
+use super::peer_socket::PeerSocket;
 use super::receiver::NotTaken;
 use crate::broker::Caller;
 use crate::policy::Peer;
@@ -25,8 +26,8 @@ use tracing::{debug, info};
 pub(super) struct Connection {
     pub(super) daemon: Rc<Daemon>,
     pub(super) caller: Arc<Caller>,
-    pub(super) socket: AsyncFd<OwnedFd>,
-    pub(super) charge: ConnectionCharge,
+    pub(super) socket: PeerSocket,
+    pub(super) charge: Rc<ConnectionCharge>,
     pub(super) incoming: Incoming,
     /// The last read may have left something behind.
     more: bool,
@@ -66,8 +67,9 @@ impl Connection {
         daemon: Rc<Daemon>,
         caller: Caller,
         socket: AsyncFd<OwnedFd>,
-        charge: ConnectionCharge,
+        charge: Rc<ConnectionCharge>,
     ) -> Self {
+        let socket = PeerSocket::new(socket, Rc::clone(&charge));
         let incoming = Incoming::default();
         Self { daemon, caller: Arc::new(caller), socket, charge, incoming, more: false }
     }
@@ -79,12 +81,10 @@ impl Connection {
         if let Err(reason) = ended {
             debug!(uid = peer.uid, pid = peer.pid, %reason, "disconnected");
         }
-        let Self { daemon, charge, socket, .. } = self;
-        let (socket_closer, socket) =
-            (Rc::clone(&charge.account.socket_closer), socket.into_inner());
+        let Self { daemon, charge, socket, incoming, .. } = self;
+        drop(incoming);
         // Boxed, so that the task of an idle connection stays small.
-        Box::pin(all_read(&daemon, &charge, peer.uid, &socket)).await;
-        socket_closer.close(socket, Some(charge));
+        Box::pin(all_read(&daemon, &charge, peer.uid, socket.get_ref())).await;
     }
 
     /// One call at a time, as Varlink has it. What can take long is boxed, so that the task of an
@@ -143,6 +143,7 @@ impl Connection {
             Request::Acquire(_) | Request::GetFds(_) | Request::Watch(_) if flags.oneway => {
                 Err(Error::bad("oneway", "this method only makes sense with its reply"))
             }
+            Request::Acquire(_) => self.daemon.check_open_files().map(|()| request),
             request => Ok(request),
         }
     }

@@ -18,9 +18,11 @@ mod lifelines;
 mod listen;
 mod log;
 mod observer;
+mod open_files;
 mod options;
 mod outgoing;
 mod peer;
+mod peer_socket;
 mod proxy;
 mod rate_limit;
 mod rebinder;
@@ -43,6 +45,7 @@ use crate::protocol::{Error, MAX_MESSAGE};
 use account::{Account, Accounts};
 use closer::Closer;
 use observer::DaemonObserver;
+use open_files::OpenFiles;
 use receiver::Receivers;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -76,6 +79,7 @@ struct Daemon {
     reclaims: Handle,
     accounts: Rc<Accounts>,
     receivers: Rc<Receivers>,
+    open_files: OpenFiles,
     deadlines: Deadlines,
     /// Whether the policy has tenants by unit.
     names_units: bool,
@@ -95,10 +99,11 @@ impl Daemon {
         broker: Arc<Broker>,
         observer: Arc<DaemonObserver>,
         reclaims: Handle,
-        most_connections: usize,
+        open_files: OpenFiles,
         options: &Options,
     ) -> std::io::Result<Self> {
         let names_units = broker.policy().names_units();
+        let most_connections = most_connections(&open_files);
         Ok(Self {
             broker,
             observer,
@@ -107,6 +112,7 @@ impl Daemon {
             reclaims,
             accounts: Rc::new(Accounts::new(most_connections, Closer::new()?)),
             receivers: Rc::default(),
+            open_files,
             deadlines: Deadlines {
                 call: options.call_deadline,
                 read: options.read_deadline,
@@ -114,6 +120,19 @@ impl Daemon {
             },
             names_units,
             buffer: RefCell::new(vec![0; MAX_MESSAGE].into()),
+        })
+    }
+
+    /// Fails where the daemon's open files run short: what is left of them is for ending what there is.
+    fn check_open_files(&self) -> Result<(), Error> {
+        if !self.open_files.are_short() {
+            return Ok(());
+        }
+        let most = self.open_files.limit() as u64;
+        Err(Error::OverLimit {
+            limit: "open files of the broker (RLIMIT_NOFILE, LimitNOFILE= of its unit)".into(),
+            most,
+            asked: most + 1,
         })
     }
 
@@ -130,4 +149,12 @@ impl Daemon {
             debug!(uid, pid, error = log::excerpt(&error.to_string()), "refused");
         }
     }
+}
+
+/// How many connections there is room for beside the leases' files and those in flight.
+fn most_connections(files: &OpenFiles) -> usize {
+    let (files, others) = (files.limit(), (files.limit() / 4).max(64));
+    let most = files.saturating_sub(others);
+    info!(open_files = files, connections = most, "serving");
+    most
 }

@@ -2,6 +2,7 @@
 
 use super::listen::{self, Listening};
 use super::observer::DaemonObserver;
+use super::open_files::OpenFiles;
 use super::options::Options;
 use super::proxy::{Machine, Proxy};
 use super::rebinder::{DaemonRebinder, Processes};
@@ -59,17 +60,20 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let reclaims = with_workers(reclaim::MOST_THREADS, &mut Builder::new_current_thread());
     let reclaims = reclaims.map_err(StartError::set_up("the reclaims' threads"))?;
     let workers = reclaims.handle().clone();
-    let daemon = Daemon::new(broker, observer, workers, most_connections(files), options)
+    let daemon = Daemon::new(broker, observer, workers, OpenFiles::new(files), options)
         .map_err(StartError::set_up("the closer thread"))?;
-    let tasks = LocalSet::new();
+    let (tasks, accounts) = (LocalSet::new(), Rc::clone(&daemon.accounts));
     let served = tasks.block_on(&runtime, serve(Rc::new(daemon), &listening));
     listening.remove_file();
     // Their close can hang, and this process with it, and all other files with that.
     proxy.close_at_the_end(kept.leave_contested(options.call_deadline));
     drop(only);
-    // A worker may be stuck in the kernel: it ends with the process. So do the connections: what
-    // peers sent and nobody has read must not be closed here, where that can block.
-    std::mem::forget(tasks);
+    // What peers sent and nobody has read must not be closed here, not even by the end of the process:
+    // the close can hang.
+    accounts.end();
+    drop(tasks);
+    accounts.hand_over_connections();
+    // A worker may be stuck in the kernel: it ends with the process.
     runtime.shutdown_background();
     reclaims.shutdown_background();
     served
@@ -261,12 +265,4 @@ fn raise_file_limit() -> Result<u64, Errno> {
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     }
     Ok(hard)
-}
-
-/// How many connections there is room for beside the leases' files and those in flight.
-fn most_connections(files: u64) -> usize {
-    let others = (files / 4).max(64);
-    let most = usize::try_from(files.saturating_sub(others)).unwrap_or(usize::MAX);
-    info!(open_files = files, connections = most, "serving");
-    most
 }
