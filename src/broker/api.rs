@@ -3,6 +3,7 @@
 use crate::kernel::{Container, Group, Kernel};
 use crate::policy::Peer;
 use crate::protocol::{Acquired, Event};
+use nix::errno::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -64,7 +65,10 @@ pub struct Ended(pub(crate) crate::ledger::LeaseId);
 pub trait Observer: Send + Sync {
     /// A lease pipe has been made: watch this write end for EPOLLERR, then call
     /// [`Broker::hung_up`](super::Broker::hung_up).
-    fn lifeline_opened(&self, id: LifelineId, write_end: Arc<OwnedFd>);
+    ///
+    /// # Errors
+    /// It can't be watched, so the lease must not come about.
+    fn lifeline_opened(&self, id: LifelineId, write_end: Arc<OwnedFd>) -> Result<(), Errno>;
 
     /// The broker is done with it. The holder sees the end of the lease only when the observer has
     /// dropped its reference to the write end, so it does that at once.
@@ -91,7 +95,9 @@ pub trait Contested: Send + Sync {
 pub struct Nobody;
 
 impl Observer for Nobody {
-    fn lifeline_opened(&self, _: LifelineId, _: Arc<OwnedFd>) {}
+    fn lifeline_opened(&self, _: LifelineId, _: Arc<OwnedFd>) -> Result<(), Errno> {
+        Ok(())
+    }
     fn lifeline_closed(&self, _: LifelineId) {}
     fn event(&self, _: &Event) {}
 }

@@ -2,6 +2,7 @@
 
 use super::books::{Books, Entry, Files, Lifeline};
 use super::form::gives_container;
+use super::hint::system;
 use super::space::Space;
 use super::{Broker, Caller, LifelineId, SentFd, lifeline, no_such_lease};
 use crate::host;
@@ -214,7 +215,8 @@ impl Broker {
         let ours = Arc::new(ours);
         let id: LifelineId = self.books().new_lifeline();
         // The observer hears of it first: once it counts, anybody may end the lease.
-        self.observer.lifeline_opened(id, Arc::clone(&ours));
+        let watched = self.observer.lifeline_opened(id, Arc::clone(&ours));
+        watched.map_err(|errno| system("epoll_ctl", "lease pipe", errno))?;
         let mut books = self.books();
         let entered = self
             .check_kept(&books, &entry.tenant, 1)

@@ -13,6 +13,7 @@ use crate::sys::peer::pass_fds;
 use crate::sys::readiness::{try_watch, watch};
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
+use std::convert::Infallible;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,25 +21,24 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::task::{spawn_local, yield_now};
-use tracing::{debug, error, warn};
+use tracing::{debug, warn};
 
 /// How long nobody is let in after a failure that will not go away by itself: those who connect
 /// wait in the socket's queue.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves everybody who connects, for ever.
-pub(super) async fn serve(daemon: Rc<Daemon>, listener: UnixListener) {
-    let watched = listener.try_clone().and_then(|copy| watch(copy.into(), Interest::READABLE));
-    let watched = match watched {
-        Ok(watched) => watched,
-        Err(failure) => return error!(%failure, "can't wait for connections"),
-    };
+///
+/// # Errors
+/// It can't wait for connections any more.
+pub(super) async fn serve(
+    daemon: Rc<Daemon>,
+    listener: UnixListener,
+) -> std::io::Result<Infallible> {
+    let watched = watch(listener.try_clone()?.into(), Interest::READABLE)?;
     let mut failures = RateLimit::new(20);
     loop {
-        let mut readable = match watched.readable().await {
-            Ok(readable) => readable,
-            Err(failure) => return error!(%failure, "can't wait for connections any more"),
-        };
+        let mut readable = watched.readable().await?;
         while daemon.open_files.are_out() {
             if let Some(held_back) = failures.pass(Instant::now()) {
                 warn!(held_back, "open files run out: new connections wait");

@@ -4,12 +4,13 @@ use super::lifelines::Lifelines;
 use super::rate_limit::RateLimit;
 use crate::broker::{LifelineId, Observer};
 use crate::protocol::{Event, EventKind};
+use nix::errno::Errno;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 use tokio::sync::broadcast;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 /// How many events a watcher may lag behind before it is dropped.
 const QUEUE: usize = 256;
@@ -27,7 +28,7 @@ pub(super) struct DaemonObserver {
 const LINES: u32 = 400;
 
 impl DaemonObserver {
-    pub(super) fn new() -> Result<Self, nix::errno::Errno> {
+    pub(super) fn new() -> Result<Self, Errno> {
         let (lifelines, events) = (Lifelines::new()?, broadcast::Sender::new(QUEUE));
         Ok(Self { lifelines, events, lines: Mutex::default() })
     }
@@ -46,10 +47,8 @@ impl DaemonObserver {
 }
 
 impl Observer for DaemonObserver {
-    fn lifeline_opened(&self, id: LifelineId, write_end: Arc<OwnedFd>) {
-        if let Err(errno) = self.lifelines.add(id, write_end) {
-            error!(%errno, "can't watch a lease's pipe: the lease ends by Release alone");
-        }
+    fn lifeline_opened(&self, id: LifelineId, write_end: Arc<OwnedFd>) -> Result<(), Errno> {
+        self.lifelines.add(id, write_end)
     }
 
     fn lifeline_closed(&self, id: LifelineId) {

@@ -3,6 +3,7 @@
 
 use super::Daemon;
 use super::lifelines::Lifelines;
+use std::convert::Infallible;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -10,7 +11,6 @@ use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tracing::error;
 
 /// The most threads, stuck ones included. They are reclaims' own: the workers can all be stuck in calls
 /// of a few tenants, and what the others have ended is to be taken back all the same.
@@ -22,16 +22,16 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Reclaims each lease whose lifelines have all hung up. `hang_ups` is
 /// [`Lifelines::descriptor`](super::lifelines::Lifelines::descriptor).
-pub(super) async fn on_hang_up(daemon: Rc<Daemon>, hang_ups: AsyncFd<OwnedFd>) {
+///
+/// # Errors
+/// It can't watch leases any more.
+pub(super) async fn on_hang_up(
+    daemon: Rc<Daemon>,
+    hang_ups: AsyncFd<OwnedFd>,
+) -> std::io::Result<Infallible> {
     loop {
-        let mut readable = match hang_ups.readable().await {
-            Ok(readable) => readable,
-            Err(failure) => return error!(%failure, "can't watch leases any more"),
-        };
-        let ids = match daemon.observer.lifelines.hung_up() {
-            Ok(ids) => ids,
-            Err(errno) => return error!(%errno, "can't watch leases any more"),
-        };
+        let mut readable = hang_ups.readable().await?;
+        let ids = daemon.observer.lifelines.hung_up()?;
         // What hangs up from here on makes it ready anew.
         if ids.len() < Lifelines::MOST {
             readable.clear_ready();
@@ -48,7 +48,7 @@ pub(super) async fn on_hang_up(daemon: Rc<Daemon>, hang_ups: AsyncFd<OwnedFd>) {
 
 /// Retries, each time after twice the pause, while anything is pending. Each lease by itself: where the
 /// kernel does not answer for one, the others need not wait, and that one is not asked for again.
-pub(super) async fn retry(daemon: Rc<Daemon>) {
+pub(super) async fn retry(daemon: Rc<Daemon>) -> std::io::Result<Infallible> {
     let mut pause = FIRST_PAUSE;
     loop {
         if !daemon.broker.has_pending_reclaims() {

@@ -21,6 +21,7 @@ use nix::errno::Errno;
 use nix::fcntl::Flock;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
+use std::convert::Infallible;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -29,7 +30,7 @@ use std::time::Duration;
 use tokio::io::Interest;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::{LocalSet, spawn_local};
+use tokio::task::{JoinError, LocalSet, spawn_local};
 use tracing::{info, warn};
 
 /// Runs the daemon until SIGTERM, SIGINT or SIGHUP.
@@ -151,12 +152,18 @@ async fn serve(daemon: Rc<Daemon>, listening: &Listening) -> Result<(), StartErr
     };
     let hang_ups = watch_hang_ups().map_err(StartError::set_up("the watch on lease pipes"))?;
     let socket = listening.listener.try_clone().map_err(StartError::set_up("the socket"))?;
-    spawn_local(reclaim::on_hang_up(Rc::clone(&daemon), hang_ups));
-    spawn_local(reclaim::retry(Rc::clone(&daemon)));
+    let hang_ups = spawn_local(reclaim::on_hang_up(Rc::clone(&daemon), hang_ups));
+    let retries = spawn_local(reclaim::retry(Rc::clone(&daemon)));
     let broker = Arc::clone(&daemon.broker);
-    spawn_local(accept::serve(daemon, socket));
+    let connections = spawn_local(accept::serve(daemon, socket));
     notify(&[NotifyState::Ready]);
+    if let Some(period) = sd_notify::watchdog_enabled() {
+        spawn_local(feed_watchdog(period));
+    }
     let signal = tokio::select! {
+        end = hang_ups => return Err(ended("the watch on lease pipes", end)),
+        end = retries => return Err(ended("the retrying of reclaims", end)),
+        end = connections => return Err(ended("the wait for connections", end)),
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
         _ = hang_up.recv() => "SIGHUP",
@@ -164,6 +171,25 @@ async fn serve(daemon: Rc<Daemon>, listening: &Listening) -> Result<(), StartErr
     tell_the_end(&broker, signal);
     notify(&[NotifyState::Stopping]);
     Ok(())
+}
+
+/// The error for a loop that should not have ended.
+fn ended(what: &'static str, end: Result<std::io::Result<Infallible>, JoinError>) -> StartError {
+    let why = match end {
+        Ok(Ok(never)) => match never {},
+        Ok(Err(error)) => error.to_string(),
+        Err(panicked) => panicked.to_string(),
+    };
+    StartError::Ended { what, why }
+}
+
+/// Tells the service manager twice a period that the event loop goes round.
+async fn feed_watchdog(period: Duration) {
+    let mut turns = tokio::time::interval(period / 2);
+    loop {
+        turns.tick().await;
+        notify(&[NotifyState::Watchdog]);
+    }
 }
 
 fn notify(state: &[NotifyState<'_>]) {

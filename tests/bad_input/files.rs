@@ -315,7 +315,10 @@ fn sockets_that_can_not_be_closed_stop_their_owner_alone() {
                 client.hangs_up();
             }
             mounted.push(fuse);
-            until("the process that closes them was killed", || daemon.dead_children() >= round);
+            // The last one that its owner has is kept.
+            until("the process that closes them was killed", || {
+                daemon.dead_children() >= round.min(3)
+            });
         }
         mounted.clear();
         until("the owner is served again", || {
