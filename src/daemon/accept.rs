@@ -106,6 +106,8 @@ fn try_admit(
     };
     // Where the kernel can't refuse fds, those that come end the connection.
     let _ = pass_fds(stream.as_fd(), charge.account.sends_fds);
+    // The kernel doubles what it is told. It can't fail: the least is taken for too little.
+    let _ = setsockopt(&stream, sockopt::SndBuf, &(charge.account.most_unread / 2));
     if let Err(error) = stream.set_nonblocking(true) {
         return Err((stream.into(), Box::new(Refused::Poll(error))));
     }

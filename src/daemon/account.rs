@@ -5,7 +5,7 @@ use super::closer::{CloseQueue, Closer};
 use super::rate_limit::RateLimit;
 use super::receiver::{MOST_OF_OWNER, SocketCloser, Unkillable};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
-use crate::protocol::{Error, Handout};
+use crate::protocol::{Error, Handout, MAX_MESSAGE};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -33,7 +33,14 @@ enum Owner {
 /// The part of all connections that strangers may have together, and the most: a user can have very
 /// many uids, and each connection can hold half a message.
 const STRANGERS_PART: usize = 8;
-const MOST_STRANGERS: usize = 1000;
+const MOST_STRANGERS: usize = 100;
+
+/// The longest message of a stranger, in bytes: its calls are short.
+const STRANGER_MESSAGE: usize = 4 << 10;
+
+/// Room for replies that a client does not read, in bytes: the kernel charges them to this process.
+const STRANGER_UNREAD: usize = 16 << 10;
+const TENANT_UNREAD: usize = 64 << 10;
 
 /// All accounts, and all connections.
 #[derive(Debug)]
@@ -69,6 +76,9 @@ pub(super) struct Account {
     /// Requests in flight that are not answered on the event loop.
     pub(super) requests: Arc<Semaphore>,
     pub(super) most_requests: usize,
+    /// The longest message that is taken from it, and the room for replies that it leaves unread.
+    pub(super) most_message: usize,
+    pub(super) most_unread: usize,
     /// Whether its calls can need open files: only MapDma's do.
     pub(super) sends_fds: bool,
     /// What is denied it and gets into the log.
@@ -220,6 +230,8 @@ impl Account {
             most_requests,
             denials: RefCell::new(RateLimit::new(DENIALS)),
             strangers_denials: None,
+            most_message: if tenant.is_ok() { MAX_MESSAGE } else { STRANGER_MESSAGE },
+            most_unread: if tenant.is_ok() { TENANT_UNREAD } else { STRANGER_UNREAD },
             sends_fds: tenant.as_ref().is_ok_and(|tenant| may_map(tenant)),
             denied: tenant.err().map(Error::from),
         }

@@ -2,13 +2,13 @@
 
 use super::Daemon;
 use super::account::ConnectionCharge;
-use super::incoming::{Flags, Incoming, Message, Sent, StrayFds};
+use super::incoming::{Flags, Incoming, Message, NoMessage, Sent, StrayFds};
 use super::outgoing::{Answer, SendError};
 use super::peer_socket::PeerSocket;
 use super::receiver::NotTaken;
 use crate::broker::Caller;
 use crate::policy::Peer;
-use crate::protocol::{Error, Memlock, Oversize, Request, SetMemlock};
+use crate::protocol::{Error, Memlock, Request, SetMemlock};
 use crate::sys::fdpass::{self, ReceiveError};
 use crate::sys::peer::unread;
 use nix::errno::Errno;
@@ -37,7 +37,7 @@ pub(super) struct Connection {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Lost {
     #[error("{0}")]
-    Oversize(#[from] Oversize),
+    NoMessage(#[from] NoMessage),
     #[error("{0}")]
     StrayFds(#[from] StrayFds),
     #[error("fds in a message: none are taken from this client")]
@@ -70,7 +70,7 @@ impl Connection {
         charge: Rc<ConnectionCharge>,
     ) -> Self {
         let socket = PeerSocket::new(socket, Rc::clone(&charge));
-        let incoming = Incoming::default();
+        let incoming = Incoming::new(charge.account.most_message);
         Self { daemon, caller: Arc::new(caller), socket, charge, incoming, more: false }
     }
 

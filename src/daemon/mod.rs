@@ -40,7 +40,7 @@ pub use start::run;
 pub use start_error::StartError;
 
 use crate::broker::Broker;
-use crate::policy::Peer;
+use crate::policy::{Peer, Policy};
 use crate::protocol::{Error, MAX_MESSAGE};
 use account::{Account, Accounts};
 use closer::Closer;
@@ -53,7 +53,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 /// Does what one of the daemon's own processes is for, if this program was started as one: call it
 /// first of all in `main`.
@@ -104,6 +104,7 @@ impl Daemon {
     ) -> std::io::Result<Self> {
         let names_units = broker.policy().names_units();
         let most_connections = most_connections(&open_files);
+        warn_of_quotas(broker.policy(), &open_files);
         Ok(Self {
             broker,
             observer,
@@ -157,4 +158,20 @@ fn most_connections(files: &OpenFiles) -> usize {
     let most = files.saturating_sub(others);
     info!(open_files = files, connections = most, "serving");
     most
+}
+
+/// Says where the tenants' quotas together are more than there can be open files.
+fn warn_of_quotas(policy: &Policy, files: &OpenFiles) {
+    let each =
+        policy.tenants().iter().map(|it| it.limits.fds.saturating_add(it.limits.connections));
+    let quotas = each.fold(0, u64::saturating_add);
+    if quotas > files.limit() as u64 {
+        let open_files = files.limit();
+        warn!(
+            quotas,
+            open_files,
+            "the tenants' fds and connections together are more than the limit of open files, so some \
+             can leave none to others: raise LimitNOFILE=, or lower the quotas"
+        );
+    }
 }
