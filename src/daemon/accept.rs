@@ -13,6 +13,7 @@ use crate::sys::peer::pass_fds;
 use crate::sys::readiness::{try_watch, watch};
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
+use std::convert::Infallible;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,26 +21,28 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::task::{spawn_local, yield_now};
-use tracing::{debug, error, warn};
+use tracing::{debug, warn};
 
 /// How long nobody is let in after a failure that will not go away by itself: those who connect
 /// wait in the socket's queue.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves everybody who connects, for ever.
-pub(super) async fn serve(daemon: Rc<Daemon>, listener: UnixListener) {
-    let watched = listener.try_clone().and_then(|copy| watch(copy.into(), Interest::READABLE));
-    let watched = match watched {
-        Ok(watched) => watched,
-        Err(failure) => return error!(%failure, "can't wait for connections"),
-    };
+///
+/// # Errors
+/// It can't wait for connections any more.
+pub(super) async fn serve(
+    daemon: Rc<Daemon>,
+    listener: UnixListener,
+) -> std::io::Result<Infallible> {
+    let watched = watch(listener.try_clone()?.into(), Interest::READABLE)?;
     let mut failures = RateLimit::new(20);
     loop {
-        let mut readable = match watched.readable().await {
-            Ok(readable) => readable,
-            Err(failure) => return error!(%failure, "can't wait for connections any more"),
-        };
-        while daemon.accounts.waiting().are_too_many() {
+        let mut readable = watched.readable().await?;
+        while daemon.open_files.are_out() {
+            if let Some(held_back) = failures.pass(Instant::now()) {
+                warn!(held_back, "open files run out: new connections wait");
+            }
             tokio::time::sleep(PAUSE).await;
         }
         match listener.accept() {
@@ -75,7 +78,7 @@ fn admit(daemon: &Rc<Daemon>, stream: UnixStream) {
         Ok(peer) => peer,
         Err(errno) => {
             debug!(reason = %Refused::Failed { call: "getsockopt", errno }, "not let in");
-            return daemon.accounts.strangers_socket_closer().close(stream.into(), None);
+            return daemon.accounts.strangers_socket_closer().close(stream, None);
         }
     };
     let uid = peer.uid;
@@ -93,7 +96,8 @@ fn try_admit(
     peer: Peer,
     account: Rc<Account>,
 ) -> Result<(), (OwnedFd, Box<Refused>)> {
-    let charge = match daemon.accounts.charge(account) {
+    let charge = daemon.check_open_files().and_then(|()| daemon.accounts.charge(account));
+    let charge = match charge {
         Ok(charge) => charge,
         Err(over) => {
             Answer::error(&over).send_what_fits(stream.as_fd());
@@ -102,6 +106,8 @@ fn try_admit(
     };
     // Where the kernel can't refuse fds, those that come end the connection.
     let _ = pass_fds(stream.as_fd(), charge.account.sends_fds);
+    // The kernel doubles what it is told. It can't fail: the least is taken for too little.
+    let _ = setsockopt(&stream, sockopt::SndBuf, &(charge.account.most_unread / 2));
     if let Err(error) = stream.set_nonblocking(true) {
         return Err((stream.into(), Box::new(Refused::Poll(error))));
     }

@@ -3,15 +3,16 @@
 
 use super::closer::{CloseQueue, Closer};
 use super::rate_limit::RateLimit;
-use super::receiver::{MOST_OF_OWNER, SocketCloser, Unkillable, Waiting};
+use super::receiver::{MOST_OF_OWNER, SocketCloser, Unkillable};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
-use crate::protocol::{Error, Handout};
+use crate::protocol::{Error, Handout, MAX_MESSAGE};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::Semaphore;
+use tracing::warn;
 
 /// Connections that a uid without a tenant may have: enough to ask what this is.
 const STRANGER_CONNECTIONS: usize = 16;
@@ -32,7 +33,14 @@ enum Owner {
 /// The part of all connections that strangers may have together, and the most: a user can have very
 /// many uids, and each connection can hold half a message.
 const STRANGERS_PART: usize = 8;
-const MOST_STRANGERS: usize = 1000;
+const MOST_STRANGERS: usize = 100;
+
+/// The longest message of a stranger, in bytes: its calls are short.
+const STRANGER_MESSAGE: usize = 4 << 10;
+
+/// Room for replies that a client does not read, in bytes: the kernel charges them to this process.
+const STRANGER_UNREAD: usize = 16 << 10;
+const TENANT_UNREAD: usize = 64 << 10;
 
 /// All accounts, and all connections.
 #[derive(Debug)]
@@ -43,7 +51,6 @@ pub(super) struct Accounts {
     strangers_close_queue: CloseQueue,
     strangers_socket_closer: Rc<SocketCloser>,
     strangers_denials: Rc<RefCell<RateLimit>>,
-    waiting: Waiting,
     strangers: Cell<usize>,
     by_owner: RefCell<HashMap<Owner, Rc<Account>>>,
     connections: Cell<usize>,
@@ -67,6 +74,9 @@ pub(super) struct Account {
     /// Requests in flight that are not answered on the event loop.
     pub(super) requests: Arc<Semaphore>,
     pub(super) most_requests: usize,
+    /// The longest message that is taken from it, and the room for replies that it leaves unread.
+    pub(super) most_message: usize,
+    pub(super) most_unread: usize,
     /// Whether its calls can need open files: only MapDma's do.
     pub(super) sends_fds: bool,
     /// What is denied it and gets into the log.
@@ -87,11 +97,9 @@ pub(super) struct ConnectionCharge {
 impl Accounts {
     pub(super) fn new(most_connections: usize, closer: Closer) -> Self {
         let strangers_close_queue = closer.queue();
-        let waiting = Waiting::default();
         Self {
             closer,
-            strangers_socket_closer: SocketCloser::new(waiting.clone()),
-            waiting,
+            strangers_socket_closer: Rc::default(),
             strangers_close_queue,
             strangers_denials: Rc::new(RefCell::new(RateLimit::new(STRANGERS_DENIALS))),
             strangers: Cell::new(0),
@@ -99,11 +107,6 @@ impl Accounts {
             connections: Cell::new(0),
             most_connections,
         }
-    }
-
-    /// The sockets that wait for a process that closes them.
-    pub(super) fn waiting(&self) -> &Waiting {
-        &self.waiting
     }
 
     /// Where the connections of those end who belong to no tenant.
@@ -115,7 +118,10 @@ impl Accounts {
     ///
     /// # Errors
     /// [`Error::OverLimit`].
-    pub(super) fn charge(self: &Rc<Self>, account: Rc<Account>) -> Result<ConnectionCharge, Error> {
+    pub(super) fn charge(
+        self: &Rc<Self>,
+        account: Rc<Account>,
+    ) -> Result<Rc<ConnectionCharge>, Error> {
         let over = |limit: &str, most: usize| Error::OverLimit {
             limit: limit.into(),
             most: most as u64,
@@ -131,6 +137,9 @@ impl Accounts {
         if account.close_queue.unclosed() >= MOST_UNCLOSED {
             return Err(over("open files of this client that can't be closed", MOST_UNCLOSED));
         }
+        if account.socket_closer.is_overloaded() {
+            return Err(over("connections of this client that can't be closed", 0));
+        }
         if account.connections.get() >= account.most_connections {
             let what = match &account.owner {
                 Owner::Tenant(name) => format!("connections of tenant {name}"),
@@ -141,7 +150,26 @@ impl Accounts {
         account.connections.update(|count| count + 1);
         self.connections.update(|count| count + 1);
         self.strangers.update(|count| count + usize::from(account.is_stranger()));
-        Ok(ConnectionCharge { account, accounts: Rc::clone(self) })
+        Ok(Rc::new(ConnectionCharge { account, accounts: Rc::clone(self) }))
+    }
+
+    /// No socket closer starts anything any more.
+    pub(super) fn end(&self) {
+        self.each_socket_closer(SocketCloser::end);
+    }
+
+    /// Hands all connections that are left, once nobody serves them, to processes that close them.
+    pub(super) fn hand_over_connections(&self) {
+        self.each_socket_closer(|closer| {
+            if let Err(error) = closer.hand_over_the_rest() {
+                warn!(%error, "can't hand over connections: their close may hold up the end");
+            }
+        });
+    }
+
+    fn each_socket_closer(&self, visit: impl Fn(&SocketCloser)) {
+        visit(&self.strangers_socket_closer);
+        self.by_owner.borrow().values().for_each(|account| visit(&account.socket_closer));
     }
 
     /// The account of a peer. A tenant's stays; a stranger's goes some time after its last
@@ -158,7 +186,7 @@ impl Accounts {
         }
         by_owner.retain(|_, account| !account.is_forgettable());
         let (close_queue, socket_closer) = match &tenant {
-            Ok(_) => (self.closer.queue(), SocketCloser::new(self.waiting.clone())),
+            Ok(_) => (self.closer.queue(), Rc::default()),
             Err(_) => {
                 (self.strangers_close_queue.clone(), Rc::clone(&self.strangers_socket_closer))
             }
@@ -196,6 +224,8 @@ impl Account {
             most_requests,
             denials: RefCell::new(RateLimit::new(DENIALS)),
             strangers_denials: None,
+            most_message: if tenant.is_ok() { MAX_MESSAGE } else { STRANGER_MESSAGE },
+            most_unread: if tenant.is_ok() { TENANT_UNREAD } else { STRANGER_UNREAD },
             sends_fds: tenant.as_ref().is_ok_and(|tenant| may_map(tenant)),
             denied: tenant.err().map(Error::from),
         }

@@ -2,12 +2,13 @@
 
 use super::Daemon;
 use super::account::ConnectionCharge;
-use super::incoming::{Flags, Incoming, Message, Sent, StrayFds};
+use super::incoming::{Flags, Incoming, Message, NoMessage, Sent, StrayFds};
 use super::outgoing::{Answer, SendError};
+use super::peer_socket::PeerSocket;
 use super::receiver::NotTaken;
 use crate::broker::Caller;
 use crate::policy::Peer;
-use crate::protocol::{Error, Memlock, Oversize, Request, SetMemlock};
+use crate::protocol::{Error, Memlock, Request, SetMemlock};
 use crate::sys::fdpass::{self, ReceiveError};
 use crate::sys::peer::unread;
 use nix::errno::Errno;
@@ -25,8 +26,8 @@ use tracing::{debug, info};
 pub(super) struct Connection {
     pub(super) daemon: Rc<Daemon>,
     pub(super) caller: Arc<Caller>,
-    pub(super) socket: AsyncFd<OwnedFd>,
-    pub(super) charge: ConnectionCharge,
+    pub(super) socket: PeerSocket,
+    pub(super) charge: Rc<ConnectionCharge>,
     pub(super) incoming: Incoming,
     /// The last read may have left something behind.
     more: bool,
@@ -36,7 +37,7 @@ pub(super) struct Connection {
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Lost {
     #[error("{0}")]
-    Oversize(#[from] Oversize),
+    NoMessage(#[from] NoMessage),
     #[error("{0}")]
     StrayFds(#[from] StrayFds),
     #[error("fds in a message: none are taken from this client")]
@@ -68,9 +69,10 @@ impl Connection {
         daemon: Rc<Daemon>,
         caller: Caller,
         socket: AsyncFd<OwnedFd>,
-        charge: ConnectionCharge,
+        charge: Rc<ConnectionCharge>,
     ) -> Self {
-        let incoming = Incoming::default();
+        let socket = PeerSocket::new(socket, Rc::clone(&charge));
+        let incoming = Incoming::new(charge.account.most_message);
         Self { daemon, caller: Arc::new(caller), socket, charge, incoming, more: false }
     }
 
@@ -81,12 +83,10 @@ impl Connection {
         if let Err(reason) = ended {
             debug!(uid = peer.uid, pid = peer.pid, %reason, "disconnected");
         }
-        let Self { daemon, charge, socket, .. } = self;
-        let (socket_closer, socket) =
-            (Rc::clone(&charge.account.socket_closer), socket.into_inner());
+        let Self { daemon, charge, socket, incoming, .. } = self;
+        drop(incoming);
         // Boxed, so that the task of an idle connection stays small.
-        Box::pin(all_read(&daemon, &charge, peer.uid, &socket)).await;
-        socket_closer.close(socket, Some(charge));
+        Box::pin(all_read(&daemon, &charge, peer.uid, socket.get_ref())).await;
     }
 
     /// One call at a time, as Varlink has it. What can take long is boxed, so that the task of an
@@ -152,6 +152,9 @@ impl Connection {
         }
         if rules.needs_reply && flags.oneway {
             return Err(Error::bad("oneway", "this method only makes sense with its reply"));
+        }
+        if let Request::Acquire(_) = request {
+            self.daemon.check_open_files()?;
         }
         Ok(request)
     }

@@ -91,9 +91,20 @@ pub(super) struct Flags {
 #[error("fds came in the midst of a message")]
 pub(super) struct StrayFds;
 
+/// What is no message: the connection ends with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum NoMessage {
+    #[error("a message is longer than {0} bytes")]
+    TooLong(usize),
+    #[error("an empty message")]
+    Empty,
+}
+
 /// What has come in and is not dealt with yet.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Incoming {
+    /// The longest message that is taken, its NUL byte included.
+    most_bytes: usize,
     frames: Frames,
     /// Fds, and how many messages come before the one they belong to. Two at most: one for a
     /// message of which a part is missing, one for a message after that.
@@ -101,6 +112,10 @@ pub(super) struct Incoming {
 }
 
 impl Incoming {
+    pub(super) fn new(most_bytes: usize) -> Self {
+        Self { most_bytes, frames: Frames::default(), fds: Vec::new() }
+    }
+
     /// Adds what one read brought, at least a byte. Only when
     /// [`next_message`](Self::next_message) has nothing more.
     pub(super) fn push(&mut self, bytes: &[u8], fds: Sent) -> Result<(), StrayFds> {
@@ -122,8 +137,18 @@ impl Incoming {
     }
 
     /// The next message, if all of it is there.
-    pub(super) fn next_message(&mut self) -> Result<Option<Message>, Oversize> {
-        let Some(bytes) = self.frames.next_message()? else { return Ok(None) };
+    pub(super) fn next_message(&mut self) -> Result<Option<Message>, NoMessage> {
+        let too_long = NoMessage::TooLong(self.most_bytes);
+        let partial = self.frames.partial_len();
+        let Some(bytes) = self.frames.next_message().map_err(|Oversize| too_long)? else {
+            return if partial < self.most_bytes { Ok(None) } else { Err(too_long) };
+        };
+        match bytes.len() {
+            // An answer to each would be a hundred times as long as what was sent.
+            0 => return Err(NoMessage::Empty),
+            len if len >= self.most_bytes => return Err(too_long),
+            _ => {}
+        }
         // serde would also take a struct's fields as a list.
         let object = bytes.trim_ascii_start().first() == Some(&b'{');
         let (request, flags) = match serde_json::from_slice::<Call<'_>>(bytes) {
@@ -176,6 +201,7 @@ fn shorten(error: Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::protocol::MAX_MESSAGE;
     use crate::sys::fdpass;
     use nix::sys::socket::MsgFlags;
     use std::os::unix::net::UnixStream;
@@ -191,7 +217,7 @@ mod tests {
         }
         drop(ours);
         let queue = crate::daemon::closer::Closer::new().unwrap().queue();
-        let (mut incoming, mut counts) = (Incoming::default(), Vec::new());
+        let (mut incoming, mut counts) = (Incoming::new(MAX_MESSAGE), Vec::new());
         let mut buffer = vec![0; buffer];
         loop {
             let got = fdpass::receive_all(theirs.as_fd(), &mut buffer, MsgFlags::empty()).unwrap();
@@ -233,7 +259,7 @@ mod tests {
 
     #[test]
     fn a_reason_does_not_echo_a_long_request() {
-        let mut incoming = Incoming::default();
+        let mut incoming = Incoming::new(MAX_MESSAGE);
         let long = "x".repeat(60_000);
         let call = format!(
             "{{\"method\":\"org.vfiobroker.Broker.Leases\",\"parameters\":{{\"{long}\":1}}}}\0"

@@ -17,9 +17,11 @@ mod listen;
 mod lists;
 mod log;
 mod observer;
+mod open_files;
 mod options;
 mod outgoing;
 mod peer;
+mod peer_socket;
 mod rate_limit;
 mod receiver;
 mod start;
@@ -32,16 +34,17 @@ pub use start::run;
 pub use start_error::StartError;
 
 use crate::broker::Broker;
-use crate::policy::Peer;
+use crate::policy::{Peer, Policy};
 use crate::protocol::{Error, MAX_MESSAGE};
 use account::{Account, Accounts};
 use closer::Closer;
 use observer::DaemonObserver;
+use open_files::OpenFiles;
 use receiver::Receivers;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 /// Does what one of the daemon's own processes is for, if this program was started as one: call it
 /// first of all in `main`.
@@ -61,6 +64,7 @@ struct Daemon {
     observer: Rc<DaemonObserver>,
     accounts: Rc<Accounts>,
     receivers: Rc<Receivers>,
+    open_files: OpenFiles,
     deadlines: Deadlines,
     /// Whether the policy has tenants by unit.
     names_units: bool,
@@ -79,15 +83,18 @@ impl Daemon {
     fn new(
         broker: Rc<Broker>,
         observer: Rc<DaemonObserver>,
-        most_connections: usize,
+        open_files: OpenFiles,
         options: &Options,
     ) -> std::io::Result<Self> {
         let names_units = broker.policy().names_units();
+        let most_connections = most_connections(&open_files);
+        warn_of_quotas(broker.policy(), &open_files);
         Ok(Self {
             broker,
             observer,
             accounts: Rc::new(Accounts::new(most_connections, Closer::new()?)),
             receivers: Rc::default(),
+            open_files,
             deadlines: Deadlines {
                 call: options.call_deadline,
                 read: options.read_deadline,
@@ -95,6 +102,19 @@ impl Daemon {
             },
             names_units,
             buffer: RefCell::new(vec![0; MAX_MESSAGE].into()),
+        })
+    }
+
+    /// Fails where the daemon's open files run short: what is left of them is for ending what there is.
+    fn check_open_files(&self) -> Result<(), Error> {
+        if !self.open_files.are_short() {
+            return Ok(());
+        }
+        let most = self.open_files.limit() as u64;
+        Err(Error::OverLimit {
+            limit: "open files of the broker (RLIMIT_NOFILE, LimitNOFILE= of its unit)".into(),
+            most,
+            asked: most + 1,
         })
     }
 
@@ -110,5 +130,29 @@ impl Daemon {
         } else {
             debug!(uid, pid, error = log::excerpt(&error.to_string()), "refused");
         }
+    }
+}
+
+/// How many connections there is room for beside the leases' files and those in flight.
+fn most_connections(files: &OpenFiles) -> usize {
+    let (files, others) = (files.limit(), (files.limit() / 4).max(64));
+    let most = files.saturating_sub(others);
+    info!(open_files = files, connections = most, "serving");
+    most
+}
+
+/// Says where the tenants' quotas together are more than there can be open files.
+fn warn_of_quotas(policy: &Policy, files: &OpenFiles) {
+    let each =
+        policy.tenants().iter().map(|it| it.limits.fds.saturating_add(it.limits.connections));
+    let quotas = each.fold(0, u64::saturating_add);
+    if quotas > files.limit() as u64 {
+        let open_files = files.limit();
+        warn!(
+            quotas,
+            open_files,
+            "the tenants' fds and connections together are more than the limit of open files, so some \
+             can leave none to others: raise LimitNOFILE=, or lower the quotas"
+        );
     }
 }

@@ -12,7 +12,7 @@ mod role;
 mod socket_closer;
 
 pub(super) use role::be_one_if_asked;
-pub(super) use socket_closer::{SocketCloser, Waiting};
+pub(super) use socket_closer::SocketCloser;
 
 use super::account::Account;
 use crate::protocol::Error;
@@ -144,6 +144,8 @@ fn take(socket: OwnedFd) -> (Result<Taken, NotTaken>, Option<Child>) {
     // It fails where the receiver died, and then there is no report either.
     let _ = fdpass::send(ours, b"f", &[socket.as_fd()], flags);
     let _ = shutdown(ours.as_raw_fd(), Shutdown::Write);
+    // The connection has it still: at the daemon's end no thread must keep a copy.
+    drop(socket);
     let mut buffer = vec![0; role::MOST_BYTES];
     let taken = match fdpass::receive(ours, &mut buffer, fdpass::MAX_FDS, flags) {
         Ok(got) => Report::decode(&buffer[..got.len])

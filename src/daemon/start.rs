@@ -3,6 +3,7 @@
 use super::keepers::Processes;
 use super::listen::{self, Listening};
 use super::observer::DaemonObserver;
+use super::open_files::OpenFiles;
 use super::options::Options;
 use super::start_error::StartError;
 use super::{Daemon, accept, file_mode, log};
@@ -17,13 +18,15 @@ use crate::users::SystemUsers;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
+use std::convert::Infallible;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::{LocalSet, spawn_local};
+use tokio::task::{JoinError, LocalSet, spawn_local};
 use tracing::{info, warn};
 
 /// Runs the daemon until SIGTERM, SIGINT or SIGHUP.
@@ -54,15 +57,17 @@ pub fn run(options: &Options) -> Result<(), StartError> {
         patience: PATIENCE.iter().sum(),
         deadline: options.call_deadline,
     });
-    let daemon = Daemon::new(broker, observer, most_connections(files), options)
+    let daemon = Daemon::new(broker, observer, OpenFiles::new(files), options)
         .map_err(StartError::set_up("the closer thread"))?;
-    let tasks = LocalSet::new();
+    let (tasks, accounts) = (LocalSet::new(), Rc::clone(&daemon.accounts));
     let served = tasks.block_on(&runtime, serve(Rc::new(daemon), &listening, sim.is_some()));
     listening.remove_file();
     drop(only);
-    // Connections end with the process: what peers sent and nobody has read must not be closed here,
-    // where that can block.
-    std::mem::forget(tasks);
+    // What peers sent and nobody has read must not be closed here, not even by the end of the process:
+    // the close can hang.
+    accounts.end();
+    drop(tasks);
+    accounts.hand_over_connections();
     runtime.shutdown_background();
     served
 }
@@ -127,9 +132,13 @@ async fn serve(
     let broker = Rc::clone(&daemon.broker);
     broker.adopt().map_err(|error| StartError::Adopt(error.to_string()))?;
     let socket = listening.listener.try_clone().map_err(StartError::set_up("the socket"))?;
-    spawn_local(accept::serve(daemon, socket));
+    let connections = spawn_local(accept::serve(daemon, socket));
     notify(&[NotifyState::Ready]);
+    if let Some(period) = sd_notify::watchdog_enabled() {
+        spawn_local(feed_watchdog(period));
+    }
     let signal = tokio::select! {
+        end = connections => return Err(ended("the wait for connections", end)),
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
         _ = hang_up.recv() => "SIGHUP",
@@ -137,6 +146,25 @@ async fn serve(
     tell_the_end(&broker, signal, machine_ends);
     notify(&[NotifyState::Stopping]);
     Ok(())
+}
+
+/// The error for a loop that should not have ended.
+fn ended(what: &'static str, end: Result<std::io::Result<Infallible>, JoinError>) -> StartError {
+    let why = match end {
+        Ok(Ok(never)) => match never {},
+        Ok(Err(error)) => error.to_string(),
+        Err(panicked) => panicked.to_string(),
+    };
+    StartError::Ended { what, why }
+}
+
+/// Tells the service manager twice a period that the event loop goes round.
+async fn feed_watchdog(period: Duration) {
+    let mut turns = tokio::time::interval(period / 2);
+    loop {
+        turns.tick().await;
+        notify(&[NotifyState::Watchdog]);
+    }
 }
 
 fn notify(state: &[NotifyState<'_>]) {
@@ -236,12 +264,4 @@ fn raise_file_limit() -> Result<u64, Errno> {
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     }
     Ok(hard)
-}
-
-/// How many connections there is room for beside the leases' files and those in flight.
-fn most_connections(files: u64) -> usize {
-    let others = (files / 4).max(64);
-    let most = usize::try_from(files.saturating_sub(others)).unwrap_or(usize::MAX);
-    info!(open_files = files, connections = most, "serving");
-    most
 }

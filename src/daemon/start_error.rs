@@ -1,9 +1,9 @@
-//! Why a daemon does not start.
+//! Why a daemon does not start, or does not go on.
 
 use crate::policy::Problems;
 use std::path::PathBuf;
 
-/// Why the daemon did not start, and what to do about it.
+/// Why the daemon did not start or can't go on, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// There is no policy file.
@@ -105,6 +105,14 @@ pub enum StartError {
     /// What the service manager passed is of no use.
     #[error("socket activation: {0}")]
     Activation(String),
+    /// What the daemon can't do without has ended: it ends too, rather than be deaf.
+    #[error("can't go on: {what} has ended: {why}; start it again")]
+    Ended {
+        /// What has ended.
+        what: &'static str,
+        /// Why.
+        why: String,
+    },
     /// The system lacks something basic.
     #[error("can't set up {what}: {source}")]
     SetUp {

@@ -54,6 +54,11 @@ impl Frames {
         self.taken < self.buffer.len()
     }
 
+    /// How long the message is of which a part is there, so far.
+    pub fn partial_len(&self) -> usize {
+        self.buffer.len() - self.taken
+    }
+
     /// Gives back memory that a burst took: called when the peer falls silent.
     pub fn shrink(&mut self) {
         if self.taken == self.buffer.len() {

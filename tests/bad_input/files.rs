@@ -1,7 +1,8 @@
 //! Open files where they do not belong.
 
-use crate::common::raw::{Raw, call};
-use crate::common::{Daemon, Held, Setup, beside, policy, until};
+use crate::common::fuse::Fuse;
+use crate::common::raw::{Raw, Reply, call};
+use crate::common::{Daemon, Held, Setup, as_uid, beside, policy, until};
 use crate::{DEVICE, PAGE, is_free, map, memory, unread};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
@@ -12,7 +13,7 @@ use std::os::fd::{AsFd, OwnedFd};
 fn an_fd_index_that_is_not_there() {
     let daemon = Daemon::start();
     beside(&daemon, || {
-        let mut client = daemon.connect();
+        let mut client = daemon.connect_and_greet();
         let lease = Held::acquire(&mut client, DEVICE, "devices");
         let memory = memory(PAGE);
         for (index, count) in [(0, 0), (1, 1), (16, 16), (usize::MAX, 1)] {
@@ -30,7 +31,7 @@ fn an_fd_index_that_is_not_there() {
 fn fds_where_none_are_taken() {
     let daemon = Daemon::start();
     beside(&daemon, || {
-        let mut client = daemon.connect();
+        let mut client = daemon.connect_and_greet();
         let memory = memory(PAGE);
         for method in ["Leases", "Topology", "org.varlink.service.GetInfo"] {
             client.call_with(method, json!({}), &[memory.as_fd()]).bad("fds");
@@ -81,13 +82,13 @@ fn more_than_16_fds() {
     beside(&daemon, || {
         let memory = memory(PAGE);
         for count in [17, 200, 253] {
-            let mut client = daemon.connect();
+            let mut client = daemon.connect_and_greet();
             let lease = Held::acquire(&mut client, DEVICE, "devices");
             let message = call("MapDma", &map(&lease, 0, 0, PAGE));
             client.send_with(&message, &vec![memory.as_fd(); count]).unwrap();
             client.hangs_up();
             drop(lease);
-            let mut client = daemon.connect();
+            let mut client = daemon.connect_and_greet();
             until("the device is free again", || is_free(&mut client, DEVICE));
         }
     });
@@ -98,7 +99,7 @@ fn fds_that_nobody_reads() {
     let daemon = Daemon::start();
     beside(&daemon, || {
         // They are in the socket's queue when the daemon hangs up.
-        let mut client = daemon.connect();
+        let mut client = daemon.connect_and_greet();
         let memory = memory(PAGE);
         client.send(&vec![b'x'; 60 << 10]);
         let _ = client.send_with(&[b'x'; 6 << 10], &[memory.as_fd(); 5]);
@@ -111,7 +112,7 @@ fn fds_that_nobody_reads() {
 fn files_that_linger_when_they_are_closed() {
     let daemon = Daemon::start();
     beside(&daemon, || {
-        let mut client = daemon.connect();
+        let mut client = daemon.connect_and_greet();
         let mut readers = Vec::new();
         for _ in 0..4 {
             let (lingering, reader) = lingering();
@@ -139,16 +140,19 @@ fn files_that_come_with_urgent_data() {
             readers.push(reader);
             // Ours goes first, so that the daemon's is the last and has to wait.
             daemon.pause();
-            let _ =
-                fdpass::send(client.stream.as_fd(), b"x", &[lingering.as_fd()], MsgFlags::MSG_OOB);
+            let file = [lingering.as_fd()];
+            if fdpass::send(client.stream.as_fd(), b"x", &file, MsgFlags::MSG_OOB).is_err() {
+                // Its close would linger here.
+                std::mem::forget(lingering);
+            }
         };
         // It is the last of what was sent.
-        let client = daemon.connect();
+        let client = daemon.connect_and_greet();
         urgent(&client);
         drop(client);
         daemon.signal(Signal::SIGCONT);
         // More comes behind it.
-        let mut client = daemon.connect();
+        let mut client = daemon.connect_and_greet();
         client.call("Leases", json!({})).ok();
         urgent(&client);
         client.send(&call("Leases", &json!({})));
@@ -161,7 +165,7 @@ fn files_that_come_with_urgent_data() {
         drop(client);
         daemon.signal(Signal::SIGCONT);
         // Nobody has the connection any more, but it itself.
-        let client = daemon.connect();
+        let client = daemon.connect_and_greet();
         let own = client.stream.try_clone().unwrap();
         let _ = fdpass::send(own.as_fd(), b"x", &[own.as_fd()], MsgFlags::MSG_OOB);
     });
@@ -186,7 +190,7 @@ fn files_whose_closes_wait_for_each_other() {
     let daemon = Daemon::start();
     beside(&daemon, || {
         // A lease fd that has to wait for them would keep its lease for ever.
-        let mut client = daemon.connect();
+        let mut client = daemon.connect_and_greet();
         let lease = Held::acquire(&mut client, DEVICE, "container");
         for backwards in [false, true] {
             let (senders, readers) = plug();
@@ -202,7 +206,7 @@ fn files_whose_closes_wait_for_each_other() {
         let (senders, readers) = plug();
         let copy = lease.fds.last().unwrap().try_clone().unwrap();
         let files: Vec<_> = readers.into_iter().chain([copy]).chain(senders).collect();
-        send_and_forget(&daemon.connect(), b"half a message", files);
+        send_and_forget(&daemon.connect_and_greet(), b"half a message", files);
         drop(lease);
         until("the device is free again", || is_free(&mut client, DEVICE));
     });
@@ -214,7 +218,7 @@ fn memory_whose_close_waits() {
         Daemon::with(Setup::policy(policy("requests = 4")).argument("--call-deadline", "2000"));
     beside(&daemon, || {
         let mut readers = Vec::new();
-        let mut clients: Vec<_> = (0..8).map(|_| daemon.connect()).collect();
+        let mut clients: Vec<_> = (0..8).map(|_| daemon.connect_and_greet()).collect();
         let nobodys = json!({
             "lease": "0000000000000000", "key": "00000000000000000000000000000000", "iova": 0,
             "size": PAGE, "read": true, "write": true, "memory": 0, "offset": 0,
@@ -234,7 +238,7 @@ fn memory_whose_close_waits() {
 fn files_that_are_unread_when_the_daemon_ends() {
     let mut daemon = Daemon::start();
     let (sender, _reader) = lingering();
-    let client = daemon.connect();
+    let client = daemon.connect_and_greet();
     daemon.pause();
     client.send_with(b"half a message", &[sender.as_fd()]).unwrap();
     drop(sender);
@@ -242,6 +246,87 @@ fn files_that_are_unread_when_the_daemon_ends() {
     daemon.signal(Signal::SIGCONT);
     assert!(daemon.wait().success());
     assert!(!daemon.socket.exists());
+}
+
+/// A tenant pipelines calls whose replies it does not read, and behind them a file whose close hangs:
+/// neither a connection nor the end of the process must close it in the daemon.
+#[test]
+fn a_file_whose_close_can_not_be_killed_is_unread_when_the_daemon_ends() {
+    let mut daemon = Daemon::start();
+    // Ends first, whatever happens.
+    let Some(fuse) = Fuse::mount_with_writeback() else { return };
+    let client = daemon.connect_and_greet();
+    let name = "org.varlink.service.GetInterfaceDescription";
+    let request = call(name, &json!({ "interface": "org.vfiobroker.Broker" }));
+    // More than the replies have room for.
+    client.send(&request.repeat(500));
+    let file = fuse.open();
+    client.send_with(b"half a message", &[file.as_fd()]).unwrap();
+    drop(file);
+    fuse.dirty();
+    daemon.signal(Signal::SIGTERM);
+    assert!(daemon.wait().success());
+    drop(client);
+    until("another process closes the file", || fuse.writes() > 0);
+}
+
+/// An owner's sockets whose closes hang stop that owner, and nobody else.
+#[test]
+fn sockets_that_can_not_be_closed_stop_their_owner_alone() {
+    const MALLORY: u32 = 20_001;
+    let mallory = "[[tenant]]\nname = \"mallory\"\nuser = 20001\ndevices = [\"0000:66:00.0\"]\n\
+                   handouts = [\"devices\"]\n[tenant.limits]\nconnections = 2000\n";
+    let policy = policy("").replace("[[tenant]]", &format!("{mallory}[[tenant]]"));
+    let daemon = Daemon::with(Setup::policy(policy));
+    let mut mounted = Vec::new();
+    beside(&daemon, || {
+        let mut refused = false;
+        // Each round leaves sockets with a file behind too long a message, in a process that closes
+        // them and that is then of no more use.
+        for round in 1.. {
+            let mut connections = Vec::new();
+            for _ in 0..10 {
+                let mut client = as_uid(MALLORY, || daemon.connect()).unwrap();
+                client.send(&call("org.varlink.service.GetInfo", &json!({})));
+                match client.try_reply() {
+                    Some(Reply::Ok(..)) => connections.push(client),
+                    Some(Reply::Error(name, _)) => {
+                        assert!(name.ends_with(".OverLimit"), "{name}");
+                        refused = true;
+                    }
+                    None => panic!("not even an answer"),
+                }
+            }
+            if refused {
+                break;
+            }
+            // One for each round: once a file system hangs, it does so here too.
+            let Some(fuse) = Fuse::mount_with_writeback() else { break };
+            daemon.pause();
+            let file = fuse.open();
+            for client in &connections {
+                client.send(&vec![b'x'; 66 << 10]);
+                client.send_with(b"x", &[file.as_fd()]).unwrap();
+            }
+            drop(file);
+            fuse.dirty();
+            daemon.signal(Signal::SIGCONT);
+            for client in &mut connections {
+                client.hangs_up();
+            }
+            mounted.push(fuse);
+            // The last one that its owner has is kept.
+            until("the process that closes them was killed", || {
+                daemon.dead_children() >= round.min(3)
+            });
+        }
+        mounted.clear();
+        until("the owner is served again", || {
+            let mut client = as_uid(MALLORY, || daemon.connect()).unwrap();
+            client.send(&call("org.varlink.service.GetInfo", &json!({})));
+            matches!(client.try_reply(), Some(Reply::Ok(..)))
+        });
+    });
 }
 
 /// A TCP socket whose close takes an hour: SO_LINGER, unsent bytes, and a peer that does not read.

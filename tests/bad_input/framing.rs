@@ -113,12 +113,23 @@ fn bytes_that_are_not_utf_8() {
         }
         // Control characters and text that is no JSON at all.
         let list = "[\"org.varlink.service.GetInfo\",{}]";
-        for odd in
-            ["", "\u{1}", "nonsense", "{}", "[]", list, "{\"method\":7}", "{\"method\":\"a\"}x"]
+        for odd in ["\u{1}", "nonsense", "{}", "[]", list, "{\"method\":7}", "{\"method\":\"a\"}x"]
         {
             client.send(format!("{odd}\0").as_bytes());
             client.reply().bad("message");
         }
+    });
+}
+
+#[test]
+fn an_empty_message_ends_the_connection() {
+    let daemon = Daemon::start();
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        let info = call("org.varlink.service.GetInfo", &json!({}));
+        client.send(&[&info[..], &[0; 1000]].concat());
+        client.reply().ok();
+        assert!(client.try_reply().is_none(), "an empty message was answered");
     });
 }
 

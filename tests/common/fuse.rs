@@ -2,6 +2,7 @@
 
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use nix::sys::stat::Mode;
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -13,6 +14,8 @@ const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
+const READ: u32 = 15;
+const WRITE: u32 = 16;
 const STATFS: u32 = 17;
 const INIT: u32 = 26;
 const INTERRUPT: u32 = 36;
@@ -32,11 +35,25 @@ struct State {
     unanswered: Option<u32>,
     /// Which of its threads are waiting.
     waiting: BTreeSet<u32>,
+    /// Whether the kernel writes back what was written, as it likes.
+    writeback: bool,
+    /// How many writes came; none is answered.
+    writes: usize,
 }
 
 impl Fuse {
     /// Mounts it; `None`, with a word about it, where that is not allowed.
     pub fn mount() -> Option<Self> {
+        Self::mount_with(false)
+    }
+
+    /// The same, where a written page is written back at the last close, and that is never answered:
+    /// such a close can't even be killed.
+    pub fn mount_with_writeback() -> Option<Self> {
+        Self::mount_with(true)
+    }
+
+    fn mount_with(writeback: bool) -> Option<Self> {
         let directory = tempfile::tempdir().unwrap();
         let device = match File::options().read(true).write(true).open("/dev/fuse") {
             Ok(device) => device,
@@ -50,7 +67,7 @@ impl Fuse {
         if let Err(errno) = mounted {
             return not_possible(&format!("mount: {errno}"));
         }
-        let state = Arc::<Mutex<State>>::default();
+        let state = Arc::new(Mutex::new(State { writeback, ..State::default() }));
         let served = Arc::clone(&state);
         std::thread::spawn(move || serve(device, &served));
         Some(Self { directory, state })
@@ -64,6 +81,29 @@ impl Fuse {
     /// Opens its one file.
     pub fn open(&self) -> OwnedFd {
         open(&self.file(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty()).unwrap()
+    }
+
+    /// Writes to the file by a mapping, so that its last closes wait for the writeback: those of files
+    /// that are closed here already. A file that is closed after this waits here.
+    pub fn dirty(&self) {
+        let file = File::from(self.open());
+        let page = std::num::NonZeroUsize::new(4096).unwrap();
+        let (access, shared) = (ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_SHARED);
+        #[allow(unsafe_code)]
+        // SAFETY: a new mapping of a page, which nothing else refers to.
+        let at = unsafe { mmap(None, page, access, shared, &file, 0) }.unwrap();
+        // Its own close comes while all is clean; the mapping holds the file.
+        drop(file);
+        #[allow(unsafe_code)]
+        // SAFETY: the page is mapped and stays so.
+        unsafe {
+            at.cast::<u8>().write_volatile(1);
+        }
+    }
+
+    /// How many writes have not been answered.
+    pub fn writes(&self) -> usize {
+        self.state.lock().unwrap().writes
     }
 
     /// From now on, nothing that this process or a child of it asks is answered.
@@ -117,14 +157,19 @@ fn serve(mut device: File, state: &Mutex<State>) {
                 state.waiting.insert(thread);
                 continue;
             }
+            if opcode == WRITE {
+                state.writes += 1;
+                continue;
+            }
         }
         let (error, answer) = match opcode {
             FORGET | BATCH_FORGET | INTERRUPT => continue,
-            INIT => (0, init(body)),
+            INIT => (0, init(body, state.lock().unwrap().writeback)),
             LOOKUP if body == b"file\0" => (0, entry()),
             LOOKUP => (-nix::libc::ENOENT, Vec::new()),
             GETATTR => (0, [&[0; 16][..], &attributes(node)].concat()),
             OPEN => (0, vec![0; 16]),
+            READ => (0, vec![0; u32_at(body, 16) as usize]),
             STATFS => (0, vec![0; 80]),
             _ => (-ENOSYS, Vec::new()),
         };
@@ -150,12 +195,13 @@ fn parent(thread: u32) -> Option<u32> {
     status.lines().find_map(|line| line.strip_prefix("PPid:"))?.trim().parse().ok()
 }
 
-/// struct fuse_init_out of 7.31, with no features.
-fn init(body: &[u8]) -> Vec<u8> {
+/// struct fuse_init_out of 7.31, with FUSE_WRITEBACK_CACHE or no features.
+fn init(body: &[u8], writeback: bool) -> Vec<u8> {
     let mut out = vec![0; 64];
     out[0..4].copy_from_slice(&7u32.to_ne_bytes());
     out[4..8].copy_from_slice(&31u32.to_ne_bytes());
     out[8..12].copy_from_slice(&body[8..12]);
+    out[12..16].copy_from_slice(&(u32::from(writeback) << 16).to_ne_bytes());
     out[20..24].copy_from_slice(&(1u32 << 16).to_ne_bytes());
     out
 }

@@ -165,6 +165,13 @@ impl Daemon {
         Raw::connect(&self.socket)
     }
 
+    /// A connection that the daemon has let in: before that the kernel may refuse its fds.
+    pub fn connect_and_greet(&self) -> Raw {
+        let mut client = self.connect();
+        client.call("org.varlink.service.GetInfo", json!({})).ok();
+        client
+    }
+
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
@@ -188,6 +195,19 @@ impl Daemon {
             ended.is_some()
         });
         ended.unwrap()
+    }
+
+    /// How many processes that it started have ended, or were killed and can't end.
+    pub fn dead_children(&self) -> usize {
+        let parent = self.child.id().to_string();
+        let is_dead_child = |stat: &str| {
+            // Behind the name in parentheses: state, parent.
+            let mut words = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+            words.next() == Some("Z") && words.next() == Some(&parent)
+        };
+        let processes = std::fs::read_dir("/proc").unwrap().flatten();
+        let stats = processes.flat_map(|it| std::fs::read_to_string(it.path().join("stat")));
+        stats.filter(|stat| is_dead_child(stat)).count()
     }
 
     /// How many files it has open.

@@ -123,3 +123,32 @@ fn raised_limits_do_not_fill_the_log() {
     let raised = log.lines().filter(|line| line.contains("memlock limit raised")).count();
     assert!((1..rounds).contains(&raised), "{raised} lines");
 }
+
+#[test]
+fn who_has_no_tenant_takes_up_little_memory() {
+    let only_root = policy("").replace("anyone = true", "user = 0");
+    let daemon = Daemon::with(Setup::policy(only_root).argument("--write-deadline", "300"));
+    let Some(mut stranger) = as_uid(12345, || daemon.connect()) else { return };
+    // Replies that it does not read.
+    let name = "org.varlink.service.GetInterfaceDescription";
+    let request = call(name, &json!({ "interface": "org.vfiobroker.Broker" }));
+    stranger.send(&request.repeat(30));
+    until("the daemon gives up", || daemon.log().contains("does not read what it asked for"));
+    let mut unread = Vec::new();
+    let _ = std::io::Read::read_to_end(&mut stranger.stream, &mut unread);
+    assert!(unread.len() <= 16 << 10, "{} bytes", unread.len());
+    // Messages that are longer than any call it may make.
+    let mut stranger = as_uid(12345, || daemon.connect()).unwrap();
+    stranger.send(&vec![b' '; 4 << 10]);
+    stranger.hangs_up();
+}
+
+#[test]
+fn quotas_over_the_limit_of_open_files_are_told_at_the_start() {
+    let warned = |limits: &str| {
+        let daemon = Daemon::with(Setup::policy(policy(limits)));
+        daemon.log().contains("more than the limit of open files")
+    };
+    assert!(warned("fds = 9000000000"));
+    assert!(!warned("fds = 8\nconnections = 8"));
+}

@@ -20,8 +20,10 @@ use crate::protocol::{
     Unmapped, Until,
 };
 use crate::sim::{Sim, Stats, Topology};
+use nix::errno::Errno;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Group 1 has two devices on VFIO, 2 one, 3 one beside a function without a driver, 4 one beside
 /// one that the host uses, 5 is a PF with its VFs in 6 and 7, and 8 has a device of 2's kind.
@@ -123,11 +125,16 @@ impl Names for NoNames {
 struct Witness {
     events: Mutex<Vec<Event>>,
     lifelines: Mutex<BTreeMap<LifelineId, Arc<OwnedFd>>>,
+    watches_no_more: AtomicBool,
 }
 
 impl Observer for Witness {
-    fn lifeline_opened(&self, id: LifelineId, write_end: Arc<OwnedFd>) {
+    fn lifeline_opened(&self, id: LifelineId, write_end: Arc<OwnedFd>) -> Result<(), Errno> {
+        if self.watches_no_more.load(Ordering::SeqCst) {
+            return Err(Errno::ENOSPC);
+        }
         self.lifelines.lock().unwrap().insert(id, write_end);
+        Ok(())
     }
 
     fn lifeline_closed(&self, id: LifelineId) {

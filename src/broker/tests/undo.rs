@@ -3,7 +3,6 @@
 
 use super::*;
 use failing::{Failing, failing};
-use std::sync::atomic::Ordering;
 
 /// Makes call 1, 2, 3… of the request fail until none is left to fail; returns how many there were.
 fn every_failure_is_undone(world: &World, kernel: &Failing, uid: u32, request: &Acquire) -> i64 {
@@ -72,5 +71,18 @@ fn joining_and_adding_are_all_or_nothing() {
             world.rebind(bdf);
         }
         world.assert_idle();
+    }
+}
+
+#[test]
+fn a_lease_whose_pipe_can_not_be_watched_is_refused() {
+    let world = World::new();
+    let before = (world.stats(), world.broker.books().ledger.clone());
+    world.witness.watches_no_more.store(true, Ordering::SeqCst);
+    for handout in [Handout::Container, Handout::Group, Handout::Devices] {
+        let refused = world.acquire(1001, &want_as(handout, &["0000:01:00.0", "0000:02:00.0"]));
+        let Err(Error::Kernel { call, .. }) = refused else { panic!("{refused:?}") };
+        assert_eq!(call, "epoll_ctl");
+        assert_eq!((world.stats(), world.broker.books().ledger.clone()), before);
     }
 }

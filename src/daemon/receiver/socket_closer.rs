@@ -1,112 +1,138 @@
-//! Where connections end. What nobody has read goes with a socket, and closing it can take for ever:
-//! so a socket that holds anything goes to a receiver, which closes each in a thread of its own.
+//! Where clients' connections end. What a client sent and the daemon has not read goes with its socket,
+//! and closing that can take for ever. So a [`SocketCloser`] has a process close each socket that holds
+//! something, in a thread of its own.
 //!
-//! One owner has one such receiver, for as long as sockets come. It has them as soon as they are sent
-//! to it, so that nothing waits here; one that takes no more is ended and replaced. Of those that
-//! can't be ended an owner has a few, and the last one is kept, to hold what comes. None of this is
-//! ever closed here: rather than that, nobody is let in.
+//! An owner has one such process, for as long as sockets come. The sockets are sent there at once; a
+//! process that takes none for seconds is killed and replaced. Of those that even a kill does not end
+//! an owner has [`MOST_UNKILLABLE`], and the last process is kept, to hold what comes. What no process
+//! takes waits here. All of this stops its owner's connections, and no other owner's.
 
 use super::super::account::ConnectionCharge;
 use super::role::Role;
 use super::{Helper, MOST_UNKILLABLE, fdpass};
+use crate::sys::readiness::watch;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
 use std::cell::{Cell, RefCell};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::Child;
 use std::rc::Rc;
 use std::time::Duration;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::task::{spawn_blocking, spawn_local};
 use tokio::time::{sleep, timeout};
 
-/// How long a receiver is kept for sockets that may come, and then has for what it still closes.
+/// How long a closing process is kept for sockets that may come, and then has for what it still closes.
 const PAUSE: Duration = Duration::from_millis(200);
 
 /// How long after that is tried again what could not be.
 const RETRY_PAUSE: Duration = Duration::from_secs(1);
 
-/// While more sockets than this wait for receivers, nobody is let in.
-const MOST_WAITING: usize = 1024;
+/// A closing process that takes nothing for so long is stuck.
+const TAKING_PATIENCE: Duration = Duration::from_secs(3);
 
-/// The sockets of all owners that wait.
-#[derive(Clone, Debug, Default)]
-pub(in super::super) struct Waiting(Rc<Cell<usize>>);
+/// While more of an owner's sockets than this wait for a process, the owner gets no new connection.
+const MOST_WAITING: usize = 64;
 
-impl Waiting {
-    /// Whether no more should come.
-    pub(in super::super) fn are_too_many(&self) -> bool {
-        self.0.get() >= MOST_WAITING
-    }
-}
+/// A socket to be closed, with the charge that it keeps until it is handed over.
+type Waiting = (Box<dyn AsFd>, Option<Rc<ConnectionCharge>>);
 
-/// The end of one owner's connections. Lives on the event loop.
-#[derive(Debug)]
+/// Closes one owner's connections. Lives on the event loop.
+#[derive(Default)]
 pub(in super::super) struct SocketCloser {
-    of_all: Waiting,
-    /// With the places that they keep until they are handed over.
-    waiting: RefCell<Vec<(OwnedFd, Option<ConnectionCharge>)>>,
+    waiting: RefCell<Vec<Waiting>>,
     runs: Cell<bool>,
+    /// Set at the daemon's end: what waits is taken by [`SocketCloser::hand_over_the_rest`].
+    ended: Cell<bool>,
     more: Notify,
     unkillable: RefCell<Vec<Child>>,
     /// The last one, with what it may not be able to close.
-    kept: RefCell<Option<Helper>>,
+    kept: RefCell<Option<Process>>,
+}
+
+/// A process that closes sockets.
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    link: AsyncFd<OwnedFd>,
+    /// It has sockets that it was not yet told to close.
+    untold: Cell<bool>,
+}
+
+impl std::fmt::Debug for SocketCloser {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SocketCloser").field("waiting", &self.waiting.borrow().len()).finish()
+    }
 }
 
 impl SocketCloser {
-    pub(in super::super) fn new(of_all: Waiting) -> Rc<Self> {
-        Rc::new(Self {
-            of_all,
-            waiting: RefCell::default(),
-            runs: Cell::new(false),
-            more: Notify::new(),
-            unkillable: RefCell::default(),
-            kept: RefCell::default(),
-        })
-    }
-
-    /// Closes a peer's socket: here if no file is in it, else by a receiver.
+    /// Closes a peer's socket: here if no file is in it, else by a process.
     pub(in super::super) fn close(
         self: &Rc<Self>,
-        socket: OwnedFd,
-        charge: Option<ConnectionCharge>,
+        socket: impl AsFd + 'static,
+        charge: Option<Rc<ConnectionCharge>>,
     ) {
         // From here on nothing more gets into its queue.
-        let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
-        if is_emptied(&socket) {
+        let _ = shutdown(socket.as_fd().as_raw_fd(), Shutdown::Both);
+        if is_emptied(socket.as_fd()) {
             return;
         }
-        self.of_all.0.update(|count| count + 1);
-        self.waiting.borrow_mut().push((socket, charge));
+        self.waiting.borrow_mut().push((Box::new(socket), charge));
         self.more.notify_one();
-        if !self.runs.replace(true) {
+        if !self.ended.get() && !self.runs.replace(true) {
             spawn_local(Rc::clone(self).run());
         }
     }
 
+    /// Whether its owner should get no new connection: what was in earlier ones can't be closed.
+    pub(in super::super) fn is_overloaded(&self) -> bool {
+        self.waiting.borrow().len() >= MOST_WAITING
+            || self.count_unkillable() >= MOST_UNKILLABLE - 1
+    }
+
+    /// From now on starts nothing any more.
+    pub(in super::super) fn end(&self) {
+        self.ended.set(true);
+    }
+
+    /// Hands all that still waits to a process, at the daemon's end: a file in a socket whose close hangs
+    /// would keep this process from ending.
+    pub(in super::super) fn hand_over_the_rest(&self) -> std::io::Result<()> {
+        if self.waiting.borrow().is_empty() {
+            return Ok(());
+        }
+        let helper = Helper::start(Role::Close)?;
+        let untold = Cell::new(false);
+        // The link's time limit for sending is the limit here.
+        self.send_all(helper.socket.as_fd(), &untold, MsgFlags::empty()).map_err(Into::into)
+    }
+
     async fn run(self: Rc<Self>) {
-        let mut receiver = self.kept.take();
+        let mut process = self.kept.take();
         while self.is_wanted().await {
-            let fresh = receiver.is_none();
-            let Some(at_work) = self.receiver(receiver.take()).await else { continue };
-            match self.hand_over(&at_work.socket) {
-                Ok(()) => receiver = Some(at_work),
-                Err(errno) => {
-                    // It is full of what does not end, or it was ended.
-                    self.end(at_work, Duration::ZERO).await;
-                    if fresh && errno != Errno::EAGAIN {
-                        sleep(RETRY_PAUSE).await;
-                    }
+            let Some(at_work) = self.process(process.take()).await else { continue };
+            match self.hand_over(&at_work).await {
+                Ok(()) => process = Some(at_work),
+                // It takes nothing, or it has ended.
+                Err(Errno::EAGAIN | Errno::EPIPE | Errno::ECONNRESET) => {
+                    self.end_process(at_work, Duration::ZERO).await;
+                }
+                // The system lacks something; another process would lack it too.
+                Err(_) => {
+                    process = Some(at_work);
+                    sleep(RETRY_PAUSE).await;
                 }
             }
         }
         // What comes from now on starts another.
         self.runs.set(false);
-        match receiver {
-            Some(last) if self.still_unkillable() + 1 >= MOST_UNKILLABLE => {
+        match process {
+            Some(last) if self.count_unkillable() + 1 >= MOST_UNKILLABLE => {
                 self.kept.replace(Some(last));
             }
-            Some(receiver) => self.end(receiver, PAUSE).await,
+            Some(process) => self.end_process(process, PAUSE).await,
             None => {}
         }
     }
@@ -122,46 +148,73 @@ impl SocketCloser {
     }
 
     /// The one that is there, or another; none for now where none can be had.
-    async fn receiver(&self, there: Option<Helper>) -> Option<Helper> {
+    async fn process(&self, there: Option<Process>) -> Option<Process> {
         if there.is_some() {
             return there;
         }
-        if self.still_unkillable() < MOST_UNKILLABLE
-            && let Ok(Ok(receiver)) = spawn_blocking(|| Helper::start(Role::Close)).await
+        if self.count_unkillable() < MOST_UNKILLABLE
+            && let Ok(Ok(helper)) = spawn_blocking(|| Helper::start(Role::Close)).await
+            && let Ok(link) = watch(helper.socket, Interest::WRITABLE)
         {
-            return Some(receiver);
+            return Some(Process { child: helper.child, link, untold: Cell::new(false) });
         }
         sleep(RETRY_PAUSE).await;
         None
     }
 
-    fn still_unkillable(&self) -> usize {
+    fn count_unkillable(&self) -> usize {
         let mut unkillable = self.unkillable.borrow_mut();
         unkillable.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
         unkillable.len()
     }
 
-    /// Sends a receiver all that waits; it never waits itself.
-    fn hand_over(&self, receiver: &OwnedFd) -> Result<(), Errno> {
+    /// Sends a process all that waits. EAGAIN says that it has taken nothing for [`TAKING_PATIENCE`].
+    async fn hand_over(&self, process: &Process) -> Result<(), Errno> {
+        loop {
+            let writable = timeout(TAKING_PATIENCE, process.link.writable()).await;
+            let Ok(Ok(mut writable)) = writable else { return Err(Errno::EAGAIN) };
+            let link = process.link.as_fd();
+            match self.send_all(link, &process.untold, MsgFlags::MSG_DONTWAIT) {
+                Err(Errno::EAGAIN) => writable.clear_ready(),
+                sent => return sent,
+            }
+        }
+    }
+
+    /// Sends a process what waits, until there is nothing more or it takes nothing more.
+    fn send_all(
+        &self,
+        link: BorrowedFd<'_>,
+        untold: &Cell<bool>,
+        flags: MsgFlags,
+    ) -> Result<(), Errno> {
         let mut waiting = self.waiting.borrow_mut();
-        while !waiting.is_empty() {
+        loop {
+            // The process has copies and closes them at this word: ours are closed already, so that
+            // they are not the last ones.
+            if untold.get() {
+                fdpass::send(link, b"c", &[], flags)?;
+                untold.set(false);
+            }
+            if waiting.is_empty() {
+                return Ok(());
+            }
             let some = waiting.len().min(fdpass::SCM_MAX_FD);
             let sockets: Vec<_> =
                 waiting[..some].iter().map(|(socket, _)| socket.as_fd()).collect();
-            fdpass::send(receiver.as_fd(), b"f", &sockets, MsgFlags::MSG_DONTWAIT)?;
-            // It has copies and closes them at the next word, so ours are not the last ones.
+            fdpass::send(link, b"f", &sockets, flags)?;
+            untold.set(true);
             waiting.drain(..some);
-            self.of_all.0.update(|count| count - some);
-            fdpass::send(receiver.as_fd(), b"c", &[], MsgFlags::MSG_DONTWAIT)?;
         }
-        Ok(())
     }
 
-    async fn end(&self, mut receiver: Helper, patience: Duration) {
-        let _ = shutdown(receiver.socket.as_raw_fd(), Shutdown::Write);
+    async fn end_process(&self, process: Process, patience: Duration) {
+        let Process { child, link, .. } = process;
+        let mut helper = Helper { child, socket: link.into_inner() };
+        let _ = shutdown(helper.socket.as_raw_fd(), Shutdown::Write);
         let ended = spawn_blocking(move || {
-            let ended = receiver.ends_within(patience);
-            (!ended).then_some(receiver.child)
+            let ended = helper.ends_within(patience);
+            (!ended).then_some(helper.child)
         });
         if let Ok(Some(unkillable)) = ended.await {
             self.unkillable.borrow_mut().push(unkillable);
@@ -169,16 +222,16 @@ impl SocketCloser {
     }
 }
 
-/// Reads what no files come with, so that most sockets need no receiver. False where there is more. It
+/// Reads what no files come with, so that most sockets need no process. False where there is more. It
 /// is not much: what one peer could send before nobody read it.
-fn is_emptied(socket: &OwnedFd) -> bool {
+fn is_emptied(socket: BorrowedFd<'_>) -> bool {
     let mut buffer = [0; 4096];
     loop {
-        match fdpass::peek(socket.as_fd(), &mut buffer) {
+        match fdpass::peek(socket, &mut buffer) {
             Ok(next) if next.len == 0 => return true,
             Ok(next) if !next.fds => {
                 let bytes = &mut buffer[..next.len];
-                if fdpass::receive(socket.as_fd(), bytes, 0, MsgFlags::MSG_DONTWAIT).is_err() {
+                if fdpass::receive(socket, bytes, 0, MsgFlags::MSG_DONTWAIT).is_err() {
                     return false;
                 }
             }
