@@ -27,7 +27,7 @@ impl Description {
     }
 
     fn named(&self, name: &str) -> &CustomType<'static> {
-        let found = self.0.custom_types().find(|known| known.name().to_string() == name);
+        let found = self.0.custom_types().find(|known| *known.name() == name);
         found.unwrap_or_else(|| panic!("no type {name} is described"))
     }
 
@@ -36,7 +36,7 @@ impl Description {
         match of {
             Type::Enum(list) => Some(list.iter().map(|known| known.name().to_string()).collect()),
             Type::Custom(name) => self
-                .named(&name.to_string())
+                .named(name.as_ref())
                 .as_enum()
                 .map(|known| known.variants().map(|variant| variant.name().to_string()).collect()),
             _ => None,
@@ -57,7 +57,7 @@ impl Description {
             Type::Optional(inner) => self.sample(inner),
             Type::Array(inner) => json!([self.sample(inner)]),
             Type::Custom(name) => {
-                let object = self.named(&name.to_string()).as_object().unwrap();
+                let object = self.named(name.as_ref()).as_object().unwrap();
                 self.message(&fields(object.fields()))
             }
             other => panic!("{other} is not used here"),
@@ -147,7 +147,7 @@ fn every_method_is_as_described() {
             let description = Description::of($interface);
             let name = stringify!($method);
             let mut methods = description.0.methods();
-            let method = methods.find(|known| known.name().to_string() == name).unwrap();
+            let method = methods.find(|known| *known.name() == name).unwrap();
             let (inputs, outputs) = (fields(method.inputs()), fields(method.outputs()));
             description.compare::<super::$method>(name, &inputs, |message| message);
             let reply = format!("{name}'s reply");

@@ -1,7 +1,6 @@
 //! What is Varlink's own: how calls and replies are framed, and the interface `org.varlink.service`.
 //! Errors are framed by [`Error`](super::Error) itself.
 
-use super::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 
@@ -39,7 +38,8 @@ pub struct Reply<T> {
 ///
 /// # Errors
 /// What writing the parameters as JSON says.
-pub(crate) fn encode<M: Method>(parameters: &M, more: bool) -> serde_json::Result<Vec<u8>> {
+#[cfg(any(feature = "client", test, fuzzing))]
+pub(crate) fn encode<M: super::Method>(parameters: &M, more: bool) -> serde_json::Result<Vec<u8>> {
     #[derive(Serialize)]
     struct Frame<'a, M> {
         method: &'a str,
