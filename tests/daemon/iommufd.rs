@@ -76,8 +76,12 @@ fn the_holder_binds_attaches_maps_and_dies() {
                 leases["leases"].as_array().unwrap().iter().find(lease_of).is_none()
             });
         }
-        let (topology, _) = client.call("Topology", json!({})).ok();
-        let group = &topology["groups"][0];
+        let mut group = serde_json::Value::Null;
+        until("it is taken back", || {
+            let (topology, _) = client.call("Topology", json!({})).ok();
+            group = topology["groups"][0].clone();
+            group["state"] != "reclaiming"
+        });
         assert_eq!(
             (&group["state"], &group["unproved"]["tenant"]),
             (&json!("free"), &json!("everybody"))
