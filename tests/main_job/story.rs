@@ -262,8 +262,9 @@ fn restarted(world: &World) {
     stale.kill();
     until("its group is for its tenant alone", || only_for(world, EDU0) == ["erin"]);
     is_refused(world, FRANK, EDU0, "may still have it open");
-    until("the others are in use", || state(world, NIC) == GroupState::Quarantined);
-    is_refused(world, CAROL, NIC, "not known to be free");
+    until("the others are held", || state(world, NIC) == GroupState::Held);
+    is_refused(world, CAROL, NIC, "busy");
+    println!("    the holder notices nothing: {:?}", world.observer().leases().unwrap().len());
     erin.kill();
     for device in bound {
         until("the others are for their tenant alone", || only_for(world, device) == ["erin"]);
@@ -310,7 +311,8 @@ fn busy(world: &World) {
     carol.kill();
     world.start_again();
     is_had(world, CAROL, NIC);
-    is_refused(world, FRANK, EDU0, "whoever has it open");
+    until("it is known to hang", || state(world, EDU0) == GroupState::Quarantined);
+    is_refused(world, FRANK, EDU0, "the kernel does not answer for");
     fuse.end();
     println!("    {}", frank.says());
     frank.kill();
