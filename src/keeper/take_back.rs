@@ -14,8 +14,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often a group that is not free is asked for again.
-const AGAIN: Duration = Duration::from_millis(500);
+/// How often a group that is not free is asked for again; tests have not so much time.
+const AGAIN: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 500 });
 
 /// The attempts to take back one lease.
 #[derive(Debug, Default)]

@@ -6,7 +6,6 @@ use crate::kernel::{Device, Iommufd};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
-use std::sync::atomic::Ordering;
 
 /// The devices that are asked for, with their groups.
 const DEVICES: [(&str, u32); 6] = [
@@ -114,14 +113,14 @@ struct Story {
 impl Story {
     /// Makes a call with a fault; says whether the fault was met.
     fn with_fault<T>(&self, fault: i64, call: impl FnOnce(&World) -> T) -> (T, bool) {
-        self.kernel.left.store(fault, Ordering::SeqCst);
+        self.kernel.arm(&self.world, fault);
         let done = call(&self.world);
-        let met = fault > 0 && self.kernel.left.swap(0, Ordering::SeqCst) <= 0;
+        let met = self.kernel.disarm() && fault > 0;
         (done, met)
     }
 
     fn books(&self) -> crate::ledger::Ledger {
-        self.world.broker.books().ledger.clone()
+        self.world.ledger()
     }
 
     fn acquire(&mut self, uid: u32, request: &Acquire, devices: BTreeSet<usize>, fault: i64) {
@@ -277,7 +276,7 @@ impl Story {
     fn retry(&mut self) {
         self.kept.clear();
         self.world.serve_hang_ups();
-        self.world.broker.retry_reclaims();
+        self.world.retry_reclaims();
         for group in std::mem::take(&mut self.uncertain) {
             assert!(self.books().group(group).is_none(), "{group} is free and not known to be");
             self.owner.remove(&group);
@@ -366,8 +365,8 @@ proptest! {
                 },
                 Op::GetFds { lease, fault } => if let Some(lease) = pick(lease) {
                     let Held { uid, reply, .. } = &story.held[lease];
-                    let (who, request) = (caller(*uid), get_fds(reply));
-                    let (done, met) = story.with_fault(fault, |world| world.broker.get_fds(&who, &request));
+                    let (uid, request) = (*uid, get_fds(reply));
+                    let (done, met) = story.with_fault(fault, |world| world.get_fds(uid, &request));
                     let busy = matches!(reply.handout, Handout::Group | Handout::Iommufd);
                     assert_eq!(done.is_ok(), !met && !busy);
                     story.held[lease].fds.extend(done.into_iter().flat_map(|(_, fds)| fds));

@@ -3,16 +3,14 @@
 
 use super::*;
 use failing::{Failing, failing};
-use std::sync::atomic::Ordering;
 
 /// Makes call 1, 2, 3… of the request fail until none is left to fail; returns how many there were.
 fn every_failure_is_undone(world: &World, kernel: &Failing, uid: u32, request: &Acquire) -> i64 {
-    let before = (world.stats(), world.broker.books().ledger.clone());
-    let lifelines = world.witness.lifelines.lock().unwrap().len();
+    let before = (world.stats(), world.ledger(), world.lifelines());
     for nth in 1.. {
-        kernel.left.store(nth, Ordering::SeqCst);
+        kernel.arm(world, nth);
         let done = world.acquire(uid, request);
-        let reached = kernel.left.swap(0, Ordering::SeqCst) <= 0;
+        let reached = kernel.disarm();
         if done.is_ok() {
             assert!(!reached, "call {nth} failed and nobody minded");
             drop(done);
@@ -21,9 +19,8 @@ fn every_failure_is_undone(world: &World, kernel: &Failing, uid: u32, request: &
         }
         let error = done.err();
         assert!(reached, "{error:?} without a fault");
-        let after = (world.stats(), world.broker.books().ledger.clone());
+        let after = (world.stats(), world.ledger(), world.lifelines());
         assert_eq!(after, before, "after call {nth} failed: {error:?}");
-        assert_eq!(world.witness.lifelines.lock().unwrap().len(), lifelines);
     }
     0
 }
