@@ -297,6 +297,7 @@ impl Broker {
             deliver_groups: delivered.collect(),
             steps: effects.into_iter().filter_map(step).collect(),
             names: chosen.names.clone(),
+            extends: books.entries.contains_key(&entry.id),
         })
     }
 
