@@ -158,12 +158,9 @@ impl Keeper {
             with_live |= !other.is_ending();
         }
         let Some(lease) = self.leases.get_mut(name) else { return };
-        let attached = lease.state.groups.iter().any(|group| group.attached);
-        let Some(container) = self.container.as_ref().filter(|_| attached) else {
-            // Without a group in it a container has no mappings.
-            if !with_others {
-                lease.mappings.clear();
-            }
+        let Some(container) = &self.container else {
+            // With the last group in it the kernel has undone all mappings.
+            lease.mappings.clear();
             return;
         };
         if lease.state.record.noiommu {
