@@ -250,7 +250,9 @@ mod tests {
     #[test]
     fn a_kernel_error_says_what_to_do_next() {
         let says = |call, object: &str, errno| {
-            let Error::Kernel { hint, name, .. } = crate::kernel::Error::new(call, object, errno).into() else {
+            let Error::Kernel { hint, name, .. } =
+                crate::kernel::Error::new(call, object, errno).into()
+            else {
                 panic!("another error")
             };
             assert_eq!(name, format!("{errno:?}"));

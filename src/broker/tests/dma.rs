@@ -30,8 +30,11 @@ fn ranges_are_checked_before_the_kernel_sees_them() {
     assert_eq!(field(&|r| r.size = 4097), "size");
     assert_eq!(field(&|r| r.iova = 1), "iova");
     assert_eq!(field(&|r| r.iova = u64::MAX - 4095), "iova");
-    assert_eq!(field(&|r| r.size = u64::MAX), "size");
-    assert_eq!(field(&|r| r.size = u64::MAX - 4095), "memory");
+    for size in [u64::MAX, u64::MAX - 4095] {
+        let over = with(&|r| r.size = size, 8192).unwrap_err();
+        assert!(matches!(over, Error::OverLimit { .. }), "{over}");
+    }
+    assert_eq!(field(&|r| r.size = 16384), "memory");
     assert_eq!(field(&|r| r.offset = 4096), "memory");
     assert_eq!(field(&|r| r.offset = u64::MAX - 4095), "offset");
     assert_eq!(field(&|r| r.offset = 2048), "offset");
