@@ -300,6 +300,7 @@ impl Broker {
             deliver_groups: delivered.collect(),
             steps: effects.into_iter().filter_map(step).collect(),
             names: chosen.names.clone(),
+            extends: books.entries.contains_key(&entry.id),
         })
     }
 
@@ -408,7 +409,8 @@ impl Broker {
         let mut books = self.books();
         let known = |id: u32| {
             books.ledger.group(id).is_some_and(|group| {
-                let others = books.ledger.live(group.lease).map(|lease| lease.devices.clone());
+                // In any phase: what an ended lease still has is not free.
+                let others = books.ledger.lease(group.lease).map(|lease| lease.devices.clone());
                 let given = |bdf| {
                     chosen
                         .groups

@@ -114,7 +114,11 @@ impl Keeper {
     fn admit(&mut self, call: &Open) -> Result<Option<LeaseState>, Failure> {
         let name = &call.record.lease;
         let known = self.leases.get(name);
-        if known.is_some_and(|lease| lease.state.phase != Phase::Held || lease.pending.is_some()) {
+        let is_other = known.is_some() != call.extends;
+        if is_other
+            || known
+                .is_some_and(|lease| lease.state.phase != Phase::Held || lease.pending.is_some())
+        {
             return Err(Failure::NoSuchLease);
         }
         let before = known.map(|lease| lease.state.clone());

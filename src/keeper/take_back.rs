@@ -15,8 +15,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How often a group that is not free is asked for again.
-const AGAIN: Duration = Duration::from_millis(500);
+/// How often a group that is not free is asked for again; tests have not so much time.
+const AGAIN: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 500 });
 
 /// The attempts to take back one lease.
 #[derive(Debug, Default)]
@@ -161,12 +161,9 @@ impl Keeper {
             with_live |= !other.is_ending();
         }
         let Some(lease) = self.leases.get_mut(name) else { return };
-        let attached = lease.state.groups.iter().any(|group| group.attached);
-        let Some(container) = self.container.as_ref().filter(|_| attached) else {
-            // Without a group in it a container has no mappings.
-            if !with_others {
-                lease.mappings.clear();
-            }
+        let Some(container) = &self.container else {
+            // With the last group in it the kernel has undone all mappings.
+            lease.mappings.clear();
             return;
         };
         if lease.state.record.noiommu {

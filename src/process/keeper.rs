@@ -144,6 +144,8 @@ pub struct Open {
     pub names: BTreeMap<Bdf, String>,
     /// The devices whose groups' files are to be delivered, where such are.
     pub deliver_groups: Vec<u32>,
+    /// The lease is there already; one that has ended meanwhile does not come back by this.
+    pub extends: bool,
 }
 
 /// What was opened.

@@ -22,7 +22,7 @@ fn ranges_are_checked_before_the_kernel_sees_them() {
         let mut request = map_request(held, 0, len as u64);
         change(&mut request);
         let (memory, _) = Mapped::memfd(len).unwrap();
-        world.broker.map_dma(&caller(1000), &request, memory).map(drop)
+        world.map_dma(1000, &request, memory)
     };
     let field = |change: &dyn Fn(&mut MapDma)| bad_field(with(change, 8192));
     assert_eq!(field(&|r| (r.read, r.write) = (false, false)), "read");
@@ -30,8 +30,11 @@ fn ranges_are_checked_before_the_kernel_sees_them() {
     assert_eq!(field(&|r| r.size = 4097), "size");
     assert_eq!(field(&|r| r.iova = 1), "iova");
     assert_eq!(field(&|r| r.iova = u64::MAX - 4095), "iova");
-    assert_eq!(field(&|r| r.size = u64::MAX), "size");
-    assert_eq!(field(&|r| r.size = u64::MAX - 4095), "memory");
+    for size in [u64::MAX, u64::MAX - 4095] {
+        let over = with(&|r| r.size = size, 8192).unwrap_err();
+        assert!(matches!(over, Error::OverLimit { .. }), "{over}");
+    }
+    assert_eq!(field(&|r| r.size = 16384), "memory");
     assert_eq!(field(&|r| r.offset = 4096), "memory");
     assert_eq!(field(&|r| r.offset = u64::MAX - 4095), "offset");
     assert_eq!(field(&|r| r.offset = 2048), "offset");
@@ -96,35 +99,35 @@ fn memory_that_shrinks_or_is_punched_hurts_nobody_but_its_owner() {
     let (memory, _) = Mapped::memfd(1 << 16).unwrap();
     let copy = memory.try_clone().unwrap();
     let request = map_request(&grant.reply, 0, 1 << 16);
-    world.broker.map_dma(&caller(1000), &request, memory).unwrap();
+    world.map_dma(1000, &request, memory).unwrap();
     let punch = nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE
         | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
     nix::fcntl::fallocate(&copy, punch, 0, 8192).unwrap();
     nix::unistd::ftruncate(&copy, 0).unwrap();
     assert_eq!(world.unmap(1000, &grant.reply, 0, 1 << 16), Ok(1 << 16));
-    let error = world.broker.map_dma(&caller(1000), &request, copy).unwrap_err();
+    let error = world.map_dma(1000, &request, copy).unwrap_err();
     assert!(matches!(error, Error::BadRequest { .. }), "{error}");
     // Read-only memory can be read by the device, not written.
     let (memory, _) = Mapped::memfd(4096).unwrap();
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&memory.as_fd()));
     let read_only = || OwnedFd::from(std::fs::File::open(&path).unwrap());
     let mut request = map_request(&grant.reply, 0, 4096);
-    let error = world.broker.map_dma(&caller(1000), &request, read_only()).unwrap_err();
+    let error = world.map_dma(1000, &request, read_only()).unwrap_err();
     assert!(matches!(&error, Error::Kernel { call, .. } if call == "mmap"), "{error}");
     request.write = false;
-    world.broker.map_dma(&caller(1000), &request, read_only()).unwrap();
+    world.map_dma(1000, &request, read_only()).unwrap();
 }
 
 #[test]
 fn what_the_kernel_refuses_leaves_no_trace() {
     let world = World::new();
     let grant = world.acquire(1000, &want_as(Handout::Devices, &["0000:02:00.0"])).unwrap();
-    let (before, books) = (world.stats(), world.broker.books().ledger.clone());
+    let (before, books) = (world.stats(), world.ledger());
     let fault = crate::sim::Fault::fail("VFIO_IOMMU_MAP_DMA", nix::Error::ENOMEM);
     world.sim.fault(fault).unwrap();
     let error = world.map(1000, &grant.reply, 0, 4096).unwrap_err();
     assert!(advice(&error).unwrap().contains("MEMLOCK"), "{error}");
-    assert_eq!((world.stats(), &world.broker.books().ledger), (before, &books));
+    assert_eq!((world.stats(), world.ledger()), (before, books));
     world.map(1000, &grant.reply, 0, 4096).unwrap();
     let fault = crate::sim::Fault::fail("VFIO_IOMMU_UNMAP_DMA", nix::Error::EIO);
     world.sim.fault(fault).unwrap();

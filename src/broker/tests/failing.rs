@@ -3,24 +3,62 @@
 use super::*;
 use crate::kernel::{Ioctl, Node, Reply};
 use nix::errno::Errno;
+use std::collections::BTreeSet;
 use std::os::fd::BorrowedFd;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicI64, Ordering};
 
-/// A kernel whose nth call from now fails.
-#[derive(Debug)]
+/// A kernel whose nth call from now fails, whoever makes it.
+#[derive(Debug, Default)]
 pub(super) struct Failing {
-    kernel: Arc<dyn Kernel>,
     pub(super) left: AtomicI64,
+    /// The keepers whose calls do not count: what they have has ended, and they look by themselves
+    /// from time to time whether it is free.
+    idle: Mutex<BTreeSet<String>>,
 }
 
 impl Failing {
-    fn count(&self) -> Result<(), Errno> {
+    /// Has the nth call from now fail.
+    pub(super) fn arm(&self, world: &World, nth: i64) {
+        let books = world.broker.books();
+        let live = |entry: &&Rc<books::Entry>| books.ledger.live(entry.id).is_some();
+        let entries = books.entries.values().filter(live);
+        let busy: BTreeSet<_> = entries.map(|entry| entry.keeper.name.clone()).collect();
+        let mut all: BTreeSet<_> = world.keepers.place.names().unwrap().into_iter().collect();
+        all.retain(|name| !busy.contains(name));
+        *self.idle.lock().unwrap() = all;
+        self.left.store(nth, Ordering::SeqCst);
+    }
+
+    /// Whether it has failed; from now on no call will.
+    pub(super) fn disarm(&self) -> bool {
+        self.left.swap(0, Ordering::SeqCst) <= 0
+    }
+
+    fn count(&self, keeper: Option<&str>) -> Result<(), Errno> {
+        if keeper.is_some_and(|name| self.idle.lock().unwrap().contains(name)) {
+            return Ok(());
+        }
         let left = self.left.fetch_sub(1, Ordering::SeqCst);
         if left == 1 { Err(Errno::EIO) } else { Ok(()) }
     }
 }
 
-impl Kernel for Failing {
+/// The kernel as the broker, or one keeper, sees it.
+#[derive(Debug)]
+struct View {
+    kernel: Arc<dyn Kernel>,
+    failing: Arc<Failing>,
+    keeper: Option<String>,
+}
+
+impl View {
+    fn count(&self) -> Result<(), Errno> {
+        self.failing.count(self.keeper.as_deref())
+    }
+}
+
+impl Kernel for View {
     fn open(&self, node: &Node) -> Result<OwnedFd, Errno> {
         self.count()?;
         self.kernel.open(node)
@@ -69,11 +107,14 @@ impl Kernel for Failing {
 
 /// The world with a kernel in front of it that fails at will.
 pub(super) fn failing() -> (World, Arc<Failing>) {
-    let World { sim, broker, witness } = World::new();
-    let kernel = Arc::new(Failing { kernel: sim.kernel(), left: AtomicI64::new(0) });
-    let observer = Arc::clone(&witness) as Arc<dyn Observer>;
-    let policy = Arc::clone(broker.policy());
-    let front = Arc::clone(&kernel) as Arc<dyn Kernel>;
-    let broker = Broker::with_patience(front, policy, observer, Vec::new());
-    (World { sim, broker, witness }, kernel)
+    let sim = simulation(MACHINE);
+    let failing = Arc::new(Failing::default());
+    let (shared, kernel) = (Arc::clone(&failing), sim.kernel());
+    let view = move |keeper: Option<&str>| {
+        let (kernel, failing) = (Arc::clone(&kernel), Arc::clone(&shared));
+        Arc::new(View { kernel, failing, keeper: keeper.map(str::to_owned) }) as Arc<dyn Kernel>
+    };
+    let front = view(None);
+    let kernels: KernelOf = Box::new(move |name| view(Some(name)));
+    (World::with(sim, POLICY, Patience::NONE, front, kernels), failing)
 }

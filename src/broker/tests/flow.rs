@@ -45,7 +45,7 @@ fn a_group_comes_unattached_and_nothing_is_kept() {
     assert_eq!(kinds(&grant), expected);
     assert_eq!((&*grant.reply.iommu, &*grant.reply.container), ("none", ""));
     let held = grant.reply.clone();
-    let busy = world.broker.get_fds(&caller(1000), &get_fds(&held));
+    let busy = world.get_fds(1000, &get_fds(&held));
     assert!(matches!(busy, Err(Error::Kernel { errno, .. }) if errno == libc_ebusy()), "{busy:?}");
     drop(grant);
     assert_eq!(world.stats().groups, 0);
@@ -99,7 +99,7 @@ fn further_devices_join_the_lease_and_its_group_is_opened_once() {
     assert_eq!(world.broker.leases(&caller(1000)).unwrap().leases.len(), 1);
     drop(second);
     world.serve_hang_ups();
-    assert_eq!(world.broker.get_fds(&caller(1000), &get_fds(&held)).unwrap_err(), gone(&held));
+    assert_eq!(world.get_fds(1000, &get_fds(&held)).unwrap_err(), gone(&held));
     world.assert_idle();
     use EventKind::{Acquired, Extended, Gone, Reclaimed};
     let kinds: Vec<_> = world.events().into_iter().map(|(kind, _)| kind).collect();
@@ -118,7 +118,7 @@ fn get_fds_gives_one_file_alone_while_others_are_in_use() {
     let ask = |kind, name: Option<&str>| {
         let name = name.map(str::to_owned);
         let one = GetFds { lifeline: Some(false), kind: Some(kind), name, ..get_fds(&grant.reply) };
-        world.broker.get_fds(&caller(1000), &one)
+        world.get_fds(1000, &one)
     };
     let busy = |result: Result<_, Error>| matches!(result, Err(Error::Kernel { errno: 16, .. }));
     assert!(busy(ask(FdKind::Group, Some("2"))), "the holder has it open");
@@ -140,17 +140,16 @@ fn get_fds_gives_the_same_files_again() {
     let world = World::new();
     let grant = world.acquire(1000, &want(&["0000:02:00.0"])).unwrap();
     let before = world.stats();
-    let quick = world.broker.try_get_fds(&caller(1000), &get_fds(&grant.reply));
-    let (fds, files) = quick.expect("quick").unwrap();
+    let (fds, files) = world.get_fds(1000, &get_fds(&grant.reply)).unwrap();
     let kinds: Vec<_> = fds.fds.iter().map(|fd| fd.kind).collect();
     assert_eq!(kinds, [FdKind::Container, FdKind::Group, FdKind::Lease]);
     assert_eq!(world.stats(), before);
     let alone = GetFds { lifeline: Some(false), ..get_fds(&grant.reply) };
-    let (fds, without) = world.broker.try_get_fds(&caller(1000), &alone).expect("quick").unwrap();
+    let (fds, without) = world.get_fds(1000, &alone).unwrap();
     let kinds: Vec<_> = fds.fds.iter().map(|fd| fd.kind).collect();
     assert_eq!(kinds, [FdKind::Container, FdKind::Group]);
     let group = GetFds { kind: Some(FdKind::Group), ..alone };
-    let (fds, _) = world.broker.try_get_fds(&caller(1000), &group).expect("quick").unwrap();
+    let (fds, _) = world.get_fds(1000, &group).unwrap();
     assert_eq!((fds.fds.len(), fds.fds[0].kind), (1, FdKind::Group));
     drop(without);
     let held = grant.reply.clone();
@@ -159,11 +158,9 @@ fn get_fds_gives_the_same_files_again() {
     assert_eq!(world.broker.leases(&caller(1000)).unwrap().leases.len(), 1);
     drop(files);
     world.serve_hang_ups();
-    let ended = world.broker.try_get_fds(&caller(1000), &get_fds(&held)).expect("quick");
-    assert_eq!(ended.unwrap_err(), gone(&held));
+    assert_eq!(world.get_fds(1000, &get_fds(&held)).unwrap_err(), gone(&held));
     let grant = world.acquire(1000, &want_as(Handout::Devices, &["0000:02:00.0"])).unwrap();
-    assert!(world.broker.try_get_fds(&caller(1000), &get_fds(&grant.reply)).is_none());
-    let (fds, files) = world.broker.get_fds(&caller(1000), &get_fds(&grant.reply)).unwrap();
+    let (fds, files) = world.get_fds(1000, &get_fds(&grant.reply)).unwrap();
     assert_eq!(fds.fds[0].name, "0000:02:00.0");
     drop((grant, files));
     world.serve_hang_ups();
@@ -184,14 +181,14 @@ fn a_wrong_key_and_no_lease_are_the_same() {
     ] {
         for uid in [1000, 1001, 1002] {
             let release = Release { lease: name.clone(), key: key.clone() };
-            let error = world.broker.release(&caller(uid), &release).unwrap_err();
+            let error = world.run(world.broker.release(&caller(uid), &release)).unwrap_err();
             assert_eq!(error, Error::NoSuchLease { lease: name.clone() });
         }
     }
     // The key is authority for whoever has it.
     assert_eq!(world.release(1001, &held.reply), Ok(false));
     drop(held);
-    world.broker.retry_reclaims();
+    world.retry_reclaims();
     world.assert_idle();
 }
 
@@ -277,12 +274,12 @@ fn a_lifeline_that_is_refused_leaves_nothing() {
     let world = World::of(MACHINE, policy);
     // A container, a group and a lifeline are three.
     let grant = world.acquire(1000, &want(&["0000:02:00.0"])).unwrap();
-    let again = || world.broker.get_fds(&caller(1000), &get_fds(&grant.reply));
+    let again = || world.get_fds(1000, &get_fds(&grant.reply));
     let fourth = again().unwrap();
     let before = world.stats();
     let limit = "fds".to_owned();
     assert_eq!(again().unwrap_err(), Error::OverLimit { limit, most: 4, asked: 5 });
-    assert_eq!((world.stats(), world.witness.lifelines.lock().unwrap().len()), (before, 2));
+    assert_eq!((world.stats(), world.lifelines()), (before, 2));
     drop((grant, fourth));
     world.serve_hang_ups();
     world.assert_idle();

@@ -124,17 +124,14 @@ fn nothing_is_kept_so_nothing_is_mapped_or_given_again() {
     let world = World::new();
     let grant = world.acquire(1000, &by_iommufd(&[NIC])).unwrap();
     let unsupported = |error: &Error| matches!(error, Error::Unsupported { .. });
-    let again = world.broker.get_fds(&caller(1000), &get_fds(&grant.reply)).unwrap_err();
+    let again = world.get_fds(1000, &get_fds(&grant.reply)).unwrap_err();
     assert!(unsupported(&again) && again.to_string().contains("keeps no copies"), "{again}");
-    let quick = world.broker.try_get_fds(&caller(1000), &get_fds(&grant.reply)).unwrap();
-    assert_eq!(quick.unwrap_err(), again);
     // What is named is opened anew.
     let ask = |kind, name: Option<&str>| {
         let name = name.map(str::to_owned);
         let kind = Some(kind);
         let one = GetFds { lifeline: Some(false), kind, name, ..get_fds(&grant.reply) };
-        assert!(world.broker.try_get_fds(&caller(1000), &one).is_none(), "it can block");
-        world.broker.get_fds(&caller(1000), &one).unwrap()
+        world.get_fds(1000, &one).unwrap()
     };
     let fresh = [ask(FdKind::Iommufd, None), ask(FdKind::Cdev, Some(NIC))];
     let stats = world.stats();
@@ -191,7 +188,7 @@ fn the_same_tenant_has_it_again_and_no_other() {
     let lease = grant.reply.lease.clone();
     let stale = cdev(&world, &grant, NIC);
     ended(&world, grant);
-    assert!(!world.broker.has_pending_reclaims());
+    assert!(!world.has_pending_reclaims());
     for request in [want(&[NIC]), by_iommufd(&[NIC]), want_as(Handout::Group, &[NIC])] {
         let error = world.acquire(1001, &request).unwrap_err();
         assert!(advice(&error).unwrap().contains(&format!("{NIC}/driver/unbind")), "{error}");
@@ -246,12 +243,12 @@ fn a_bound_device_is_quarantined_and_a_stale_one_is_named() {
     let (own, stale) = (iommufd(&world, &grant), cdev(&world, &grant, NIC));
     stale.bind_iommufd(&own).unwrap();
     ended(&world, grant);
-    assert!(world.broker.has_pending_reclaims());
+    assert!(world.has_pending_reclaims());
     let error = world.acquire(1000, &by_iommufd(&[NIC])).unwrap_err();
     assert!(matches!(error, Error::Quarantined { .. }), "{error}");
     drop((own, stale));
-    world.broker.retry_reclaims();
-    assert!(!world.broker.has_pending_reclaims());
+    world.retry_reclaims();
+    assert!(!world.has_pending_reclaims());
     // Somebody of the last VM still has the node, and binds it when nobody looks.
     let grant = world.acquire(1000, &by_iommufd(&[NIC])).unwrap();
     let stale = cdev(&world, &grant, NIC);
@@ -296,10 +293,10 @@ fn faults_while_reclaiming_are_tried_again() {
     drop(grant);
     world.sim.fault(Fault::fail("open", Errno::EIO)).unwrap();
     world.serve_hang_ups();
-    assert!(world.broker.has_pending_reclaims());
+    assert!(world.has_pending_reclaims());
     world.sim.clear_faults().unwrap();
-    world.broker.retry_reclaims();
-    assert!(!world.broker.has_pending_reclaims());
+    world.retry_reclaims();
+    assert!(!world.has_pending_reclaims());
     assert_eq!(unproved(&world, 1001, 2).0, GroupState::Quarantined);
 }
 

@@ -7,23 +7,29 @@ mod iommufd;
 mod plan;
 mod race;
 mod random;
-mod rebind;
 mod reclaim;
 mod restart;
 mod shared;
+mod threads;
 mod undo;
 
 use super::*;
 use crate::policy::{Names, Peer};
+use crate::process::keeper::{Changed, Check, End};
+use crate::process::link::Call;
 use crate::protocol::{
-    Acquire, Acquired, DeviceSpec, Error, FdKind, GetFds, Handout, MapDma, Release, UnmapDma,
+    Acquire, Acquired, DeviceSpec, Error, FdKind, Fds, GetFds, Handout, MapDma, Release, UnmapDma,
     Unmapped, Until,
 };
 use crate::sim::{Sim, Stats, Topology};
-use nix::errno::Errno;
+use crate::sys::fdpass;
+use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use threads::{KernelOf, Threads};
+use tokio::runtime::Runtime;
+use tokio::task::LocalSet;
 
 /// Group 1 has two devices on VFIO, 2 one, 3 one beside a function without a driver, 4 one beside
 /// one that the host uses, 5 is a PF with its VFs in 6 and 7, and 8 has a device of 2's kind.
@@ -122,76 +128,156 @@ impl Names for NoNames {
 
 /// Remembers what it is told.
 #[derive(Default)]
-struct Witness {
-    events: Mutex<Vec<Event>>,
-    lifelines: Mutex<BTreeMap<LifelineId, Arc<OwnedFd>>>,
-    watches_no_more: AtomicBool,
-}
+struct Witness(RefCell<Vec<Event>>);
 
 impl Observer for Witness {
-    fn lifeline_opened(&self, id: LifelineId, write_end: Arc<OwnedFd>) -> Result<(), Errno> {
-        if self.watches_no_more.load(Ordering::SeqCst) {
-            return Err(Errno::ENOSPC);
-        }
-        self.lifelines.lock().unwrap().insert(id, write_end);
-        Ok(())
-    }
-
-    fn lifeline_closed(&self, id: LifelineId) {
-        let known = self.lifelines.lock().unwrap().remove(&id);
-        assert!(known.is_some(), "{id:?} was closed and never opened");
-    }
-
     fn event(&self, event: &Event) {
-        self.events.lock().unwrap().push(event.clone());
+        self.0.borrow_mut().push(event.clone());
     }
+}
+
+/// A reply to Acquire, as it comes out of the client's end of its connection.
+#[derive(Debug)]
+struct Grant {
+    reply: Acquired,
+    fds: Vec<OwnedFd>,
 }
 
 struct World {
+    // In this order: what runs on the loop goes before the simulation that it talks to.
+    local: LocalSet,
+    broker: Rc<Broker>,
+    witness: Rc<Witness>,
+    keepers: Rc<Threads>,
     sim: Sim,
-    broker: Arc<Broker>,
-    witness: Arc<Witness>,
+    runtime: Runtime,
 }
+
+/// How patient a world is: its keepers between their attempts, and its broker.
+#[derive(Clone)]
+struct Patience(Vec<Duration>, Duration);
+
+impl Patience {
+    const NONE: Self = Self(Vec::new(), Duration::ZERO);
+
+    fn long() -> Self {
+        Self(vec![Duration::from_millis(5); 10_000], LIMIT)
+    }
+}
+
+/// By then everything has happened that will.
+const LIMIT: Duration = Duration::from_secs(50);
 
 impl World {
     fn new() -> Self {
         Self::of(MACHINE, POLICY)
     }
 
-    /// A world whose broker waits for as long as it takes.
+    /// A world that waits for as long as it takes.
     fn patient() -> Self {
-        Self::new().made_patient()
-    }
-
-    fn made_patient(self) -> Self {
-        let World { sim, broker, witness } = self;
-        let observer = Arc::clone(&witness) as Arc<dyn Observer>;
-        let patience = vec![Duration::from_millis(5); 10_000];
-        let policy = Arc::clone(broker.policy());
-        let broker = Broker::with_patience(sim.kernel(), policy, observer, patience);
-        Self { sim, broker, witness }
+        let sim = simulation(MACHINE);
+        let kernel = sim.kernel();
+        Self::with(sim, POLICY, Patience::long(), kernel.clone(), Box::new(move |_| kernel.clone()))
     }
 
     fn of(machine: &str, policy: &str) -> Self {
-        let sim = Sim::start(Topology::from_toml(machine).unwrap()).unwrap();
+        let sim = simulation(machine);
+        let kernel = sim.kernel();
+        Self::with(sim, policy, Patience::NONE, kernel.clone(), Box::new(move |_| kernel.clone()))
+    }
+
+    fn with(
+        sim: Sim,
+        policy: &str,
+        patience: Patience,
+        kernel: Arc<dyn Kernel>,
+        kernels: KernelOf,
+    ) -> Self {
+        let keepers = Rc::new(Threads::new(sim.wire(), kernels, patience.0.clone()));
+        Self::on(sim, keepers, policy, patience.1, kernel)
+    }
+
+    /// A broker on a kernel and with keepers that may have been there before.
+    fn on(
+        sim: Sim,
+        keepers: Rc<Threads>,
+        policy: &str,
+        patience: Duration,
+        kernel: Arc<dyn Kernel>,
+    ) -> Self {
         let policy = Policy::parse("policy.toml", policy, &NoNames);
         let policy = policy.unwrap_or_else(|problems| panic!("{problems}"));
-        let witness = Arc::new(Witness::default());
-        let observer = Arc::clone(&witness) as Arc<dyn Observer>;
-        let broker = Broker::with_patience(sim.kernel(), Arc::new(policy), observer, Vec::new());
-        Self { sim, broker, witness }
+        let witness = Rc::new(Witness::default());
+        let broker = Broker::new(Parts {
+            kernel,
+            policy: Arc::new(policy),
+            observer: Rc::clone(&witness) as Rc<dyn Observer>,
+            keepers: Box::new(Rc::clone(&keepers)),
+            patience,
+            deadline: LIMIT,
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        Self { local: LocalSet::new(), broker, witness, keepers, sim, runtime }
+    }
+
+    fn run<T>(&self, future: impl Future<Output = T>) -> T {
+        self.local.block_on(&self.runtime, future)
+    }
+
+    /// Lets things happen until this is so.
+    fn until(&self, is_so: impl Fn() -> bool) {
+        self.run(until(is_so));
     }
 
     fn stats(&self) -> Stats {
         self.sim.stats().unwrap()
     }
 
-    /// What the daemon does when its event loop wakes.
+    /// Lease pipes that have not hung up.
+    fn lifelines(&self) -> u64 {
+        self.broker.books().entries.values().map(|entry| entry.lifelines.get()).sum()
+    }
+
+    fn ledger(&self) -> crate::ledger::Ledger {
+        self.broker.books().ledger.clone()
+    }
+
+    /// Has each keeper look whether the holders of its leases have gone, and told what it finds.
     fn serve_hang_ups(&self) {
-        let ids: Vec<_> = self.witness.lifelines.lock().unwrap().keys().copied().collect();
-        for ended in ids.into_iter().filter_map(|id| self.broker.hung_up(id)) {
-            self.broker.reclaim(ended);
+        let live = |lease: &Lease| lease.phase == crate::ledger::Phase::Held;
+        self.ask_of_each(live, |lease| Check { lease });
+    }
+
+    /// Has each keeper try at once to take back what its ended leases had.
+    fn retry_reclaims(&self) {
+        let ended = |lease: &Lease| lease.phase == crate::ledger::Phase::Ending;
+        self.ask_of_each(ended, |lease| End { lease });
+    }
+
+    fn ask_of_each<C: Call<Reply = Changed>>(
+        &self,
+        which: impl Fn(&Lease) -> bool,
+        call: impl Fn(String) -> C,
+    ) {
+        let those: Vec<_> =
+            self.ledger().leases().filter(|lease| which(lease)).map(|lease| lease.id).collect();
+        for id in those {
+            let Some(entry) = self.broker.books().entries.get(&id).cloned() else { continue };
+            self.run(async {
+                let mut turn = entry.keeper.turn().await.unwrap();
+                let told = turn.ask(&call(id.to_string()), &[]).await;
+                drop(turn);
+                match told {
+                    Ok(told) => self.broker.learn(&entry.keeper, told.state),
+                    // It has told that already to whoever watches.
+                    Err(_) => until(|| self.broker.books().ledger.lease(id).is_none()).await,
+                }
+            });
         }
+    }
+
+    fn has_pending_reclaims(&self) -> bool {
+        self.broker.books().ledger.has_ending()
     }
 
     /// Has an administrator take a device off its driver and bind it again, and the broker see it.
@@ -201,39 +287,114 @@ impl World {
         self.broker.topology(&caller(1001)).unwrap();
     }
 
-    /// Nothing is open, nothing is mapped, nothing is in the books.
+    /// Nothing is open, nothing is mapped, nothing is in the books, and no keeper is left.
     fn assert_idle(&self) {
-        assert!(self.stats().is_idle(), "{:#?}", self.stats());
+        let is_idle = || self.stats().is_idle() && self.keepers.place.names().unwrap().is_empty();
+        self.until(is_idle);
         let books = self.broker.books();
         assert_eq!(books.ledger, crate::ledger::Ledger::default());
-        assert!(books.entries.is_empty() && books.lifelines.is_empty());
-        assert!(self.witness.lifelines.lock().unwrap().is_empty());
+        assert!(books.entries.is_empty());
     }
 
     fn events(&self) -> Vec<(EventKind, Vec<String>)> {
-        let events = std::mem::take(&mut *self.witness.events.lock().unwrap());
+        let events = std::mem::take(&mut *self.witness.0.borrow_mut());
         events.into_iter().map(|event| (event.event, event.devices)).collect()
     }
 
     fn acquire(&self, uid: u32, request: &Acquire) -> Result<Grant, Error> {
-        self.broker.acquire(&caller(uid), request)
+        self.run(acquire(&self.broker, uid, request))
+    }
+
+    fn get_fds(&self, uid: u32, request: &GetFds) -> Result<(Fds, Vec<OwnedFd>), Error> {
+        let (client, ours) = connection();
+        let done = self.run(self.broker.get_fds(&caller(uid), client.as_fd(), request))?;
+        assert_eq!(done, Delivery::Whole);
+        Ok(received(&ours))
     }
 
     fn release(&self, uid: u32, held: &Acquired) -> Result<bool, Error> {
-        let request = Release { lease: held.lease.clone(), key: held.key.clone() };
-        self.broker.release(&caller(uid), &request).map(|released| released.proved)
+        self.run(release(&self.broker, uid, held))
     }
 
     fn map(&self, uid: u32, held: &Acquired, iova: u64, size: u64) -> Result<(), Error> {
-        let (memory, _) = crate::kernel::Mapped::memfd(size as usize).unwrap();
-        self.broker.map_dma(&caller(uid), &map_request(held, iova, size), memory).map(drop)
+        self.run(map(&self.broker, uid, held, iova, size))
+    }
+
+    fn map_dma(&self, uid: u32, request: &MapDma, memory: OwnedFd) -> Result<(), Error> {
+        self.run(self.broker.map_dma(&caller(uid), request, memory)).map(drop)
     }
 
     fn unmap(&self, uid: u32, held: &Acquired, iova: u64, size: u64) -> Result<u64, Error> {
-        let Acquired { lease, key, .. } = held.clone();
-        let request = UnmapDma { lease, key, iova, size };
-        self.broker.unmap_dma(&caller(uid), &request).map(|Unmapped { unmapped }| unmapped)
+        self.run(unmap(&self.broker, uid, held, iova, size))
     }
+}
+
+fn simulation(machine: &str) -> Sim {
+    Sim::start(Topology::from_toml(machine).unwrap()).unwrap()
+}
+
+/// Waits until this is so.
+async fn until(is_so: impl Fn() -> bool) {
+    let wait = async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(LIMIT, wait).await.expect("it has not come to that");
+}
+
+/// A client's connection, as the daemon has it and as the client has it.
+fn connection() -> (UnixStream, UnixStream) {
+    UnixStream::pair().unwrap()
+}
+
+/// The reply that has come, with its open files.
+fn received<T: DeserializeOwned>(client: &UnixStream) -> (T, Vec<OwnedFd>) {
+    #[derive(serde::Deserialize)]
+    struct Reply<T> {
+        parameters: T,
+    }
+    let mut buffer = vec![0; 1 << 16];
+    let flags = nix::sys::socket::MsgFlags::MSG_DONTWAIT;
+    let got = fdpass::receive(client.as_fd(), &mut buffer, fdpass::MAX_FDS, flags).unwrap();
+    let text = buffer[..got.len].strip_suffix(&[0]).expect("the whole reply");
+    (serde_json::from_slice::<Reply<T>>(text).unwrap().parameters, got.fds)
+}
+
+async fn acquire(broker: &Rc<Broker>, uid: u32, request: &Acquire) -> Result<Grant, Error> {
+    let (client, ours) = connection();
+    let done = broker.acquire(&caller(uid), client.as_fd(), request).await?;
+    assert_eq!(done, Delivery::Whole);
+    let (reply, fds) = received(&ours);
+    Ok(Grant { reply, fds })
+}
+
+async fn release(broker: &Rc<Broker>, uid: u32, held: &Acquired) -> Result<bool, Error> {
+    let request = Release { lease: held.lease.clone(), key: held.key.clone() };
+    broker.release(&caller(uid), &request).await.map(|released| released.proved)
+}
+
+async fn map(
+    broker: &Rc<Broker>,
+    uid: u32,
+    held: &Acquired,
+    iova: u64,
+    size: u64,
+) -> Result<(), Error> {
+    let (memory, _) = crate::kernel::Mapped::memfd(size as usize).unwrap();
+    broker.map_dma(&caller(uid), &map_request(held, iova, size), memory).await.map(drop)
+}
+
+async fn unmap(
+    broker: &Rc<Broker>,
+    uid: u32,
+    held: &Acquired,
+    iova: u64,
+    size: u64,
+) -> Result<u64, Error> {
+    let Acquired { lease, key, .. } = held.clone();
+    let request = UnmapDma { lease, key, iova, size };
+    broker.unmap_dma(&caller(uid), &request).await.map(|Unmapped { unmapped }| unmapped)
 }
 
 fn map_request(held: &Acquired, iova: u64, size: u64) -> MapDma {

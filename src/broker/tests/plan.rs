@@ -105,7 +105,7 @@ fn a_token_reaches_the_kernel_and_nothing_else_does() {
     }
     // Beside a device that takes none, and once more when the files are asked for again.
     let grant = world.acquire(1000, &with(token, &["0000:05:00.1", "0000:02:00.0"])).unwrap();
-    world.broker.get_fds(&caller(1000), &get_fds(&grant.reply)).unwrap();
+    world.get_fds(1000, &get_fds(&grant.reply)).unwrap();
     let container = Acquire { vf_token: Some(token.into()), ..want(&["0000:05:00.2"]) };
     assert!(matches!(world.acquire(1000, &container), Err(Error::BadRequest { .. })));
     drop(grant);

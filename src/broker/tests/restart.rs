@@ -1,68 +1,27 @@
-//! A broker that ends while somebody has devices by their own nodes, and the next one on the same
-//! kernel.
+//! A broker that ends while its keepers go on, and the next one.
 
 use super::*;
-use crate::broker::rebind::Rebinder;
-use crate::host;
-use crate::kernel;
-use crate::protocol::{Bdf, GroupState};
-use crate::sim::Wire;
+use crate::process::keeper::{LeaseState, Phase, Saved, VERSION};
+use crate::protocol::GroupState;
 use nix::errno::Errno;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 
 const NIC: &str = "0000:02:00.0";
 const PAIR: [&str; 2] = ["0000:01:00.0", "0000:01:00.1"];
 
-/// A record in memory, which can be full.
-#[derive(Default)]
-struct Kept {
-    given: Mutex<Vec<Given>>,
-    full: AtomicBool,
+/// The broker and its links are gone; kernel and keepers are not. Another one starts, with this policy.
+fn restarted_with(world: World, policy: &str) -> Result<World, Error> {
+    let World { local, broker, keepers, sim, runtime, .. } = world;
+    drop((local, broker));
+    drop(runtime);
+    let kernel = sim.kernel();
+    let world = World::on(sim, keepers, policy, Duration::ZERO, kernel);
+    world.run(async { world.broker.adopt() })?;
+    Ok(world)
 }
 
-impl Record for Kept {
-    fn write(&self, given: &[Given]) -> kernel::Result<()> {
-        if self.full.load(Ordering::SeqCst) {
-            return Err(kernel::Error::new("write", "the record", Errno::ENOSPC));
-        }
-        *self.given.lock().unwrap() = given.to_vec();
-        Ok(())
-    }
-}
-
-impl Kept {
-    fn devices(&self) -> Vec<String> {
-        self.given.lock().unwrap().iter().map(|given| given.device.to_string()).collect()
-    }
-}
-
-fn world() -> (World, Arc<Kept>) {
-    let (world, kept) = (World::new(), Arc::new(Kept::default()));
-    world.broker.set_record(Arc::clone(&kept) as Arc<dyn Record>, Vec::new()).unwrap();
-    (world, kept)
-}
-
-/// The broker and its lifelines are gone; the kernel is not. Another one starts, with this policy.
-fn restarted_with(world: World, kept: &Arc<Kept>, policy: &str) -> World {
-    let World { sim, .. } = world;
-    started_on(sim, kept, policy)
-}
-
-fn started_on(sim: Sim, kept: &Arc<Kept>, policy: &str) -> World {
-    let witness = Arc::new(Witness::default());
-    let policy = Arc::new(Policy::parse("policy.toml", policy, &NoNames).unwrap());
-    let observer = Arc::clone(&witness) as Arc<dyn Observer>;
-    let broker = Broker::with_patience(sim.kernel(), policy, observer, Vec::new());
-    let given = kept.given.lock().unwrap().clone();
-    broker.set_record(Arc::clone(kept) as Arc<dyn Record>, given).unwrap();
-    World { sim, broker, witness }
-}
-
-/// The same, and it has looked at what it took over, as the daemon does at once.
-fn restarted(world: World, kept: &Arc<Kept>) -> World {
-    let world = restarted_with(world, kept, POLICY);
-    world.broker.retry_reclaims();
-    world
+fn restarted(world: World) -> World {
+    restarted_with(world, POLICY).unwrap()
 }
 
 fn by_iommufd(devices: &[&str]) -> Acquire {
@@ -82,18 +41,149 @@ fn is_quarantined(world: &World, uid: u32, devices: &[&str]) -> Until {
     until
 }
 
+/// What each keeper has written down.
+fn written(world: &World) -> Vec<(String, Saved)> {
+    let all = Rc::clone(&world.keepers).all().unwrap();
+    all.into_iter().map(|(name, saved)| (name, saved.unwrap())).collect()
+}
+
+/// Writes what a keeper wrote that is no more.
+fn write_down(world: &World, name: &str, leases: Vec<LeaseState>) {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let (version, boot, pid) = (VERSION, boot.trim().to_owned(), 1);
+    let saved = Saved { version, boot, pid, leases };
+    write_text(world, name, &serde_json::to_string(&saved).unwrap());
+}
+
+fn write_text(world: &World, name: &str, text: &str) {
+    let directory = world.keepers.place.path().join(name);
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true).mode(0o700).create(&directory).unwrap();
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600);
+    let mut file = options.open(directory.join("state")).unwrap();
+    std::io::Write::write_all(&mut file, text.as_bytes()).unwrap();
+}
+
+#[test]
+fn live_leases_go_on() {
+    let world = World::new();
+    let requests = [
+        (1000, want(&[NIC])),
+        (1001, want_as(Handout::Group, &["0000:03:00.0"])),
+        (1000, want_in("pool", &[PAIR[0]])),
+        (1001, want_in("pool", &["0000:08:00.0"])),
+    ];
+    let grants: Vec<_> =
+        requests.iter().map(|(uid, request)| world.acquire(*uid, request).unwrap()).collect();
+    world.map(1000, &grants[2].reply, 0, 8192).unwrap();
+    let (before, stats) = (world.ledger(), world.stats());
+    let mut world = world;
+    for _ in 0..2 {
+        world = restarted(world);
+        world.until(|| world.ledger() == before);
+        assert_eq!(world.stats(), stats);
+    }
+    // Keys and names mean what they did, and nobody else gets anything.
+    let list = world.broker.leases(&caller(1000)).unwrap().leases;
+    assert_eq!(list.len(), 4 - usize::from(!world.broker.may_see(&caller(1000), "b")) * 2);
+    for (uid, request) in &requests {
+        assert!(matches!(world.acquire(*uid, request).unwrap_err(), Error::Busy { .. }));
+    }
+    let wrong = GetFds { key: "0".repeat(32), ..get_fds(&grants[0].reply) };
+    assert!(matches!(world.get_fds(1000, &wrong), Err(Error::NoSuchLease { .. })));
+    let (fds, files) = world.get_fds(1000, &get_fds(&grants[0].reply)).unwrap();
+    assert_eq!((fds.fds.len(), files.len()), (3, 3));
+    drop(files);
+    // A member's mappings are known, and so is that the container is the same one.
+    let overlap = world.map(1001, &grants[3].reply, 4096, 4096).unwrap_err();
+    assert!(matches!(&overlap, Error::Conflict { why, .. } if why.contains("another member")));
+    world.map(1001, &grants[3].reply, 8192, 4096).unwrap();
+    assert_eq!(world.unmap(1000, &grants[2].reply, 0, 8192), Ok(8192));
+    let joined = world.acquire(1000, &want_in("pool", &["0000:05:00.0"])).unwrap();
+    assert_eq!(world.stats().spaces.iter().filter(|space| space.groups.len() == 3).count(), 1);
+    let added = world.acquire(1000, &more(&grants[2].reply, &[PAIR[1]])).unwrap();
+    drop((joined, added));
+    let mut first = grants;
+    let last = first.split_off(1);
+    let held = first[0].reply.clone();
+    drop(first);
+    world.serve_hang_ups();
+    assert!(matches!(world.release(1000, &held), Err(Error::NoSuchLease { .. })));
+    let held: Vec<_> = last.iter().map(|grant| grant.reply.clone()).collect();
+    drop(last);
+    world.serve_hang_ups();
+    assert!(held.iter().all(|held| !world.broker.shows(&caller(1001), &held.lease)));
+    world.assert_idle();
+}
+
+#[test]
+fn quotas_and_the_rules_of_functions_still_hold() {
+    let world = World::new();
+    let pf = world.acquire(1000, &want_as(Handout::Devices, &["0000:05:00.0"])).unwrap();
+    let nic = world.acquire(1000, &want_as(Handout::Devices, &[NIC])).unwrap();
+    for page in 0..5 {
+        world.map(1000, &nic.reply, page << 12, 4096).unwrap();
+    }
+    let before = world.ledger();
+    let world = restarted(world);
+    world.until(|| world.ledger() == before);
+    let conflict = world.acquire(1001, &want(&["0000:05:00.1"])).unwrap_err();
+    assert!(matches!(conflict, Error::Conflict { .. }), "{conflict}");
+    world.map(1000, &pf.reply, 0, 4096).unwrap();
+    let over = world.map(1000, &pf.reply, 4096, 4096).unwrap_err();
+    assert!(matches!(over, Error::OverLimit { most: 6, .. }), "{over}");
+    let more: Vec<_> = [PAIR[0], "0000:03:00.0", "0000:08:00.0"]
+        .iter()
+        .map(|bdf| world.acquire(1000, &want_as(Handout::Devices, &[bdf])).unwrap())
+        .collect();
+    let over = world.acquire(1000, &want_as(Handout::Devices, &["0000:05:00.1"])).unwrap_err();
+    assert!(matches!(over, Error::OverLimit { most: 5, .. }), "{over}");
+    drop((pf, nic, more));
+    world.serve_hang_ups();
+    world.assert_idle();
+}
+
+#[test]
+fn a_lease_that_ends_while_no_broker_is_there_is_known_to_have_ended() {
+    let world = World::new();
+    let mut grant = world.acquire(1000, &want(&[NIC])).unwrap();
+    let stale = grant.fds.remove(1);
+    let other = world.acquire(1000, &want(&["0000:08:00.0"])).unwrap();
+    let World { local, broker, witness, keepers, sim, runtime } = world;
+    drop((local, broker, runtime));
+    drop((grant, other));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(until(|| {
+        let all = keepers.all().unwrap();
+        let ended = |state: &LeaseState| state.phase == Phase::Ending && state.call.is_none();
+        all.len() == 1 && all[0].1.as_ref().is_ok_and(|saved| saved.leases.iter().all(ended))
+    }));
+    drop(witness);
+    let kernel = sim.kernel();
+    let world = World::on(sim, keepers, POLICY, Duration::ZERO, kernel);
+    world.run(async { world.broker.adopt() }).unwrap();
+    drop(world.acquire(1001, &want(&["0000:08:00.0"])).unwrap());
+    is_quarantined(&world, 1000, &[NIC]);
+    drop(stale);
+    world.until(|| !world.has_pending_reclaims());
+    drop(world.acquire(1001, &want(&[NIC])).unwrap());
+    world.serve_hang_ups();
+    world.assert_idle();
+}
+
 #[test]
 fn a_node_that_was_open_then_keeps_its_device_for_its_tenant() {
     for ended_before in [false, true] {
-        let (world, kept) = world();
+        let world = World::new();
         let grant = world.acquire(1000, &by_iommufd(&[NIC, PAIR[0]])).unwrap();
         let lease = grant.reply.lease.clone();
         let stale = stale(grant, NIC);
         if ended_before {
             world.serve_hang_ups();
         }
-        let world = restarted(world, &kept);
-        assert!(!world.broker.has_pending_reclaims());
+        let world = restarted(world);
+        world.until(|| !world.has_pending_reclaims() && world.broker.held().is_empty());
         for device in [NIC, PAIR[1]] {
             assert_eq!(is_quarantined(&world, 1001, &[device]), Until::Administrator);
         }
@@ -102,67 +192,33 @@ fn a_node_that_was_open_then_keeps_its_device_for_its_tenant() {
         assert_eq!((unproved.lease, &*unproved.tenant, &*unproved.vm), (lease, "a", "web1"));
         // The same tenant has it again, and loses it to another restart.
         drop(world.acquire(1000, &by_iommufd(&[NIC])).unwrap());
-        let world = restarted(world, &kept);
+        let world = restarted(world);
+        world.until(|| !world.has_pending_reclaims() && world.broker.held().is_empty());
         is_quarantined(&world, 1001, &[NIC]);
         assert_eq!(world.sim.set_driver(NIC, None), Err(Errno::EBUSY));
         drop(stale);
         world.rebind(NIC);
-        assert_eq!(kept.devices(), [PAIR[0]], "what is proved is forgotten");
         world.rebind(PAIR[0]);
         drop(world.acquire(1001, &want(&[NIC, PAIR[1]])).unwrap());
         world.serve_hang_ups();
         world.assert_idle();
-        assert_eq!(kept.devices(), [""; 0]);
     }
-}
-
-#[test]
-fn a_bound_device_is_waited_for() {
-    let (world, kept) = world();
-    let grant = world.acquire(1000, &by_iommufd(&[NIC])).unwrap();
-    let iommufd = kernel::Iommufd::from_fd(world.sim.kernel(), grant.fds[0].try_clone().unwrap());
-    let cdev = kernel::Device::from_fd(world.sim.kernel(), NIC, stale(grant, NIC));
-    cdev.bind_iommufd(&iommufd).unwrap();
-    let world = restarted(world, &kept);
-    assert!(world.broker.has_pending_reclaims());
-    for uid in [1000, 1001] {
-        is_quarantined(&world, uid, &[NIC]);
-    }
-    drop((cdev, iommufd));
-    world.broker.retry_reclaims();
-    assert!(!world.broker.has_pending_reclaims());
-    is_quarantined(&world, 1001, &[NIC]);
-    drop(world.acquire(1000, &want(&[NIC])).unwrap());
 }
 
 /// Of two leases that a tenant had of a group, one after the other.
 #[test]
 fn what_several_leases_left_of_a_group_comes_back_as_one() {
-    let (world, kept) = world();
-    drop(world.acquire(1000, &by_iommufd(&[PAIR[0]])).unwrap());
-    world.serve_hang_ups();
-    drop(world.acquire(1000, &by_iommufd(&[PAIR[1]])).unwrap());
-    let world = restarted(world, &kept);
+    let world = World::new();
+    for device in PAIR {
+        drop(world.acquire(1000, &by_iommufd(&[device])).unwrap());
+        world.serve_hang_ups();
+    }
+    let world = restarted(world);
     is_quarantined(&world, 1001, &[PAIR[0]]);
     world.rebind(PAIR[0]);
     is_quarantined(&world, 1001, &[PAIR[0]]);
     world.rebind(PAIR[1]);
     drop(world.acquire(1001, &want(&[PAIR[0]])).unwrap());
-}
-
-#[test]
-fn a_device_that_was_bound_anew_meanwhile_is_anybodys() {
-    let (world, kept) = world();
-    drop(world.acquire(1000, &by_iommufd(&[NIC])).unwrap());
-    let World { sim, .. } = world;
-    sim.set_driver(NIC, None).unwrap();
-    sim.set_driver(NIC, Some("vfio-pci")).unwrap();
-    let world = started_on(sim, &kept, POLICY);
-    world.broker.retry_reclaims();
-    drop(world.acquire(1001, &want(&[NIC])).unwrap());
-    world.serve_hang_ups();
-    world.assert_idle();
-    assert_eq!(kept.devices(), [""; 0]);
 }
 
 #[test]
@@ -180,113 +236,104 @@ fn a_tenant_that_means_others_now_has_nothing_of_it() {
         elsewhere.to_owned(),
     ];
     for policy in policies {
-        let (world, kept) = world();
+        let world = World::new();
         drop(world.acquire(1000, &by_iommufd(&[NIC])).unwrap());
-        let world = restarted_with(world, &kept, &policy);
-        world.broker.retry_reclaims();
-        assert!(!world.broker.has_pending_reclaims());
+        world.serve_hang_ups();
+        let world = restarted_with(world, &policy).unwrap();
         is_quarantined(&world, 1000, &[NIC]);
         world.sim.set_driver(NIC, None).unwrap();
         world.sim.set_driver(NIC, Some("vfio-pci")).unwrap();
         drop(world.acquire(1000, &want(&[NIC])).unwrap());
     }
     // Whom nobody asks about can come and go.
-    let (world, kept) = world();
+    let world = World::new();
     drop(world.acquire(1000, &by_iommufd(&[NIC])).unwrap());
-    let world = restarted_with(world, &kept, &POLICY.replace("user = 1003", "user = 1005"));
-    world.broker.retry_reclaims();
+    world.serve_hang_ups();
+    let world = restarted_with(world, &POLICY.replace("user = 1003", "user = 1005")).unwrap();
     drop(world.acquire(1000, &want(&[NIC])).unwrap());
 }
 
-/// Takes the device off its driver and binds it again.
-struct AtOnce(Arc<Wire>);
-
-impl Rebinder for AtOnce {
-    fn begin(&self, device: Bdf, _registration: u64, driver: Option<&str>) {
-        self.0.set_driver(&device.to_string(), None).unwrap();
-        self.0.set_driver(&device.to_string(), driver).unwrap();
-    }
-}
-
-#[test]
-fn where_that_is_allowed_it_is_proved_by_its_driver() {
-    let (world, kept) = world();
-    drop(world.acquire(1000, &by_iommufd(&[NIC])).unwrap());
-    let policy = POLICY.replace("user = 1000\n", "user = 1000\nrebind = true\n");
-    let world = restarted_with(world, &kept, &policy);
-    world.broker.set_rebinder(Arc::new(AtOnce(world.sim.wire())));
-    world.broker.retry_reclaims();
-    drop(world.acquire(1001, &want(&[NIC])).unwrap());
+/// The states of leases whose keepers' processes are no more.
+fn killed(handout: Handout) -> (World, LeaseState) {
+    let world = World::new();
+    let grant = world.acquire(1000, &want_as(handout, &[NIC])).unwrap();
+    let (_, saved) = written(&world).remove(0);
+    drop(grant);
     world.serve_hang_ups();
+    world.rebind(NIC);
     world.assert_idle();
-    assert_eq!(kept.devices(), [""; 0]);
+    (world, saved.leases.into_iter().next().unwrap())
 }
 
 #[test]
-fn what_can_not_be_written_down_is_not_handed_out() {
-    let (world, kept) = world();
-    let first = world.acquire(1000, &by_iommufd(&[NIC])).unwrap();
-    let before = (world.stats(), world.broker.books().ledger.clone());
-    kept.full.store(true, Ordering::SeqCst);
-    let add = more(&first.reply, &PAIR);
-    for request in [by_iommufd(&PAIR), add.clone()] {
-        let error = world.acquire(1000, &request).unwrap_err();
-        assert!(advice(&error).unwrap().contains("--socket"), "{error}");
-        let Error::Kernel { call, name, .. } = error else { panic!("{error}") };
-        assert_eq!((&*call, &*name), ("write", "ENOSPC"));
-        assert_eq!((world.stats(), world.broker.books().ledger.clone()), before);
+fn what_a_dead_keeper_had_is_taken_back() {
+    for handout in [Handout::Container, Handout::Group, Handout::Devices, Handout::Iommufd] {
+        let (world, state) = killed(handout);
+        write_down(&world, "0123456789abcdef", vec![state.clone()]);
+        let world = restarted(world);
+        // Known before anything is asked for, to everybody.
+        assert!(world.broker.shows(&caller(1000), &state.record.lease));
+        world.until(|| world.broker.held().is_empty() && !world.has_pending_reclaims());
+        drop(world.acquire(1000, &want(&[NIC])).unwrap());
+        world.serve_hang_ups();
+        world.assert_idle();
     }
-    // What is in the record already can be had again, and what has no node of its own is not in it.
-    let one = GetFds { lifeline: Some(false), kind: Some(FdKind::Cdev), ..get_fds(&first.reply) };
-    world.broker.get_fds(&caller(1000), &one).unwrap();
-    drop(world.acquire(1000, &want_as(Handout::Group, &PAIR)).unwrap());
-    world.serve_hang_ups();
-    kept.full.store(false, Ordering::SeqCst);
-    let second = world.acquire(1000, &add).unwrap();
-    assert_eq!(kept.devices(), [PAIR[0], PAIR[1], NIC]);
-    drop((first, second));
 }
 
 #[test]
-fn what_was_undone_is_not_remembered() {
-    let (world, kept) = world();
-    let answers = std::cell::Cell::new(0);
-    let lost = || {
-        answers.set(answers.get() + 1);
-        false
-    };
-    world.broker.acquire_while(&caller(1000), &by_iommufd(&[NIC]), &lost).unwrap_err();
-    assert_eq!((answers.get(), kept.devices()), (1, Vec::new()));
-    // A limit that is met last of all: lease pipes.
-    let policy = POLICY.replace("leases = 5,", "leases = 5, fds = 1,");
-    let world = restarted_with(world, &kept, &policy);
-    let first = world.acquire(1000, &by_iommufd(&[NIC])).unwrap();
-    assert_eq!(kept.devices(), [NIC]);
-    world.acquire(1000, &more(&first.reply, &PAIR)).unwrap_err();
-    assert_eq!(kept.devices(), [NIC]);
+fn what_cant_be_relied_on_ends_the_start() {
+    let (world, state) = killed(Handout::Iommufd);
+    let (one, other) = ("0123456789abcdef", "fedcba9876543210");
+    let mut keyless = state.clone();
+    keyless.record.key = "none".into();
+    let mut nameless = state.clone();
+    nameless.record.lease = "no lease".into();
+    let mut world = world;
+    for bad in [keyless, nameless] {
+        write_down(&world, one, vec![bad]);
+        world = refused(world);
+    }
+    write_text(&world, one, "{");
+    world = refused(world);
+    // The same lease, and the same group, in two places.
+    let mut second = state.clone();
+    for lease in [state.record.lease.clone(), other.into()] {
+        write_down(&world, one, vec![state.clone()]);
+        second.record.lease = lease;
+        write_down(&world, other, vec![second.clone()]);
+        world = refused(world);
+    }
+    world.keepers.place.remove(other);
+    let world = restarted(world);
+    assert!(world.broker.shows(&caller(1000), &state.record.lease));
+}
+
+/// A start fails, and no keeper was asked for anything.
+fn refused(world: World) -> World {
+    let World { local, broker, keepers, sim, runtime, witness } = world;
+    drop((local, broker, runtime, witness));
+    let kernel = sim.kernel();
+    let world = World::on(sim, keepers, POLICY, Duration::ZERO, kernel);
+    let error = world.broker_adopts().unwrap_err();
+    assert!(matches!(error, Error::BadRequest { .. }), "{error}");
+    world
+}
+
+impl World {
+    fn broker_adopts(&self) -> Result<(), Error> {
+        let _inside = self.local.enter();
+        // What it has spawned goes with the world, before it runs.
+        self.broker.adopt()
+    }
 }
 
 #[test]
-fn a_record_that_contradicts_itself_is_refused() {
-    let (world, kept) = world();
-    drop(world.acquire(1000, &by_iommufd(&[NIC])).unwrap());
-    let World { sim, .. } = world;
-    let mut given = kept.given.lock().unwrap().clone();
-    given[0].lease = "no lease".into();
-    let policy = Arc::new(Policy::parse("policy.toml", POLICY, &NoNames).unwrap());
-    let broker = Broker::new(sim.kernel(), policy, Arc::new(Witness::default()));
-    let error = broker.set_record(Arc::clone(&kept) as Arc<dyn Record>, given).unwrap_err();
-    assert!(error.to_string().contains("no lease"), "{error}");
-    assert!(host::registration(&*sim.kernel(), NIC.parse().unwrap()).unwrap().is_some());
-}
-
-#[test]
-fn a_lease_of_another_form_is_not_in_the_record() {
-    let (world, kept) = world();
+fn a_lease_of_another_form_leaves_no_node_to_prove() {
+    let world = World::new();
     for handout in [Handout::Container, Handout::Group, Handout::Devices] {
         drop(world.acquire(1000, &want_as(handout, &[NIC])).unwrap());
         world.serve_hang_ups();
-        assert_eq!(kept.devices(), [""; 0]);
+        world.assert_idle();
     }
     let groups = world.broker.topology(&caller(1000)).unwrap().groups;
     assert!(groups.iter().all(|group| group.state == GroupState::Free));

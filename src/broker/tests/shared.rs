@@ -77,7 +77,7 @@ fn a_stale_device_of_the_last_member_keeps_newcomers_out() {
     let error = world.acquire(1001, &want_in("pool", &["0000:08:00.0"])).unwrap_err();
     assert!(matches!(error, Error::Conflict { .. }), "{error}");
     drop(stale);
-    world.broker.retry_reclaims();
+    world.retry_reclaims();
     world.assert_idle();
     drop(world.acquire(1001, &want_in("pool", &["0000:08:00.0"])).unwrap());
 }

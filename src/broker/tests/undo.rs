@@ -6,12 +6,11 @@ use failing::{Failing, failing};
 
 /// Makes call 1, 2, 3… of the request fail until none is left to fail; returns how many there were.
 fn every_failure_is_undone(world: &World, kernel: &Failing, uid: u32, request: &Acquire) -> i64 {
-    let before = (world.stats(), world.broker.books().ledger.clone());
-    let lifelines = world.witness.lifelines.lock().unwrap().len();
+    let before = (world.stats(), world.ledger(), world.lifelines());
     for nth in 1.. {
-        kernel.left.store(nth, Ordering::SeqCst);
+        kernel.arm(world, nth);
         let done = world.acquire(uid, request);
-        let reached = kernel.left.swap(0, Ordering::SeqCst) <= 0;
+        let reached = kernel.disarm();
         if done.is_ok() {
             assert!(!reached, "call {nth} failed and nobody minded");
             drop(done);
@@ -20,9 +19,8 @@ fn every_failure_is_undone(world: &World, kernel: &Failing, uid: u32, request: &
         }
         let error = done.err();
         assert!(reached, "{error:?} without a fault");
-        let after = (world.stats(), world.broker.books().ledger.clone());
+        let after = (world.stats(), world.ledger(), world.lifelines());
         assert_eq!(after, before, "after call {nth} failed: {error:?}");
-        assert_eq!(world.witness.lifelines.lock().unwrap().len(), lifelines);
     }
     0
 }
@@ -71,18 +69,5 @@ fn joining_and_adding_are_all_or_nothing() {
             world.rebind(bdf);
         }
         world.assert_idle();
-    }
-}
-
-#[test]
-fn a_lease_whose_pipe_can_not_be_watched_is_refused() {
-    let world = World::new();
-    let before = (world.stats(), world.broker.books().ledger.clone());
-    world.witness.watches_no_more.store(true, Ordering::SeqCst);
-    for handout in [Handout::Container, Handout::Group, Handout::Devices] {
-        let refused = world.acquire(1001, &want_as(handout, &["0000:01:00.0", "0000:02:00.0"]));
-        let Err(Error::Kernel { call, .. }) = refused else { panic!("{refused:?}") };
-        assert_eq!(call, "epoll_ctl");
-        assert_eq!((world.stats(), world.broker.books().ledger.clone()), before);
     }
 }

@@ -32,7 +32,7 @@ enum Op {
     /// An acquisition in flight comes to its end.
     Finish {
         which: usize,
-        ok: bool,
+        how: u8,
     },
     Map {
         lease: usize,
@@ -73,6 +73,8 @@ enum Op {
     Rebind {
         group: u32,
     },
+    /// The broker ends, and the next one takes over.
+    Restart,
 }
 
 fn wanted() -> impl Strategy<Value = Vec<(u32, u8, u8)>> {
@@ -85,7 +87,7 @@ fn op() -> impl Strategy<Value = Op> {
         6 => (0..3u8, wanted(), 0..6u8, 0..5u8)
             .prop_map(|(tenant, wanted, handout, space)| Op::Acquire { tenant, wanted, handout, space }),
         2 => (lease(), wanted()).prop_map(|(lease, wanted)| Op::Extend { lease, wanted }),
-        6 => (0..3usize, prop::bool::weighted(0.8)).prop_map(|(which, ok)| Op::Finish { which, ok }),
+        6 => (0..3usize, 0..10u8).prop_map(|(which, how)| Op::Finish { which, how }),
         5 => (lease(), 0..12u64, 0..4u64, 0..4u8)
             .prop_map(|(lease, page, pages, how)| Op::Map { lease, page, pages, how }),
         2 => (lease(), 0..12u64, 0..8u64, 0..4u8)
@@ -97,6 +99,7 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(lease, faults)| Op::Reclaim { lease, faults }),
         1 => (0..model::GROUPS).prop_map(|group| Op::LetGo { group }),
         1 => (0..model::GROUPS).prop_map(|group| Op::Rebind { group }),
+        1 => Just(Op::Restart),
     ]
 }
 
@@ -112,7 +115,7 @@ proptest! {
                     model.acquire(tenant, &wanted, handout, space);
                 }
                 Op::Extend { lease, wanted } => model.extend(lease, &wanted),
-                Op::Finish { which, ok } => model.finish(which, ok),
+                Op::Finish { which, how } => model.finish(which, how),
                 Op::Map { lease, page, pages, how } => model.map(lease, page, pages, how),
                 Op::Unmap { lease, page, pages, how } => model.unmap(lease, page, pages, how),
                 Op::Settle { which, ok } => model.settle(which, ok),
@@ -125,6 +128,7 @@ proptest! {
                 Op::Reclaim { lease, faults } => model.reclaim(lease, faults),
                 Op::LetGo { group } => model.let_go(group),
                 Op::Rebind { group } => model.rebind(group),
+                Op::Restart => model.restart(),
             }
             model.check();
         }

@@ -10,6 +10,66 @@ pub(super) const GROUPS: u32 = 6;
 
 pub(super) const QUOTA: Quota = Quota { leases: 3, devices: 6, mappings: 4, mapped_bytes: 8 << 12 };
 
+/// When ledgers are told of leases that were there before.
+const LATER: u64 = 9;
+
+/// A lease as its keeper has it.
+fn adopted(ledger: &Ledger, lease: &Lease) -> Adopted {
+    let groups = ledger.groups_of(lease.id).map(|(id, group)| AdoptedGroup {
+        id,
+        attached: group.attached,
+        members: group.members.clone(),
+        unbound: None,
+    });
+    Adopted {
+        lease: lease.id,
+        tenant: lease.tenant.clone(),
+        vm: lease.vm.clone(),
+        uid: lease.uid,
+        pid: lease.pid,
+        since: lease.since,
+        handout: lease.handout,
+        space: lease.space.clone(),
+        noiommu: lease.noiommu,
+        held: lease.phase == Phase::Held,
+        at: LATER,
+        devices: lease.devices.clone(),
+        groups: groups.collect(),
+    }
+}
+
+/// A lease of which only open nodes are left.
+fn forgotten(left: &Unproved) -> Adopted {
+    Adopted {
+        lease: left.lease,
+        tenant: left.tenant.clone(),
+        vm: left.vm.clone(),
+        uid: left.uid,
+        pid: left.pid,
+        since: left.since,
+        handout: Handout::Iommufd,
+        space: Space::None,
+        noiommu: false,
+        held: false,
+        at: LATER,
+        devices: Vec::new(),
+        groups: Vec::new(),
+    }
+}
+
+/// What the next ledger knows of what this one knew: everything, but why and since when something is
+/// not free, and what is mapped for leases that have no group any more.
+fn as_adopted(mut ledger: Ledger) -> Ledger {
+    for group in ledger.groups.values_mut().filter(|group| group.state != GroupState::Held) {
+        group.state = GroupState::Reclaiming { since: LATER };
+    }
+    ledger.unproved.values_mut().for_each(|left| left.since = LATER);
+    let of = |id, groups: &BTreeMap<u32, Group>| groups.values().any(|group| group.lease == id);
+    let Ledger { leases, groups, .. } = &mut ledger;
+    leases.retain(|id, _| of(*id, groups));
+    ledger
+}
+
 /// What somebody who is gone left open in another process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Keeps {
@@ -231,13 +291,15 @@ impl Model {
         self.pending.push(Pending { lease, opened, devices, cdevs });
     }
 
-    pub(super) fn finish(&mut self, which: usize, ok: bool) {
+    /// `how` is 0 where the kernel fails, 1 where the client does not take it, else it goes well.
+    pub(super) fn finish(&mut self, which: usize, how: u8) {
         if self.pending.is_empty() {
             return;
         }
         let Pending { lease, opened, devices, cdevs } =
             self.pending.remove(which % self.pending.len());
-        if ok && self.holders[&lease].state != State::Dead {
+        let dead = self.holders[&lease].state == State::Dead;
+        if how > 1 && !dead {
             self.report(Request::Commit { lease });
             let holder = self.holders.get_mut(&lease).unwrap();
             holder.state = State::Live;
@@ -245,7 +307,7 @@ impl Model {
             holder.cdevs.extend(cdevs);
             return;
         }
-        if ok {
+        if how > 0 && dead {
             let commit = self.apply(Request::Commit { lease });
             assert_eq!(commit, None, "a lease that has ended was added to");
         }
@@ -254,7 +316,17 @@ impl Model {
             self.owner.remove(id);
             self.detach(*id);
         }
-        self.report(Request::Abort { lease });
+        if how == 1 && !dead {
+            // It is as if it had never been committed.
+            let mut aborted = self.ledger.clone();
+            aborted.apply(Request::Abort { lease }).unwrap();
+            self.report(Request::Commit { lease });
+            let devices = devices.into_keys().collect();
+            self.report(Request::Retract { lease, devices, groups: opened });
+            assert_eq!(self.ledger, aborted);
+        } else {
+            self.report(Request::Abort { lease });
+        }
         if self.holders[&lease].state == State::InFlight {
             self.holders.remove(&lease);
         }
@@ -302,63 +374,97 @@ impl Model {
         }
     }
 
+    /// What a keeper does for a lease that has ended, and tells. Each bit is a kernel call that fails.
     fn take_back(&mut self, lease: LeaseId, faults: u16) {
-        let key = space_key(lease, &self.holders[&lease].space);
         let in_flight = self.pending.iter().any(|pending| pending.lease == lease)
             || self.mapped.values().flatten().any(|m| m.lease == lease && m.in_flight.is_some());
-        let effects = self.apply(Request::Reclaim { lease });
-        assert_eq!(effects.is_none(), in_flight);
-        let mut inside = None;
-        for (nth, effect) in effects.unwrap_or_default().into_iter().enumerate() {
-            let fault = faults & 1 << (nth % 16) != 0;
-            let mapped = self.mapped.entry(key.clone()).or_default();
-            match effect {
-                Effect::Unmap { iova, .. } => {
-                    if !fault {
-                        mapped.retain(|m| m.iova != iova || m.lease != lease);
-                    }
-                    self.report(Request::UnmapDone { lease, iova, gone: !fault });
+        if in_flight {
+            return;
+        }
+        let mut nth = 0;
+        let mut fails = || {
+            nth += 1;
+            faults & 1 << (nth % 16) != 0
+        };
+        let stuck = |id| Request::Stuck { group: id, why: busy(), at: 1 };
+        self.undo_mappings(lease, &mut fails);
+        let groups = self.owner.iter().filter(|(_, owner)| **owner == lease);
+        for id in groups.map(|(id, _)| *id).collect::<Vec<_>>() {
+            if self.attached.contains_key(&id) {
+                if fails() || self.kept.get(&id) == Some(&Keeps::Device) {
+                    self.report(stuck(id));
+                    continue;
                 }
-                Effect::UnmapAll => {
-                    let holder = |m: &Mapped| self.holders.get(&m.lease);
-                    let dead = |m: &&Mapped| holder(m).is_none_or(|h| h.state == State::Dead);
-                    assert!(mapped.iter().all(|m| dead(&m)), "a live member's mappings");
-                    if !fault {
-                        mapped.clear();
-                    }
-                }
-                Effect::Detach(id) if fault || self.kept.get(&id) == Some(&Keeps::Device) => {
-                    inside = Some(id);
-                    self.report(Request::Stuck { group: id, why: busy(), at: 1 });
-                }
-                Effect::Detach(id) => {
-                    self.detach(id);
-                    self.report(Request::Detached { group: id });
-                }
-                Effect::Prove(id) if inside == Some(id) => {}
-                Effect::Prove(id) if fault || self.kept.contains_key(&id) => {
-                    self.report(Request::Stuck { group: id, why: busy(), at: 1 });
-                }
-                Effect::Prove(id) => {
-                    assert!(!self.attached.contains_key(&id), "{id} is still attached");
-                    self.free(lease, id);
-                    self.report(Request::Freed { group: id });
-                }
-                Effect::ProveUnbound(id) if fault || self.kept.contains_key(&id) => {
-                    self.report(Request::Stuck { group: id, why: busy(), at: 1 });
-                }
-                Effect::ProveUnbound(id) => {
-                    let left = self.free(lease, id);
-                    if !left.is_empty() {
-                        let tenant = self.holders[&lease].tenant;
-                        let unproved = self.unproved.entry(id).or_default();
-                        unproved.0 = tenant;
-                        unproved.1.extend(left.clone());
-                    }
-                    self.report(Request::Unbound { group: id, at: 1, left });
-                }
-                other => panic!("{other:?} while reclaiming"),
+                self.detach(id);
+                self.report(Request::Detached { group: id });
             }
+            if fails() || self.kept.contains_key(&id) {
+                self.report(stuck(id));
+                continue;
+            }
+            let left = self.free(lease, id);
+            let holder = &self.holders[&lease];
+            if holder.handout != Handout::Iommufd {
+                self.report(Request::Freed { group: id });
+                continue;
+            }
+            if !left.is_empty() {
+                let unproved = self.unproved.entry(id).or_default();
+                unproved.0 = holder.tenant;
+                unproved.1.extend(left.clone());
+            }
+            self.report(Request::Unbound { group: id, at: 1, left });
+        }
+        self.forget();
+    }
+
+    fn undo_mappings(&mut self, lease: LeaseId, fails: &mut dyn FnMut() -> bool) {
+        let key = space_key(lease, &self.holders[&lease].space);
+        let mapped = self.mapped.entry(key).or_default();
+        let own = mapped.iter().filter(|m| m.lease == lease && m.by_broker);
+        for iova in own.map(|m| m.iova).collect::<Vec<_>>() {
+            let gone = !fails();
+            let mapped = self.mapped.values_mut();
+            mapped.for_each(|there| {
+                there.retain(|m| !(gone && m.iova == iova && m.lease == lease));
+            });
+            self.report(Request::UnmapDone { lease, iova, gone });
+        }
+    }
+
+    /// Another ledger takes over, which is told of each lease as its keeper has it. What is under way
+    /// comes to its end with the links.
+    pub(super) fn restart(&mut self) {
+        while !self.pending.is_empty() {
+            self.finish(0, 0);
+        }
+        while self.mapped.values().flatten().any(|m| m.in_flight.is_some()) {
+            self.settle(0, true);
+        }
+        let old = std::mem::take(&mut self.ledger);
+        let mut all: BTreeMap<LeaseId, Adopted> =
+            old.leases.values().map(|lease| (lease.id, adopted(&old, lease))).collect();
+        for (id, left) in &old.unproved {
+            let group = AdoptedGroup {
+                id: *id,
+                attached: false,
+                members: left.members.clone(),
+                unbound: Some(left.left.clone()),
+            };
+            all.entry(left.lease).or_insert_with(|| forgotten(left)).groups.push(group);
+        }
+        for (lease, adopted) in all {
+            self.report(Request::Adopt(adopted));
+            let mappings = old.leases.get(&lease).map(|lease| lease.mappings.iter());
+            let mappings = mappings.into_iter().flatten().map(|(at, m)| (*at, m.size));
+            self.apply(Request::Mapped { lease, mappings: mappings.collect() });
+        }
+        let expected = as_adopted(old);
+        assert_eq!(self.ledger, expected);
+        // Of what is not in any group any more nobody can tell; the kernel keeps the range.
+        let Self { mapped, ledger, .. } = self;
+        for there in mapped.values_mut() {
+            there.retain(|m| !m.by_broker || ledger.leases.contains_key(&m.lease));
         }
         self.forget();
     }
@@ -449,7 +555,7 @@ impl Model {
     /// When everybody has gone and let go, nothing is left.
     pub(super) fn end_of_the_world(mut self) {
         while !self.pending.is_empty() {
-            self.finish(0, true);
+            self.finish(0, 2);
         }
         while self.mapped.values().flatten().any(|m| m.in_flight.is_some()) {
             self.settle(0, true);

@@ -81,39 +81,111 @@ fn a_stranger_in_the_container_keeps_newcomers_out() {
     ledger.apply(Request::Acquire(member(2))).unwrap();
 }
 
-#[test]
-fn a_restored_lease_is_one_that_has_just_ended() {
-    let request = super::super::Acquire {
-        handout: Handout::Iommufd,
-        space: Space::None,
-        ..acquire(1, "a", vec![group(3, 2), group(4, 1)])
+/// A lease as its keeper has it.
+fn adopted(request: &super::super::Acquire, held: bool) -> Adopted {
+    let group = |g: &WantedGroup| AdoptedGroup {
+        id: g.id,
+        attached: false,
+        members: g.members.clone(),
+        unbound: None,
     };
-    let groups = request.groups.iter().map(|g| (g.id, g.members.clone(), g.devices.clone()));
-    let restored = Restored {
+    let devices = |g: &WantedGroup| {
+        let id = g.id;
+        g.devices.clone().into_iter().map(move |bdf| Handed { bdf, group: id, withheld: false })
+    };
+    Adopted {
         lease: request.lease,
         tenant: request.tenant.clone(),
         vm: request.vm.clone(),
         uid: request.uid,
         pid: request.pid,
         since: request.at,
+        handout: request.handout,
+        space: request.space.clone(),
+        noiommu: false,
+        held,
         at: 9,
-        groups: groups.collect(),
-    };
-    let mut ended = Ledger::default();
-    ended.apply(Request::Acquire(request)).unwrap();
-    ended.apply(Request::Commit { lease: LeaseId(1) }).unwrap();
-    ended.apply(Request::End { lease: LeaseId(1), at: 9 }).unwrap();
-    let mut ledger = Ledger::default();
-    assert_eq!(ledger.apply(Request::Restore(restored.clone())), Ok(Vec::new()));
-    assert_eq!(ledger, ended);
-    // It is there already, and so is its group.
-    let others = [
-        Restored { groups: Vec::new(), ..restored.clone() },
-        Restored { lease: LeaseId(2), ..restored },
-    ];
-    for other in others {
-        let refusal = ledger.apply(Request::Restore(other)).unwrap_err();
-        assert!(matches!(refusal, Refusal::Conflict { .. }), "{refusal}");
-        assert_eq!(ledger, ended);
+        devices: request.groups.iter().flat_map(devices).collect(),
+        groups: request.groups.iter().map(group).collect(),
     }
+}
+
+fn by_iommufd(id: u64, groups: Vec<WantedGroup>) -> super::super::Acquire {
+    super::super::Acquire {
+        handout: Handout::Iommufd,
+        space: Space::None,
+        ..acquire(id, "a", groups)
+    }
+}
+
+#[test]
+fn an_adopted_lease_is_as_it_was() {
+    let request = by_iommufd(1, vec![group(3, 2), group(4, 1)]);
+    let (live, ended) = (adopted(&request, true), adopted(&request, false));
+    let mut expected = Ledger::default();
+    expected.apply(Request::Acquire(request)).unwrap();
+    expected.apply(Request::Commit { lease: LeaseId(1) }).unwrap();
+    for (adopted, end) in [(live, false), (ended, true)] {
+        if end {
+            expected.apply(Request::End { lease: LeaseId(1), at: 9 }).unwrap();
+        }
+        let mut ledger = Ledger::default();
+        assert_eq!(ledger.apply(Request::Adopt(adopted.clone())), Ok(Vec::new()));
+        assert_eq!(ledger, expected);
+        // It is there already, and so is its group.
+        let others = [
+            Adopted { groups: Vec::new(), ..adopted.clone() },
+            Adopted { lease: LeaseId(2), ..adopted },
+        ];
+        for other in others {
+            let refusal = ledger.apply(Request::Adopt(other)).unwrap_err();
+            assert!(matches!(refusal, Refusal::Conflict { .. }), "{refusal}");
+            assert_eq!(ledger, expected);
+        }
+    }
+}
+
+#[test]
+fn a_group_that_was_unbound_is_its_tenants_alone_and_may_be_in_its_lease() {
+    let mut ledger = Ledger::default();
+    let old = by_iommufd(1, vec![group(3, 2), group(4, 1)]);
+    let mut ended = adopted(&old, false);
+    let left = [(model::bdf(3, 0), 7)];
+    ended.groups[0].unbound = Some(left.into());
+    let next = adopted(&by_iommufd(2, vec![group(3, 1)]), true);
+    for known in [Request::Adopt(next), Request::Adopt(ended)] {
+        ledger.apply(known).unwrap();
+    }
+    assert_eq!(ledger.group(3).unwrap().lease, LeaseId(2));
+    let unproved = ledger.unproved_group(3).unwrap();
+    assert_eq!((unproved.lease, unproved.left.clone()), (LeaseId(1), left.into()));
+    assert!(!ledger.is_open_to(3, "b") && ledger.is_open_to(3, "a"));
+    // Of the other group it is not known yet.
+    let lease = ledger.lease(LeaseId(1)).unwrap();
+    assert_eq!((lease.phase, lease.devices.len()), (Phase::Ending, 1));
+    // One of which only that is left is no lease any more.
+    let mut over = adopted(&by_iommufd(5, vec![group(5, 1)]), false);
+    over.groups[0].unbound = Some([(model::bdf(5, 0), 7)].into());
+    ledger.apply(Request::Adopt(over)).unwrap();
+    assert!(ledger.lease(LeaseId(5)).is_none() && !ledger.is_open_to(5, "b"));
+}
+
+#[test]
+fn what_is_mapped_for_an_adopted_lease_counts() {
+    let mut ledger = Ledger::default();
+    let request = acquire(1, "a", vec![group(3, 1)]);
+    let quota = Quota { mappings: 2, ..request.quota };
+    ledger.apply(Request::Adopt(adopted(&request, true))).unwrap();
+    let lease = LeaseId(1);
+    let mappings = vec![(0, 0x1000), (0x2000, 0x1000)];
+    ledger.apply(Request::Mapped { lease, mappings: mappings.clone() }).unwrap();
+    // To be told twice changes nothing.
+    let before = ledger.clone();
+    ledger.apply(Request::Mapped { lease, mappings }).unwrap();
+    assert_eq!(ledger, before);
+    let mut map = |iova, quota| ledger.apply(Request::Map { lease, iova, size: 0x1000, quota });
+    assert!(matches!(map(0x2000, quota), Err(Refusal::Conflict { .. })));
+    assert!(matches!(map(0x1000, quota), Err(Refusal::OverLimit { most: 2, .. })));
+    let unmap = Request::Unmap { lease, iova: 0, size: 0x3000 };
+    assert_eq!(ledger.apply(unmap).unwrap().len(), 2);
 }
