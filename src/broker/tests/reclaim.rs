@@ -137,11 +137,13 @@ fn a_member_whose_mapping_stays_keeps_its_range() {
     let other = world.acquire(1001, &want_in("pool", &["0000:08:00.0"])).unwrap();
     world.map(1000, &one.reply, 0, 4096).unwrap();
     drop(one);
-    world.sim.fault(Fault::fail("VFIO_IOMMU_UNMAP_DMA", Errno::EIO)).unwrap();
+    let fault = Fault::fail("VFIO_IOMMU_UNMAP_DMA", Errno::EIO).times(u64::MAX);
+    world.sim.fault(fault).unwrap();
     world.serve_hang_ups();
     // The group is free; the range is not, and it is still charged.
     drop(world.acquire(1001, &want(&["0000:02:00.0"])).unwrap());
     assert!(matches!(world.map(1001, &other.reply, 0, 4096), Err(Error::Conflict { .. })));
+    world.sim.clear_faults().unwrap();
     world.retry_reclaims();
     world.map(1001, &other.reply, 0, 4096).unwrap();
     drop(other);
