@@ -214,7 +214,13 @@ impl Broker {
 
     fn abort(&self, id: LeaseId) {
         // The ledger knows this lease and that it is being acquired; it can't refuse.
-        let _ = self.books().ledger.apply(Request::Abort { lease: id });
+        let mut books = self.books();
+        let _ = books.ledger.apply(Request::Abort { lease: id });
+        // One that has ended meanwhile may have waited for this alone.
+        if books.ledger.lease(id).is_none() {
+            books.entries.remove(&id);
+        }
+        drop(books);
         self.has_changed();
     }
 

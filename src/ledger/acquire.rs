@@ -124,6 +124,8 @@ impl Ledger {
         for group in adding.groups {
             self.groups.remove(&group);
         }
+        // It may have ended meanwhile, and only this was left of it.
+        self.close(id);
         Ok(Vec::new())
     }
 

@@ -7,6 +7,7 @@ mod iommufd;
 mod plan;
 mod race;
 mod random;
+mod rebind;
 mod reclaim;
 mod restart;
 mod shared;

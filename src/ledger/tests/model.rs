@@ -330,6 +330,7 @@ impl Model {
         if self.holders[&lease].state == State::InFlight {
             self.holders.remove(&lease);
         }
+        self.forget();
     }
 
     /// A group leaves its address space, the last one takes what is mapped with it.
@@ -376,9 +377,8 @@ impl Model {
 
     /// What a keeper does for a lease that has ended, and tells. Each bit is a kernel call that fails.
     fn take_back(&mut self, lease: LeaseId, faults: u16) {
-        let in_flight = self.pending.iter().any(|pending| pending.lease == lease)
-            || self.mapped.values().flatten().any(|m| m.lease == lease && m.in_flight.is_some());
-        if in_flight {
+        let mut mapped = self.mapped.values().flatten();
+        if mapped.any(|m| m.lease == lease && m.in_flight.is_some()) {
             return;
         }
         let mut nth = 0;
@@ -388,7 +388,9 @@ impl Model {
         };
         let stuck = |id| Request::Stuck { group: id, why: busy(), at: 1 };
         self.undo_mappings(lease, &mut fails);
+        let fresh: Vec<_> = self.pending.iter().flat_map(|p| p.opened.clone()).collect();
         let groups = self.owner.iter().filter(|(_, owner)| **owner == lease);
+        let groups = groups.filter(|(id, _)| !fresh.contains(id));
         for id in groups.map(|(id, _)| *id).collect::<Vec<_>>() {
             if self.attached.contains_key(&id) {
                 if fails() || self.kept.get(&id) == Some(&Keeps::Device) {
