@@ -10,6 +10,7 @@ use crate::process::keeper::{LeaseState, Mappings, Phase, Stage, Told, Watch};
 use crate::process::link::{self, Answer, Asking, Lost};
 use crate::protocol::{Error, EventKind};
 use nix::errno::Errno;
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
@@ -258,13 +259,16 @@ async fn hear(broker: &Weak<Broker>, keeper: &Weak<KeeperHandle>, mut link: Aski
 }
 
 impl Broker {
-    /// The mappings of a lease that is not known here yet.
+    /// What a keeper has mapped for a lease that is not known here yet, or has not been able to undo.
     async fn learn_mappings(self: &Rc<Self>, keeper: &Rc<KeeperHandle>, state: &LeaseState) {
         let Ok(id) = state.record.lease.parse::<LeaseId>() else { return };
-        let known = self.books().ledger.lease(id).is_some_and(|lease| {
-            lease.mappings.len() as u64 >= state.mappings || state.mappings == 0
-        });
-        if known || state.mappings == 0 {
+        let lease = self.books().ledger.lease(id).cloned();
+        let known = lease.map(|lease| lease.mappings).unwrap_or_default();
+        let is_ending = state.phase == Phase::Ending;
+        let count = known.len() as u64;
+        // While it is held, calls that are under way are known here first.
+        if state.mappings == 0 || state.mappings == count || (count > state.mappings && !is_ending)
+        {
             return;
         }
         let Some(mut turn) = keeper.turn().await else { return };
@@ -275,6 +279,11 @@ impl Broker {
             all.extend(page.mappings);
             let Some(next) = last.checked_add(1) else { break };
             from = next;
+        }
+        let left: BTreeSet<u64> = all.iter().map(|(iova, _)| *iova).collect();
+        let gone = known.into_keys().filter(|iova| is_ending && !left.contains(iova));
+        for iova in gone {
+            self.report(Request::UnmapDone { lease: id, iova, gone: true });
         }
         self.report(Request::Mapped { lease: id, mappings: all });
     }

@@ -139,8 +139,9 @@ impl Keeper {
         lease.attempts.made += 1;
         lease.attempts.next = Some(Instant::now() + pause);
         let is_over = lease.state.groups.is_empty() && lease.mappings.is_empty();
-        let has_changed =
-            lease.state.call.is_some() || before.as_ref() != Some(&lease.state.groups);
+        let has_changed = lease.state.call.is_some()
+            || before.as_ref() != Some(&lease.state.groups)
+            || lease.state.mappings != lease.mappings.len() as u64;
         if is_over {
             self.forget(name);
         } else if has_changed {
