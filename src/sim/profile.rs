@@ -41,6 +41,12 @@ impl Profile {
         self < Profile::V7_2
     }
 
+    /// Whether a device leaves sysfs and its group before its driver waits for the last close; since
+    /// 6.6.
+    pub(crate) fn hides_before_waiting(self) -> bool {
+        self >= Profile::V6_12
+    }
+
     /// Whether MSI-X vectors can be added while it is on, as on x86 since 6.5.
     pub(crate) fn has_dynamic_msix(self) -> bool {
         self >= Profile::V6_12

@@ -31,7 +31,8 @@ impl Machine {
     pub(crate) fn cdev_number(&self, index: usize) -> Option<u32> {
         let device = self.devices.get(index)?;
         let noiommu = self.groups.get(&device.group).is_some_and(|group| group.facts.noiommu);
-        device.number.filter(|_| self.topology.has_cdev() && !noiommu && !device.leaving)
+        let registered = device.is_registered(self.profile());
+        device.number.filter(|_| self.topology.has_cdev() && !noiommu && registered)
     }
 
     pub(super) fn close_cdev(&mut self, file: FileId, index: usize) {

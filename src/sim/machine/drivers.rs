@@ -3,8 +3,12 @@
 use super::Machine;
 use super::device::DeviceState;
 use crate::bdf::Bdf;
+use crate::sim::profile::Profile;
 use nix::errno::Errno;
 use std::collections::BTreeSet;
+
+/// A write to a file of sysfs takes no more.
+const PAGE: usize = 4096;
 
 /// A file of sysfs that drivers are bound by.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +43,8 @@ impl Machine {
     ///
     /// # Errors
     /// ENODEV no such device, one that the driver is not on, or that it does not match; EBUSY a
-    /// device with a driver, or with VFs; EINVAL a name that is too long; and what the driver says.
+    /// device with a driver, or with VFs; EINVAL a name that is too long, or a probe that finds a
+    /// host driver for a device whose group is in use; and what the driver says.
     pub(crate) fn write_driver_file(
         &mut self,
         file: &DriverFile,
@@ -49,10 +54,12 @@ impl Machine {
         if bytes.is_empty() {
             return Ok(Written::Done);
         }
-        let text = std::str::from_utf8(bytes).map_err(|_| Errno::ENODEV)?;
+        let text = String::from_utf8_lossy(bytes);
         let text = text.split('\0').next().unwrap_or_default();
-        let named = || text.strip_suffix('\n').unwrap_or(text).parse().map_err(|_| Errno::ENODEV);
+        let named = || device_named(text.strip_suffix('\n').unwrap_or(text));
         match file {
+            // What follows a zero counts too.
+            DriverFile::Override(_) if bytes.len() >= PAGE - 1 => Err(Errno::EINVAL),
             DriverFile::Override(bdf) => self.set_override(*bdf, text),
             DriverFile::Unbind(driver) => self.unbind(named()?, driver),
             DriverFile::Bind(driver) => self.bind(named()?, driver),
@@ -61,10 +68,6 @@ impl Machine {
     }
 
     fn set_override(&mut self, bdf: Bdf, text: &str) -> Result<Written, Errno> {
-        const PAGE: usize = 4096;
-        if text.len() >= PAGE - 1 {
-            return Err(Errno::EINVAL);
-        }
         let device = self.named_device(bdf)?;
         if device.leaving {
             return Ok(Written::Locked(bdf));
@@ -114,6 +117,9 @@ impl Machine {
         let matching: Vec<_> = wanted.filter(|driver| device.matches(driver)).collect();
         let found = matching.into_iter().find(|driver| self.drivers.contains(driver));
         if let Some(driver) = found {
+            if self.keeps_out(bdf, Some(&driver)) {
+                return Err(Errno::EINVAL);
+            }
             // A driver that refuses is passed over in silence.
             let _ = self.set_driver(bdf, Some(&driver));
         }
@@ -144,8 +150,8 @@ impl Machine {
     ///
     /// # Errors
     /// ENODEV no such device; EBUSY it is open, an unbound cdev included, or a VF of it exists: the
-    /// kernel would wait, or destroy the VFs; EINVAL a bridge and a VFIO driver; EPERM its group is
-    /// in a container or an iommufd and the driver wants DMA for the host.
+    /// kernel would wait, or destroy the VFs; EBUSY too where its group is in a container or an
+    /// iommufd and the driver wants DMA for the host; EINVAL a bridge and a VFIO driver.
     pub fn set_driver(&mut self, bdf: Bdf, driver: Option<&str>) -> Result<(), Errno> {
         let index = self.devices.iter().position(|device| device.facts.bdf == bdf);
         let index = index.ok_or(Errno::ENODEV)?;
@@ -163,11 +169,8 @@ impl Machine {
         if bridge && to_vfio {
             return Err(Errno::EINVAL);
         }
-        let harmless = to_vfio || bridge || driver.is_none_or(|name| name == "pci-stub");
-        let attached = self.groups.get(&id).is_some_and(|group| group.container.is_some());
-        let owned = attached || self.dma_owner(id).is_some();
-        if owned && !harmless {
-            return Err(Errno::EPERM);
+        if self.keeps_out(bdf, driver) {
+            return Err(Errno::EBUSY);
         }
         let number = to_vfio.then(|| self.free_number(index));
         self.next += 1;
@@ -184,6 +187,18 @@ impl Machine {
             self.end_group(id);
         }
         Ok(())
+    }
+
+    /// Whether a driver wants DMA for the host from a device whose group is in use.
+    fn keeps_out(&self, bdf: Bdf, driver: Option<&str>) -> bool {
+        let device = self.devices.iter().find(|device| device.facts.bdf == bdf);
+        let Some(device) = device else { return false };
+        let harmless = device.facts.on_vfio(driver)
+            || device.facts.bridge
+            || driver.is_none_or(|name| name == "pci-stub");
+        let group = self.groups.get(&device.group);
+        let attached = group.is_some_and(|group| group.container.is_some());
+        !harmless && (attached || self.dma_owner(device.group).is_some())
     }
 
     /// The lowest N that no other device's `vfioN` has.
@@ -204,7 +219,19 @@ impl Machine {
     }
 }
 
+/// The device that the kernel knows by this very name.
+fn device_named(name: &str) -> Result<Bdf, Errno> {
+    let device = name.parse().ok().filter(|bdf: &Bdf| bdf.to_string() == name);
+    device.ok_or(Errno::ENODEV)
+}
+
 impl DeviceState {
+    /// Whether VFIO shows the device and opens it. Newer kernels hide it before they wait for the
+    /// last close.
+    pub(super) fn is_registered(&self, profile: Profile) -> bool {
+        self.on_vfio && !(self.leaving && profile.hides_before_waiting())
+    }
+
     /// Whether the kernel offers it to this driver.
     fn matches(&self, driver: &str) -> bool {
         match &self.driver_override {

@@ -26,8 +26,9 @@ impl Machine {
     /// EINVAL an option that is unknown, there twice or superfluous; EACCES no token or a wrong
     /// one.
     pub(super) fn matches(&mut self, index: usize, text: &[u8]) -> Result<bool, Errno> {
-        let registered = |device: &&super::device::DeviceState| device.on_vfio && !device.leaving;
-        let Some(device) = self.devices.get(index).filter(registered) else {
+        let profile = self.profile();
+        let device = self.devices.get(index).filter(|device| device.is_registered(profile));
+        let Some(device) = device else {
             return Ok(false);
         };
         let Some(mut rest) = text.strip_prefix(device.facts.bdf.to_string().as_bytes()) else {

@@ -34,10 +34,10 @@ impl Machine {
         self.devices.iter().enumerate().map(move |(index, device)| DeviceView {
             facts: &device.facts,
             group: device.group,
-            // Both go before the driver does.
+            // The link goes before the driver does.
             driver: device.driver.as_deref().filter(|_| !device.leaving),
             driver_override: device.driver_override.as_deref(),
-            number: device.number.filter(|_| !device.leaving),
+            number: device.number.filter(|_| device.is_registered(self.profile())),
             registration: device.registration,
             has_cdev: self.cdev_number(index).is_some(),
             vfs: vfs.get(&device.facts.bdf).cloned().unwrap_or_default(),

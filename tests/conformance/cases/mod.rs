@@ -20,6 +20,7 @@ mod names;
 mod regions;
 mod resets;
 mod sysfs;
+mod sysfs_writes;
 mod unmap;
 mod vaddr;
 
@@ -79,6 +80,7 @@ pub(crate) fn all() -> Vec<Case> {
         lifetimes::cases,
         drivers::cases,
         sysfs::cases,
+        sysfs_writes::cases,
         machines::cases,
     ] {
         all.extend(file());
@@ -107,6 +109,7 @@ pub(crate) fn all() -> Vec<Case> {
                 (case.machine, case.root) = ("no-iommu", true);
                 case.cdev = name.ends_with("_cdev");
             }
+            name if name.starts_with("sysfs_writes::") => case.cdev = name.ends_with("_cdev"),
             // What a kernel without them says.
             "iommufd::opens"
             | "cdev::nodes"
