@@ -2,7 +2,7 @@
 //!
 //! One thread serves all connections. Whatever can block in the kernel is done elsewhere: every call on
 //! a VFIO file in the lease's keeper ([`keepers`]), receiving and closing what peers sent in processes
-//! of their own ([`porter`]), and freeing guests' memory on closer threads ([`closer`]).
+//! of their own ([`receiver`]), and freeing guests' memory on closer threads ([`closer`]).
 
 mod accept;
 mod account;
