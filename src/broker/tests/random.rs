@@ -183,7 +183,8 @@ impl Story {
         let now: u64 = self.world.stats().spaces.iter().map(|space| space.mapped_bytes).sum();
         match done {
             Ok(()) => {
-                assert!(!met && now == mapped + size);
+                // Keepers of leases that are not over unmap meanwhile what was theirs.
+                assert!(!met && (!self.uncertain.is_empty() || now == mapped + size));
                 let beside: Vec<_> =
                     self.held.iter().filter(|h| h.reply.container == reply.container).collect();
                 let overlap = beside
@@ -194,7 +195,7 @@ impl Story {
                 self.held[lease].mapped.insert(iova, size);
             }
             Err(error) => {
-                assert_eq!(now, mapped, "{error}");
+                assert!(!self.uncertain.is_empty() || now == mapped, "{error}");
                 assert!(met || !matches!(error, Error::Kernel { .. }), "{error}");
             }
         }
@@ -356,7 +357,7 @@ impl Story {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, max_shrink_iters: 2000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 100, max_shrink_iters: 2000, ..ProptestConfig::default() })]
 
     #[test]
     fn kernel_books_and_holders_always_agree(ops in vec(op(), 1..40)) {
