@@ -7,36 +7,45 @@ use std::cell::RefCell;
 use std::io::Result;
 use std::os::fd::OwnedFd;
 use std::process::Child;
+use std::rc::Rc;
 
 /// Keepers that are processes of this program.
 #[derive(Debug)]
 pub(super) struct Processes {
     machine: Machine,
     place: Place,
-    /// Those that were started here and are not known to have ended.
-    children: RefCell<Vec<Child>>,
+    children: Children,
 }
+
+/// Those that were started here and are not known to have ended.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Children(Rc<RefCell<Vec<Child>>>);
 
 impl Processes {
     pub(super) fn new(machine: Machine, place: Place) -> Self {
-        Self { machine, place, children: RefCell::default() }
+        Self { machine, place, children: Children::default() }
+    }
+
+    pub(super) fn children(&self) -> &Children {
+        &self.children
+    }
+}
+
+impl Children {
+    /// Forgets those that have ended, and lets the kernel do so.
+    pub(super) fn reap(&self) {
+        self.0.borrow_mut().retain_mut(|child| matches!(child.try_wait(), Ok(None)));
     }
 
     fn add(&self, child: Child) {
-        let mut children = self.children.borrow_mut();
-        children.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-        children.push(child);
-    }
-
-    fn reap(&self) {
-        self.children.borrow_mut().retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        self.0.borrow_mut().push(child);
     }
 }
 
 impl Keepers for Processes {
     fn start(&self, name: &str) -> Result<[OwnedFd; 2]> {
         let (child, links) = start(&self.machine, &self.place, name)?;
-        self.add(child);
+        self.children.add(child);
         Ok(links)
     }
 
@@ -45,7 +54,6 @@ impl Keepers for Processes {
     }
 
     fn exists(&self, name: &str) -> bool {
-        self.reap();
         self.place.path().join(name).exists()
     }
 
@@ -54,7 +62,7 @@ impl Keepers for Processes {
     }
 
     fn salvage(&self, name: &str) -> Result<()> {
-        self.add(start_salvage(&self.machine, &self.place, name)?);
+        self.children.add(start_salvage(&self.machine, &self.place, name)?);
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! From the command line to the first connection, and from SIGTERM to the end.
 
-use super::keepers::Processes;
+use super::keepers::{Children, Processes};
 use super::listen::{self, Listening};
 use super::observer::DaemonObserver;
 use super::open_files::OpenFiles;
@@ -49,18 +49,21 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let runtime = Builder::new_current_thread().enable_all().max_blocking_threads(WORKERS).build();
     let runtime = runtime.map_err(StartError::set_up("the event loop"))?;
     let observer = Rc::new(DaemonObserver::new());
+    let processes = Processes::new(machine, place);
+    let children = processes.children().clone();
     let broker = Broker::new(Parts {
         kernel,
         policy,
         observer: observer.clone(),
-        keepers: Box::new(Processes::new(machine, place)),
+        keepers: Box::new(processes),
         patience: PATIENCE.iter().sum(),
         deadline: options.call_deadline,
     });
     let daemon = Daemon::new(broker, observer, OpenFiles::new(files), options)
         .map_err(StartError::set_up("the closer thread"))?;
     let (tasks, accounts) = (LocalSet::new(), Rc::clone(&daemon.accounts));
-    let served = tasks.block_on(&runtime, serve(Rc::new(daemon), &listening, sim.is_some()));
+    let served =
+        tasks.block_on(&runtime, serve(Rc::new(daemon), &listening, sim.is_some(), children));
     listening.remove_file();
     drop(only);
     // What peers sent and nobody has read must not be closed here, not even by the end of the process:
@@ -121,6 +124,7 @@ async fn serve(
     daemon: Rc<Daemon>,
     listening: &Listening,
     machine_ends: bool,
+    children: Children,
 ) -> Result<(), StartError> {
     let mut terminate =
         signal(SignalKind::terminate()).map_err(StartError::set_up("the SIGTERM handler"))?;
@@ -129,6 +133,13 @@ async fn serve(
     // What closing the terminal sends; it would end us without a word.
     let mut hang_up =
         signal(SignalKind::hangup()).map_err(StartError::set_up("the SIGHUP handler"))?;
+    let mut child =
+        signal(SignalKind::child()).map_err(StartError::set_up("the SIGCHLD handler"))?;
+    spawn_local(async move {
+        while child.recv().await.is_some() {
+            children.reap();
+        }
+    });
     let broker = Rc::clone(&daemon.broker);
     broker.adopt().map_err(|error| StartError::Adopt(error.to_string()))?;
     let socket = listening.listener.try_clone().map_err(StartError::set_up("the socket"))?;

@@ -55,7 +55,11 @@ pub fn rebind(
                 return Err(RebindError::NoOverride(device));
             }
             apply(kernel, &[probe(device)])?;
-            host::registration(kernel, device)?.map(drop).ok_or(RebindError::StillOpen(device))
+            match host::registration(kernel, device)? {
+                // Before Linux 6.6 it is there until the earlier unbind comes to its end.
+                Some(now) if now != registration => Ok(()),
+                _ => Err(RebindError::StillOpen(device)),
+            }
         }
     }
 }

@@ -53,12 +53,6 @@ impl Group {
         Self { file: OpenFile::new(kernel, fd, &node.to_string()), node }
     }
 
-    /// The same open file, with its calls made through another kernel.
-    #[must_use]
-    pub fn through(self, kernel: &Arc<dyn Kernel>) -> Self {
-        Self { file: self.file.through(kernel), ..self }
-    }
-
     /// Which node this is.
     pub fn node(&self) -> &Node {
         &self.node

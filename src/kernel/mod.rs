@@ -58,11 +58,6 @@ pub trait Kernel: Debug + Send + Sync {
     /// Makes one ioctl on `fd`. See [`Ioctl`] for how arguments, fds and buffers travel.
     fn ioctl(&self, fd: BorrowedFd<'_>, call: Ioctl<'_>) -> std::result::Result<Reply, Errno>;
 
-    /// Closes an open file that may be the last copy: which can take as long as any call on it.
-    fn close(&self, fd: OwnedFd) {
-        drop(fd);
-    }
-
     /// Reads a device region; returns the bytes read. See pread(2).
     fn pread(
         &self,

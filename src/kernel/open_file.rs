@@ -1,31 +1,16 @@
 //! An open file of a kernel: what all typed handles do with theirs.
 
-#![allow(unsafe_code)]
-
 use super::{Arg, Error, Ioctl, Kernel, Node, Reply, Request, Result};
 use nix::errno::Errno;
-use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-/// An open file, the kernel that it is of and closed through, and its name in messages.
+/// An open file, the kernel that it is of, and its name in messages.
 #[derive(Debug)]
 pub(super) struct OpenFile {
     pub(super) kernel: Arc<dyn Kernel>,
     pub(super) name: String,
-    fd: ManuallyDrop<OwnedFd>,
-    /// `fd` is somebody else's now, and not to be looked at.
-    is_taken: bool,
-}
-
-impl Drop for OpenFile {
-    fn drop(&mut self) {
-        if !self.is_taken {
-            // SAFETY: it has not been taken, and nothing looks at it after its end.
-            let fd = unsafe { ManuallyDrop::take(&mut self.fd) };
-            self.kernel.close(fd);
-        }
-    }
+    fd: OwnedFd,
 }
 
 impl AsFd for OpenFile {
@@ -35,10 +20,8 @@ impl AsFd for OpenFile {
 }
 
 impl From<OpenFile> for OwnedFd {
-    fn from(mut file: OpenFile) -> OwnedFd {
-        file.is_taken = true;
-        // SAFETY: this is the end of `file`, which is told so.
-        unsafe { ManuallyDrop::take(&mut file.fd) }
+    fn from(file: OpenFile) -> OwnedFd {
+        file.fd
     }
 }
 
@@ -50,12 +33,7 @@ impl OpenFile {
     }
 
     pub(super) fn new(kernel: Arc<dyn Kernel>, fd: OwnedFd, name: &str) -> Self {
-        Self { kernel, name: name.to_owned(), fd: ManuallyDrop::new(fd), is_taken: false }
-    }
-
-    pub(super) fn through(mut self, kernel: &Arc<dyn Kernel>) -> Self {
-        self.kernel = Arc::clone(kernel);
-        self
+        Self { kernel, name: name.to_owned(), fd }
     }
 
     /// What a failed call on it is told as.
