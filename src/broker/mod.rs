@@ -7,6 +7,7 @@ mod access;
 mod acquire;
 mod adopt;
 mod api;
+mod attend;
 mod books;
 mod dma;
 mod ending;
