@@ -2,7 +2,7 @@
 
 use super::connection::{Connection, Lost};
 use super::incoming::Sent;
-use super::outgoing::Answer;
+use super::outgoing::{Answer, has_room};
 use crate::broker::Delivery;
 use crate::protocol::{Acquire, Error, GetFds, MapDma, Release, UnmapDma};
 use std::future::Future;
@@ -13,6 +13,7 @@ use tokio::time::timeout;
 impl Connection {
     /// Answers a call whose reply a keeper sends.
     pub(super) async fn acquire(&self, request: Acquire) -> Result<Option<Answer>, Lost> {
+        has_room(&self.socket, self.daemon.deadlines.write).await?;
         let client = self.socket.as_fd();
         let broker = &self.daemon.broker;
         self.delivered(self.in_place(broker.acquire(&self.caller, client, &request)).await)
@@ -20,6 +21,7 @@ impl Connection {
 
     /// The same.
     pub(super) async fn get_fds(&self, request: GetFds) -> Result<Option<Answer>, Lost> {
+        has_room(&self.socket, self.daemon.deadlines.write).await?;
         let client = self.socket.as_fd();
         let broker = &self.daemon.broker;
         self.delivered(self.in_place(broker.get_fds(&self.caller, client, &request)).await)

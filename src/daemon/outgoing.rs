@@ -4,6 +4,7 @@ use crate::broker::advice;
 use crate::protocol::{Error, MAX_MESSAGE, Reply};
 use crate::sys::fdpass;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::MsgFlags;
 use serde::Serialize;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -94,6 +95,30 @@ pub(super) enum SendError {
     NotRead,
     #[error("sendmsg: {} ({_0:?})", _0.desc())]
     Errno(Errno),
+}
+
+/// Waits until a peer has read so much that a short reply surely fits: who else has the same container
+/// must not wait while a keeper sends it.
+///
+/// # Errors
+/// [`SendError::NotRead`]: it has not by then.
+pub(super) async fn has_room(
+    socket: &AsyncFd<OwnedFd>,
+    deadline: Duration,
+) -> Result<(), SendError> {
+    let room = async {
+        loop {
+            let mut writable = socket.writable().await.map_err(|_| SendError::NotRead)?;
+            // The kernel says so while three quarters of the socket's room are free.
+            let mut ask = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
+            match poll(&mut ask, PollTimeout::ZERO) {
+                Ok(0) => writable.clear_ready(),
+                Ok(_) => return Ok(()),
+                Err(errno) => return Err(SendError::Errno(errno)),
+            }
+        }
+    };
+    timeout(deadline, room).await.unwrap_or(Err(SendError::NotRead))
 }
 
 fn encode<T: Serialize>(message: &T) -> Vec<u8> {

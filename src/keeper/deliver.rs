@@ -14,8 +14,8 @@ use serde_json::Value;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-/// How long a client may take to read what it asked for.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a client may take to read what is in the way; the broker has seen that there is room.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// The files of a reply, each with what it is.
 #[derive(Default)]

@@ -120,6 +120,24 @@ fn fds_that_nobody_takes_out_of_the_queue() {
     });
 }
 
+/// Who shares what a keeper has is served beside one that reads nothing.
+#[test]
+fn a_reply_that_nobody_reads_is_no_keepers_to_wait_for() {
+    let setup = Setup::default().argument("--call-deadline", "600");
+    let daemon = Daemon::with(setup.argument("--write-deadline", "100000"));
+    beside(&daemon, || {
+        let mut client = daemon.connect();
+        let lease = Held::acquire(&mut client, DEVICE, "container");
+        let request = call("GetFds", &lease.key());
+        let greedy = daemon.connect();
+        greedy.stream.set_nonblocking(true).unwrap();
+        for _ in 0..200 {
+            while greedy.send_with(&request, &[]).is_ok() {}
+            client.call("GetFds", lease.key()).ok();
+        }
+    });
+}
+
 #[test]
 fn a_watcher_that_never_reads() {
     let daemon = Daemon::with(Setup::default().argument("--write-deadline", "300"));
