@@ -4,6 +4,7 @@
 use crate::DEVICE;
 use crate::common::raw::{Raw, Reply, call};
 use crate::common::{Daemon, Held, as_uid, read_all, until};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -13,8 +14,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 use vfio_broker::kernel::{Device, Iommufd, Mapped};
 use vfio_broker::sim::{Fault, Sim, Topology, Wire};
+
+/// How often the daemon is killed.
+const ROUNDS: usize = 60;
 
 /// Who else there is.
 const OTHER: u32 = 12345;
@@ -375,4 +380,70 @@ fn what_can_not_be_written_down_is_not_handed_out() {
     std::fs::rename(machine.directory.path().join("away"), machine.keepers()).unwrap();
     drop(acquired(&daemon));
     assert!(!states(&machine).is_empty());
+}
+
+/// What is delivered stays, and what is not undoes itself, wherever the daemon is killed in an Acquire.
+#[test]
+fn a_daemon_that_is_killed_at_any_moment_loses_nothing() {
+    const DEVICES: [&str; 4] = [DEVICE, "0000:66:00.0", "0000:67:00.0", "0000:68:00.0"];
+    const HANDOUTS: [&str; 4] = ["container", "group", "devices", "iommufd"];
+    let machine = Machine::start();
+    let mut daemon = machine.daemon();
+    let mut held: Vec<(usize, Held)> = Vec::new();
+    let (mut given, mut undone) = (0, 0);
+    for round in 0..ROUNDS {
+        let free = (0..DEVICES.len()).find(|n| held.iter().all(|(at, _)| at != n)).unwrap();
+        let mut client = daemon.connect();
+        let handout = HANDOUTS[round % HANDOUTS.len()];
+        let wanted = json!({ "vm": "v", "devices": [DEVICES[free]], "handout": handout });
+        client.send(&call("Acquire", &wanted));
+        // From before the call is read to after it is answered.
+        std::thread::sleep(Duration::from_micros((round as u64 * 7919) % 12_000));
+        end(daemon, Signal::SIGKILL);
+        match client.try_reply() {
+            Some(Reply::Ok(reply, fds)) => {
+                given += 1;
+                held.push((free, Held { reply, fds }));
+            }
+            Some(Reply::Error(name, parameters)) => panic!("{name}: {parameters}"),
+            None => undone += 1,
+        }
+        drop(client);
+        daemon = machine.daemon();
+        let mut client = daemon.connect();
+        let mut known: Vec<_> = held.iter().map(|(_, held)| held.reply["lease"].clone()).collect();
+        known.sort_by_key(Value::to_string);
+        until("it has what was delivered, and nothing else", || {
+            let (leases, _) = client.call("Leases", json!({})).ok();
+            let leases = leases["leases"].as_array().unwrap().iter();
+            let mut there: Vec<_> = leases.map(|lease| lease["lease"].clone()).collect();
+            there.sort_by_key(Value::to_string);
+            there == known
+        });
+        for (_, held) in &held {
+            let pipe = held.fds.last().unwrap();
+            let mut ask = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+            poll(&mut ask, PollTimeout::ZERO).unwrap();
+            assert_eq!(ask[0].revents(), Some(PollFlags::empty()), "a lease has ended");
+        }
+        if held.len() == 3 {
+            let (at, _) = held.remove(round % 3);
+            let bdf = DEVICES[at];
+            until("it can be had again by its tenant", || {
+                let (topology, _) = client.call("Topology", json!({})).ok();
+                let groups = topology["groups"].as_array().unwrap().iter();
+                let mut its = groups.filter(|group| group["devices"][0]["bdf"] == bdf);
+                its.next().unwrap()["state"] == "free"
+            });
+        }
+    }
+    assert!(given > 0 && undone > 0, "{given} were given, {undone} undone");
+    held.clear();
+    for bdf in DEVICES {
+        until("its driver can go", || machine.sim.set_driver(bdf, None).is_ok());
+        machine.sim.set_driver(bdf, Some("vfio-pci")).unwrap();
+    }
+    until("no keeper is left", || states(&machine).is_empty());
+    end(daemon, Signal::SIGTERM);
+    assert!(machine.sim.stats().unwrap().is_idle(), "{:#?}", machine.sim.stats());
 }
