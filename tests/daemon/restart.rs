@@ -390,23 +390,27 @@ fn a_daemon_that_is_killed_at_any_moment_loses_nothing() {
     let machine = Machine::start();
     let mut daemon = machine.daemon();
     let mut held: Vec<(usize, Held)> = Vec::new();
-    let (mut given, mut undone) = (0, 0);
+    let (mut given, mut undone, mut window) = (0, 0, Duration::from_millis(8));
     for round in 0..ROUNDS {
         let free = (0..DEVICES.len()).find(|n| held.iter().all(|(at, _)| at != n)).unwrap();
         let mut client = daemon.connect();
         let handout = HANDOUTS[round % HANDOUTS.len()];
         let wanted = json!({ "vm": "v", "devices": [DEVICES[free]], "handout": handout });
         client.send(&call("Acquire", &wanted));
-        // From before the call is read to after it is answered.
-        std::thread::sleep(Duration::from_micros((round as u64 * 7919) % 12_000));
+        // About when it is answered, which the rounds before have shown.
+        std::thread::sleep(window.mul_f64((round * 7919 % 160) as f64 / 100.0));
         end(daemon, Signal::SIGKILL);
         match client.try_reply() {
             Some(Reply::Ok(reply, fds)) => {
                 given += 1;
+                window = window.mul_f64(0.8);
                 held.push((free, Held { reply, fds }));
             }
             Some(Reply::Error(name, parameters)) => panic!("{name}: {parameters}"),
-            None => undone += 1,
+            None => {
+                undone += 1;
+                window = window.mul_f64(1.25);
+            }
         }
         drop(client);
         daemon = machine.daemon();
