@@ -196,7 +196,7 @@ impl Broker {
     }
 
     /// Decides which devices stand for "any of that kind": the free ones with the lowest
-    /// addresses. The caller enters them into the ledger under the same lock.
+    /// addresses. The caller enters them into the ledger before anything else can happen.
     pub(super) fn choose(
         &self,
         caller: &Caller,
