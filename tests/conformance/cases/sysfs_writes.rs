@@ -21,7 +21,6 @@ super::cases![
     bind_waits_for_an_unbind,
     a_host_driver_in_a_group_in_use,
     unbind_waits_for_an_unbound_cdev,
-    unbind_waits_for_a_bound_cdev,
     a_host_driver_beside_a_bound_cdev,
 ];
 
@@ -312,15 +311,6 @@ fn unbind_waits_for_an_unbound_cdev(t: &Script) {
         t.note("agent opens an iommufd", agent.ask("open-iommufd", &[]));
         t.note("agent binds", agent.ask("bind", &[]));
     });
-    afterwards(t);
-}
-
-fn unbind_waits_for_a_bound_cdev(t: &Script) {
-    let iommufd = t.iommufd();
-    let device = t.bound(device::EDU0, &iommufd);
-    let event = request_of(&device);
-    let waits = || assert!(event.read().is_ok());
-    unbind_held(t, device, waits, |agent| t.note("agent reads", agent.ask("ids", &[])));
     afterwards(t);
 }
 
