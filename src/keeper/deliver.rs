@@ -57,10 +57,15 @@ impl Keeper {
         lease.lifelines.extend(pipe.map(|(_, ours)| ours));
         lease.state.phase = Phase::Held;
         let pending = lease.pending.take();
+        let is_new = pending.is_some();
         lease.keep(pending);
-        self.touch(&name);
-        // The files are its holder's whatever comes of this; what was there before names them all.
-        let _ = self.save();
+        if is_new || call.lifeline {
+            self.touch(&name);
+        }
+        if is_new {
+            // The files are its holder's whatever comes of this; what stood there before names them all.
+            let _ = self.save();
+        }
         Ok(Delivered { whole, state: self.told(&name)?.state })
     }
 
