@@ -110,16 +110,14 @@ impl Broker {
     }
 
     /// The process of a keeper is no more: its leases have ended with it.
-    pub(super) fn end_with_keeper(self: &Rc<Self>, name: &str) {
-        let books = self.books();
-        let its = books.entries.values().filter(|entry| entry.keeper.name == name);
-        // Who takes it back begins with what was last written down.
-        let its: Vec<_> =
-            its.inspect(|entry| entry.revision.set(0)).map(|entry| entry.id).collect();
-        drop(books);
-        for id in its {
+    pub(super) fn end_with_keeper(self: &Rc<Self>, keeper: &KeeperHandle) {
+        for id in self.leases_of(keeper) {
+            if let Some(entry) = self.books().entries.get(&id) {
+                // Who takes it back begins with what was last written down.
+                entry.revision.set(0);
+            }
             if self.end(id, EventKind::Gone) {
-                warn!(lease = %id, keeper = name, "a lease has ended with its keeper");
+                warn!(lease = %id, keeper = keeper.name, "a lease has ended with its keeper");
             }
         }
     }
@@ -141,9 +139,7 @@ impl Broker {
             self.has_changed();
         }
     }
-}
 
-impl Broker {
     /// What a keeper has mapped for a lease that is not known here yet, or has not been able to undo.
     pub(super) async fn learn_mappings(
         self: &Rc<Self>,
@@ -151,15 +147,15 @@ impl Broker {
         state: &LeaseState,
     ) {
         let Ok(id) = state.record.lease.parse::<LeaseId>() else { return };
-        let lease = self.books().ledger.lease(id).cloned();
-        let known = lease.map(|lease| lease.mappings).unwrap_or_default();
+        let count = self.books().ledger.lease(id).map_or(0, |lease| lease.mappings.len() as u64);
         let is_ending = state.phase == Phase::Ending;
-        let count = known.len() as u64;
         // While it is held, calls that are under way are known here first.
         if state.mappings == 0 || state.mappings == count || (count > state.mappings && !is_ending)
         {
             return;
         }
+        let lease = self.books().ledger.lease(id).cloned();
+        let known = lease.map(|lease| lease.mappings).unwrap_or_default();
         let Some(mut turn) = keeper.turn().await else { return };
         let (mut all, mut from) = (Vec::new(), 0);
         while let Ok(page) = turn.ask(&Mappings { lease: id.to_string(), from }, &[]).await

@@ -74,7 +74,7 @@ async fn listen(broker: Weak<Broker>, keeper: Weak<KeeperHandle>, mut watch: Opt
         let is_under_way = salvaged.is_some_and(|at| at.elapsed() < SALVAGE);
         if !is_under_way && !keepers.has_files(&keeper.name) {
             salvaged = Some(Instant::now());
-            broker.end_with_keeper(&keeper.name);
+            broker.end_with_keeper(&keeper);
             if let Err(error) = keepers.salvage(&keeper.name) {
                 warn!(%error, keeper = keeper.name, "can't take back what a keeper has left");
             }

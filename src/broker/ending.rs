@@ -139,19 +139,21 @@ impl Broker {
         if matches!(state.phase, Phase::Ending | Phase::Gone) {
             self.end(id, EventKind::Gone);
         }
-        let Some(before) = self.books().ledger.lease(id).cloned() else { return };
-        let known = quarantined(&self.books(), id);
         let mut books = self.books();
-        let reports = reports(&books, &before, &state);
-        let has_reports = !reports.is_empty();
+        let Some(lease) = books.ledger.lease(id) else { return };
+        let reports = reports(&books, lease, &state);
+        if reports.is_empty() {
+            // As after each mapping: a lease can have very many, which are not copied for that.
+            drop(books);
+            return self.has_changed();
+        }
+        let (before, known) = (lease.clone(), quarantined(&books, id));
         for request in reports {
             let _ = books.ledger.apply(request);
         }
-        if has_reports {
-            // The last group to leave a shared container settles other members' mappings too.
-            let Books { ledger, entries, .. } = &mut *books;
-            entries.retain(|id, _| ledger.lease(*id).is_some());
-        }
+        // The last group to leave a shared container settles other members' mappings too.
+        let Books { ledger, entries, .. } = &mut *books;
+        entries.retain(|id, _| ledger.lease(*id).is_some());
         drop(books);
         self.has_changed();
         self.tell_outcome(&before, &known);
