@@ -14,6 +14,8 @@
 //! - `ledger`: who has what, and the rules of sharing (feature `daemon`).
 //! - `broker`: carries the ledger's decisions out on a kernel (feature `daemon`).
 //! - `keeper`: has one address space open, in a process of its own (feature `daemon`).
+//! - `launcher`: starts the broker and all other processes (feature `daemon`).
+//! - `receiver`: receives and closes what peers sent (feature `daemon`).
 //! - `process`: other processes of this program, and what is said to them (feature `daemon`).
 //! - `users`: the users and groups of this machine (feature `daemon`).
 //! - [`qmp`]: a running QEMU's monitor, and devices into it and out of it.
@@ -39,6 +41,8 @@ pub mod host;
 pub mod keeper;
 pub mod kernel;
 #[cfg(feature = "daemon")]
+pub mod launcher;
+#[cfg(feature = "daemon")]
 pub mod ledger;
 #[cfg(feature = "daemon")]
 pub mod pci;
@@ -49,6 +53,8 @@ pub mod process;
 pub mod protocol;
 #[cfg(feature = "client")]
 pub mod qmp;
+#[cfg(feature = "daemon")]
+pub mod receiver;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod sys;

@@ -3,21 +3,18 @@
 use clap::Parser;
 use std::io::Write;
 use std::process::ExitCode;
-use vfio_broker::daemon;
+use vfio_broker::launcher;
 
 /// Opens VFIO devices and hands the open files to unprivileged programs
 #[derive(Parser)]
 #[command(name = "vfio-brokerd", version)]
 struct Arguments {
     #[command(flatten)]
-    options: daemon::Options,
+    options: launcher::Options,
 }
 
 fn main() -> ExitCode {
-    if let Some(ended) = daemon::be_process_if_asked() {
-        return ended;
-    }
-    match daemon::run(&Arguments::parse().options) {
+    match launcher::run(&Arguments::parse().options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Where nobody reads it, the exit code has to do.

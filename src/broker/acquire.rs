@@ -15,7 +15,7 @@ use crate::protocol::{Acquire, Error, EventKind, Handout};
 use serde_json::{Map, Value, json};
 use std::os::fd::BorrowedFd;
 use std::rc::Rc;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
 /// Why nothing was reserved.
@@ -67,7 +67,9 @@ impl Broker {
         let (plan, chosen, effects) = self.reserve(caller, tenant, request, id, &known).await?;
         let entry = match known {
             Some(entry) => Ok(entry),
-            None => self.new_entry(id, tenant, &plan),
+            None => timeout_at(until, self.new_entry(id, tenant, &plan))
+                .await
+                .unwrap_or_else(|_| Err(error::no_answer("fork", "a keeper's process"))),
         };
         let entry = entry.inspect_err(|_| self.abort(id))?;
         let call =
@@ -225,7 +227,7 @@ impl Broker {
     }
 
     /// A new lease's entry: with a keeper of its own, or that of its shared container.
-    fn new_entry(
+    async fn new_entry(
         self: &Rc<Self>,
         id: LeaseId,
         tenant: &Tenant,
@@ -233,18 +235,22 @@ impl Broker {
     ) -> Result<Rc<Entry>, Error> {
         let key = Key::new()?;
         let keeper = match &plan.space {
-            Space::Shared { name, .. } => self.shared_keeper(name)?,
-            Space::None | Space::Own => self.start_keeper()?,
+            Space::Shared { name, .. } => self.shared_keeper(name).await?,
+            Space::None | Space::Own => self.start_keeper().await?,
         };
         Ok(Rc::new(Entry::new(id, &tenant.name, key, keeper)))
     }
 
-    fn shared_keeper(self: &Rc<Self>, container: &str) -> Result<Rc<KeeperHandle>, Error> {
-        let there = self.books().shared.get(container).and_then(std::rc::Weak::upgrade);
-        if let Some(keeper) = there {
+    async fn shared_keeper(self: &Rc<Self>, container: &str) -> Result<Rc<KeeperHandle>, Error> {
+        let there = || self.books().shared.get(container).and_then(std::rc::Weak::upgrade);
+        if let Some(keeper) = there() {
             return Ok(keeper);
         }
-        let keeper = self.start_keeper()?;
+        let keeper = self.start_keeper().await?;
+        // Another member can have been first meanwhile: one container has one keeper.
+        if let Some(first) = there() {
+            return Ok(first);
+        }
         self.books().shared.insert(container.to_owned(), Rc::downgrade(&keeper));
         Ok(keeper)
     }

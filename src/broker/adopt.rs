@@ -7,6 +7,7 @@ use super::key::Key;
 use super::{Broker, now};
 use crate::ledger::{Adopted, AdoptedGroup, Handed, LeaseId, Member, Request, Space, Trust};
 use crate::process::keeper::{LeaseState, Mappings, Phase, Stage};
+use crate::process::launcher::Standing;
 use crate::protocol::{Error, EventKind};
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -18,13 +19,14 @@ impl Broker {
     ///
     /// # Errors
     /// What a dead keeper wrote can't be relied on, or two claim the same.
-    pub fn adopt(self: &Rc<Self>) -> Result<(), Error> {
-        let all = self.keepers.all().map_err(|error| started("readdir", "keepers", &error))?;
-        for (name, saved) in all {
+    pub async fn adopt(self: &Rc<Self>) -> Result<(), Error> {
+        let all =
+            self.keepers.all().await.map_err(|error| started("readdir", "keepers", &error))?;
+        for (name, leases) in all {
             let keeper = Rc::new(KeeperHandle::new(name.clone()));
-            match saved {
-                Ok(saved) => {
-                    for state in saved.leases {
+            match leases {
+                Ok(leases) => {
+                    for state in leases {
                         let lease = &state.record.lease;
                         info!(
                             lease,
@@ -36,10 +38,10 @@ impl Broker {
                     }
                 }
                 // One that lives can be asked.
-                Err(why) if self.keepers.has_files(&name) => {
-                    warn!(why, "asking its keeper instead")
-                }
-                Err(why) => return Err(Error::bad(format!("keeper {name}"), why)),
+                Err(why) => match self.keepers.find(&name).await {
+                    Ok((Standing::Alive, _)) => warn!(why, "asking its keeper instead"),
+                    _ => return Err(Error::bad(format!("keeper {name}"), why)),
+                },
             }
             self.attend(&keeper, None);
         }

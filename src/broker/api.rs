@@ -1,9 +1,12 @@
 //! What the broker takes from and gives to the daemon.
 
 use crate::policy::Peer;
-use crate::process::keeper::Saved;
+use crate::process::keeper::LeaseState;
+use crate::process::launcher::Standing;
 use crate::protocol::Event;
+use std::future::Future;
 use std::os::fd::OwnedFd;
+use std::pin::Pin;
 
 /// Who calls: what the kernel says of the peer, never what it says of itself.
 #[derive(Clone, Debug)]
@@ -33,36 +36,33 @@ impl Observer for () {
     fn event(&self, _: &Event) {}
 }
 
+/// An answer of the launcher's, which is waited for.
+pub type Waiting<'a, T> = Pin<Box<dyn Future<Output = std::io::Result<T>> + 'a>>;
+
 /// The processes that have address spaces open. None of these calls waits for one of them.
 pub trait Keepers {
     /// Starts one under a name of its own; returns the link to ask it on, and the one to watch it on.
     ///
     /// # Errors
     /// What the start says: EAGAIN no more processes, EMFILE no more files.
-    fn start(&self, name: &str) -> std::io::Result<[OwnedFd; 2]>;
+    fn start<'a>(&'a self, name: &'a str) -> Waiting<'a, [OwnedFd; 2]>;
 
-    /// Two new links to one that is there. That they are made proves no life.
+    /// How one is, and two new links to it where one that is alive takes them.
     ///
     /// # Errors
-    /// ENOENT, ECONNREFUSED where nobody listens.
-    fn connect(&self, name: &str) -> std::io::Result<[OwnedFd; 2]>;
-
-    /// Whether one of this name has something to be known, living or dead.
-    fn exists(&self, name: &str) -> bool;
-
-    /// Whether its process has its files still, whatever state it is in.
-    fn has_files(&self, name: &str) -> bool;
+    /// It can't be told.
+    fn find<'a>(&'a self, name: &'a str) -> Waiting<'a, (Standing, Option<[OwnedFd; 2]>)>;
 
     /// Starts one that takes back what a dead one of this name has left.
     ///
     /// # Errors
     /// What the start says.
-    fn salvage(&self, name: &str) -> std::io::Result<()>;
+    fn salvage<'a>(&'a self, name: &'a str) -> Waiting<'a, ()>;
 
-    /// The names of all that are there, each with what it last wrote down; what can't be relied on
-    /// with the reason.
+    /// The names of all that have something, each with the leases that it last wrote down; what can't
+    /// be relied on with the reason.
     ///
     /// # Errors
     /// What reading their directory says.
-    fn all(&self) -> std::io::Result<Vec<(String, Result<Saved, String>)>>;
+    fn all(&self) -> Waiting<'_, Vec<(String, Result<Vec<LeaseState>, String>)>>;
 }

@@ -5,6 +5,7 @@ use super::Broker;
 use super::keeper::KeeperHandle;
 use crate::kernel;
 use crate::process::keeper::{Told, Watch};
+use crate::process::launcher::Standing;
 use crate::process::link::{self, Answer, Asking, Lost};
 use crate::protocol::Error;
 use nix::errno::Errno;
@@ -24,10 +25,10 @@ const SALVAGE: Duration = Duration::from_secs(2);
 
 impl Broker {
     /// Starts a keeper.
-    pub(super) fn start_keeper(self: &Rc<Self>) -> Result<Rc<KeeperHandle>, Error> {
+    pub(super) async fn start_keeper(self: &Rc<Self>) -> Result<Rc<KeeperHandle>, Error> {
         let name = super::key::new_lease_id()?.to_string();
         let failed = |error: std::io::Error| started("fork", "a keeper's process", &error);
-        let links = self.keepers.start(&name).map_err(failed)?;
+        let links = self.keepers.start(&name).await.map_err(failed)?;
         let keeper = Rc::new(KeeperHandle::new(name));
         let watch = self.link_up(&keeper, links).map_err(failed)?;
         self.attend(&keeper, Some(watch));
@@ -67,21 +68,26 @@ async fn listen(broker: Weak<Broker>, keeper: Weak<KeeperHandle>, mut watch: Opt
         }
         let (Some(broker), Some(keeper)) = (broker.upgrade(), keeper.upgrade()) else { return };
         keeper.set_link(None);
-        let keepers = &broker.keepers;
-        if !keepers.exists(&keeper.name) {
-            return broker.free_with_keeper(broker.leases_of(&keeper));
-        }
-        let is_under_way = salvaged.is_some_and(|at| at.elapsed() < SALVAGE);
-        if !is_under_way && !keepers.has_files(&keeper.name) {
-            salvaged = Some(Instant::now());
-            broker.end_with_keeper(&keeper);
-            if let Err(error) = keepers.salvage(&keeper.name) {
-                warn!(%error, keeper = keeper.name, "can't take back what a keeper has left");
+        let (keepers, name) = (&broker.keepers, &keeper.name);
+        let (standing, links) = keepers.find(name).await.unwrap_or_else(|error| {
+            debug!(%error, keeper = name, "it can't be told how a keeper is");
+            (Standing::Alive, None)
+        });
+        match standing {
+            Standing::Gone => return broker.free_with_keeper(broker.leases_of(&keeper)),
+            Standing::Dead if salvaged.is_none_or(|at| at.elapsed() >= SALVAGE) => {
+                salvaged = Some(Instant::now());
+                broker.end_with_keeper(&keeper);
+                if let Err(error) = keepers.salvage(name).await {
+                    warn!(%error, keeper = name, "can't take back what a keeper has left");
+                }
             }
+            Standing::Dead | Standing::Alive => {}
         }
-        match keepers.connect(&keeper.name).and_then(|links| broker.link_up(&keeper, links)) {
-            Ok(link) => watch = Some(link),
-            Err(error) => debug!(%error, keeper = keeper.name, "no way to a keeper"),
+        match links.map(|links| broker.link_up(&keeper, links)) {
+            Some(Ok(link)) => watch = Some(link),
+            Some(Err(error)) => debug!(%error, keeper = name, "no way to a keeper"),
+            None => {}
         }
         drop((broker, keeper));
         if watch.is_none() {
@@ -103,7 +109,7 @@ async fn hear(broker: &Weak<Broker>, keeper: &Weak<KeeperHandle>, mut link: Aski
     };
     loop {
         let parameters = match link.next_answer().await {
-            Ok(Answer::Reply(parameters)) => parameters,
+            Ok(Answer::Reply(parameters, _)) => parameters,
             Ok(Answer::Error(name, _)) => return Lost::Malformed(name),
             Err(lost) => return lost,
         };

@@ -91,8 +91,8 @@ impl Broker {
             Backend::Type1 => Node::Container,
             Backend::Iommufd => Node::Iommu,
         };
-        if let Err(errno) = self.kernel.open(&node) {
-            return Err(error::no_node(kernel::Error::new("open", node.to_string(), errno)));
+        if let Err(errno) = self.kernel.find(&node) {
+            return Err(error::no_node(kernel::Error::new("stat", node.to_string(), errno)));
         }
         match (backend, given.without_cdev) {
             (Backend::Iommufd, Some(bdf)) => Err(error::no_cdev(bdf)),

@@ -91,7 +91,7 @@ impl Turn {
             NotDone::Lost(Lost::Malformed(format!("{}: {error}", C::NAME)))
         };
         match self.0.next_answer().await.map_err(NotDone::Lost)? {
-            Answer::Reply(parameters) => serde_json::from_str(&parameters).map_err(malformed),
+            Answer::Reply(parameters, _) => serde_json::from_str(&parameters).map_err(malformed),
             Answer::Error(name, parameters) if name == FAILED => {
                 let Failed { failure } = serde_json::from_str(&parameters).map_err(malformed)?;
                 Err(NotDone::Failed(failure))

@@ -21,7 +21,7 @@ mod plan;
 mod proof;
 mod queries;
 
-pub use api::{Caller, Delivery, Keepers, Observer};
+pub use api::{Caller, Delivery, Keepers, Observer, Waiting};
 pub use error::advice;
 pub use queries::Tour;
 

@@ -2,7 +2,7 @@
 //! other. It ends with its standard input, so it never outlives who started it.
 
 use super::Failure;
-use crate::daemon::{self, Options};
+use crate::launcher::{self, Options};
 use clap::{CommandFactory, Parser};
 use nix::sys::signal::{Signal, kill};
 use std::ffi::OsString;
@@ -42,7 +42,7 @@ pub(super) fn run(args: Args) -> Result<(), Failure> {
         }
         let _ = kill(nix::unistd::getpid(), Signal::SIGTERM);
     });
-    daemon::run(&arguments.options).map_err(|error| Failure::new(error.to_string()))
+    launcher::run(&arguments.options).map_err(|error| Failure::new(error.to_string()))
 }
 
 /// Removes a directory in which files may still be made.

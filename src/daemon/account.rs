@@ -2,6 +2,7 @@
 //! tenant, by uid.
 
 use super::closer::{CloseQueue, Closer};
+use super::launcher_link::LauncherLink;
 use super::rate_limit::RateLimit;
 use super::receiver::{MOST_OF_OWNER, SocketCloser, Unkillable};
 use crate::policy::{Peer, Policy, Refusal, Tenant};
@@ -45,6 +46,7 @@ const TENANT_UNREAD: usize = 64 << 10;
 /// All accounts, and all connections.
 #[derive(Debug)]
 pub(super) struct Accounts {
+    launcher: Rc<LauncherLink>,
     closer: Closer,
     /// One of each for all strangers: with their own, many uids could hold up all closer threads
     /// and have any number of receivers.
@@ -95,11 +97,12 @@ pub(super) struct ConnectionCharge {
 }
 
 impl Accounts {
-    pub(super) fn new(most_connections: usize, closer: Closer) -> Self {
+    pub(super) fn new(launcher: Rc<LauncherLink>, most_connections: usize, closer: Closer) -> Self {
         let strangers_close_queue = closer.queue();
         Self {
             closer,
-            strangers_socket_closer: Rc::default(),
+            strangers_socket_closer: SocketCloser::new(Rc::clone(&launcher)),
+            launcher,
             strangers_close_queue,
             strangers_denials: Rc::new(RefCell::new(RateLimit::new(STRANGERS_DENIALS))),
             strangers: Cell::new(0),
@@ -155,21 +158,22 @@ impl Accounts {
 
     /// No socket closer starts anything any more.
     pub(super) fn end(&self) {
-        self.each_socket_closer(SocketCloser::end);
+        self.socket_closers().iter().for_each(|closer| closer.end());
     }
 
     /// Hands all connections that are left, once nobody serves them, to processes that close them.
-    pub(super) fn hand_over_connections(&self) {
-        self.each_socket_closer(|closer| {
-            if let Err(error) = closer.hand_over_the_rest() {
+    pub(super) async fn hand_over_connections(&self) {
+        for closer in self.socket_closers() {
+            if let Err(error) = closer.hand_over_the_rest().await {
                 warn!(%error, "can't hand over connections: their close may hold up the end");
             }
-        });
+        }
     }
 
-    fn each_socket_closer(&self, visit: impl Fn(&SocketCloser)) {
-        visit(&self.strangers_socket_closer);
-        self.by_owner.borrow().values().for_each(|account| visit(&account.socket_closer));
+    fn socket_closers(&self) -> Vec<Rc<SocketCloser>> {
+        let by_owner = self.by_owner.borrow();
+        let all = by_owner.values().map(|account| &account.socket_closer);
+        all.chain([&self.strangers_socket_closer]).map(Rc::clone).collect()
     }
 
     /// The account of a peer. A tenant's stays; a stranger's goes some time after its last
@@ -186,7 +190,7 @@ impl Accounts {
         }
         by_owner.retain(|_, account| !account.is_forgettable());
         let (close_queue, socket_closer) = match &tenant {
-            Ok(_) => (self.closer.queue(), Rc::default()),
+            Ok(_) => (self.closer.queue(), SocketCloser::new(Rc::clone(&self.launcher))),
             Err(_) => {
                 (self.strangers_close_queue.clone(), Rc::clone(&self.strangers_socket_closer))
             }

@@ -15,7 +15,7 @@ pub enum LogFormat {
 }
 
 /// Starts logging. `RUST_LOG` may be one of error, warn, info, debug and trace.
-pub(super) fn start(format: LogFormat) {
+pub(crate) fn start(format: LogFormat) {
     let asked = std::env::var("RUST_LOG").ok().and_then(|level| level.parse().ok());
     let level: LevelFilter = asked.unwrap_or(LevelFilter::INFO);
     // A log that nobody reads any more must not end the daemon: complaining on the same standard

@@ -9,35 +9,31 @@ mod account;
 mod calls;
 mod closer;
 mod connection;
-mod file_mode;
 mod incoming;
 mod introspect;
-mod keepers;
-mod listen;
+mod launcher_link;
 mod lists;
-mod log;
+pub(crate) mod log;
 mod observer;
 mod open_files;
-mod options;
 mod outgoing;
 mod peer;
 mod peer_socket;
 mod rate_limit;
 mod receiver;
 mod start;
-mod start_error;
 mod watch;
 
 pub use log::LogFormat;
-pub use options::Options;
-pub use start::run;
-pub use start_error::StartError;
+pub(crate) use start::{Given, run};
 
 use crate::broker::Broker;
+use crate::launcher::Options;
 use crate::policy::{Peer, Policy};
 use crate::protocol::{Error, MAX_MESSAGE};
 use account::{Account, Accounts};
 use closer::Closer;
+use launcher_link::LauncherLink;
 use observer::DaemonObserver;
 use open_files::OpenFiles;
 use receiver::Receivers;
@@ -45,18 +41,6 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tracing::{debug, info, warn};
-
-/// Does what one of the daemon's own processes is for, if this program was started as one: call it
-/// first of all in `main`.
-pub fn be_process_if_asked() -> Option<std::process::ExitCode> {
-    receiver::be_one_if_asked().or_else(crate::keeper::be_one_if_asked)
-}
-
-/// The arguments, if this program was started under that name.
-fn started_as(name: &str) -> Option<std::env::ArgsOs> {
-    let mut args = std::env::args_os();
-    (args.next()? == name).then_some(args)
-}
 
 /// What all connections share; lives on the event loop.
 struct Daemon {
@@ -83,6 +67,7 @@ impl Daemon {
     fn new(
         broker: Rc<Broker>,
         observer: Rc<DaemonObserver>,
+        launcher: Rc<LauncherLink>,
         open_files: OpenFiles,
         options: &Options,
     ) -> std::io::Result<Self> {
@@ -92,8 +77,12 @@ impl Daemon {
         Ok(Self {
             broker,
             observer,
-            accounts: Rc::new(Accounts::new(most_connections, Closer::new()?)),
-            receivers: Rc::default(),
+            accounts: Rc::new(Accounts::new(
+                Rc::clone(&launcher),
+                most_connections,
+                Closer::new()?,
+            )),
+            receivers: Rc::new(Receivers::new(launcher)),
             open_files,
             deadlines: Deadlines {
                 call: options.call_deadline,

@@ -2,37 +2,36 @@
 //! which that happens can't even be killed (a FUSE file whose server keeps quiet); and what it waits
 //! for may be something that only this process still has.
 //!
-//! So a *receiver* receives, checks and closes them: this program again, in a process of its own, with
-//! no privileges and none of the daemon's files, started for each message that brings any. It passes
-//! on only files that can be memory. A receiver that takes too long is killed; one that even a kill
+//! So a *receiver* ([`crate::receiver`]) receives, checks and closes them, in a process of its own,
+//! with no privileges and none of the daemon's files, started for each message that brings any. It
+//! passes on only files that can be memory. A receiver that takes too long is killed; one that even a kill
 //! does not end counts against the account that it was started for. Sockets that may hold something
-//! unread are closed by a second role of the same program ([`socket_closer`]).
+//! unread are closed by another such process ([`socket_closer`]).
 
-mod role;
 mod socket_closer;
 
-pub(super) use role::be_one_if_asked;
 pub(super) use socket_closer::SocketCloser;
 
 use super::account::Account;
+use super::launcher_link::LauncherLink;
+use crate::process::launcher::{KillHelper, StartHelper};
+use crate::process::role::Helper;
 use crate::protocol::Error;
-use crate::sys::fdpass;
+use crate::receiver::{MOST_BYTES, Report};
+use crate::sys::fdpass::{self, ReceiveError, Received};
+use crate::sys::peer::is_alive;
+use crate::sys::readiness::watch;
 use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, setsockopt, shutdown, socketpair,
-    sockopt,
-};
-use nix::sys::time::TimeVal;
-use role::{NAME, Report, Role};
+use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::Semaphore;
-use tokio::task::spawn_blocking;
+use tokio::time::timeout;
 
 /// Receivers at a time that take messages: for one uid, for one owner, and for all.
 const MOST_OF_UID: usize = 4;
@@ -49,6 +48,9 @@ const MOST_UNKILLABLE_OF_OWNER: usize = 16;
 /// How long a receiver may take to hand over what it received, and then to close the rest.
 const PATIENCE: Duration = Duration::from_secs(10);
 const CLOSING_PATIENCE: Duration = Duration::from_millis(200);
+
+/// How long a process may take to end that was killed.
+const KILLED: Duration = Duration::from_millis(500);
 
 /// A message that came with open files.
 #[derive(Debug)]
@@ -72,17 +74,16 @@ pub(super) enum NotTaken {
 /// All receivers. Lives on the event loop.
 #[derive(Debug)]
 pub(super) struct Receivers {
+    launcher: Rc<LauncherLink>,
     places: Semaphore,
     by_uid: RefCell<HashMap<u32, Rc<Semaphore>>>,
 }
 
-impl Default for Receivers {
-    fn default() -> Self {
-        Self { places: Semaphore::new(MOST), by_uid: RefCell::default() }
-    }
-}
-
 impl Receivers {
+    pub(super) fn new(launcher: Rc<LauncherLink>) -> Self {
+        Self { launcher, places: Semaphore::new(MOST), by_uid: RefCell::default() }
+    }
+
     /// Takes the message at the head of a socket, which has files with it.
     ///
     /// # Errors
@@ -97,15 +98,17 @@ impl Receivers {
             return Err(NotTaken::Unkillable(unkillable));
         }
         let of_uid = self.of(uid);
-        let socket = socket.try_clone().map_err(NotTaken::Failed)?;
         let ending = |_| NotTaken::Failed(Errno::ECANCELED.into());
         let _of_uid = of_uid.acquire().await.map_err(ending)?;
         let _of_owner = account.receivers.acquire().await.map_err(ending)?;
         let _of_all = self.places.acquire().await.map_err(ending)?;
-        let done = spawn_blocking(move || take(socket)).await;
-        let (result, left) = done.map_err(|error| NotTaken::Failed(error.into()))?;
-        account.unkillable.0.borrow_mut().extend(left.map(|child| (uid, child)));
-        result
+        let receiver = HelperProcess::start(&self.launcher, Helper::Receiver).await;
+        let receiver = receiver.map_err(NotTaken::Failed)?;
+        let taken = take(&receiver, socket).await;
+        if let Err(unkillable) = receiver.end_within(&self.launcher, CLOSING_PATIENCE).await {
+            account.unkillable.0.borrow_mut().push((uid, unkillable));
+        }
+        taken
     }
 
     fn of(&self, uid: u32) -> Rc<Semaphore> {
@@ -120,87 +123,92 @@ impl Receivers {
 
 /// An owner's receivers that did not end even when they were killed, with whom they were started for.
 #[derive(Debug, Default)]
-pub(super) struct Unkillable(RefCell<Vec<(u32, Child)>>);
+pub(super) struct Unkillable(RefCell<Vec<(u32, OwnedFd)>>);
 
 impl Unkillable {
     /// How many there are, where that is too many for one more of this uid.
     fn are_too_many(&self, uid: u32) -> Option<usize> {
         let mut unkillable = self.0.borrow_mut();
-        unkillable.retain_mut(|(_, child)| matches!(child.try_wait(), Ok(None)));
+        unkillable.retain(|(_, pidfd)| has_not_ended(pidfd));
         let own = unkillable.iter().filter(|(of, _)| *of == uid).count();
         (own >= MOST_UNKILLABLE || unkillable.len() >= MOST_UNKILLABLE_OF_OWNER)
             .then_some(unkillable.len())
     }
 }
 
-/// Has a receiver take a message; also gives the receiver where it does not end.
-fn take(socket: OwnedFd) -> (Result<Taken, NotTaken>, Option<Child>) {
-    let failed = || Err(NotTaken::Failed(Errno::EPROTO.into()));
-    let mut receiver = match Helper::start(Role::Take) {
-        Ok(receiver) => receiver,
-        Err(error) => return (Err(NotTaken::Failed(error)), None),
-    };
-    let (ours, flags) = (receiver.socket.as_fd(), MsgFlags::empty());
+/// Has a receiver take a message.
+async fn take(receiver: &HelperProcess, socket: &OwnedFd) -> Result<Taken, NotTaken> {
+    let failed = || NotTaken::Failed(Errno::EPROTO.into());
+    let link = &receiver.link;
     // It fails where the receiver died, and then there is no report either.
-    let _ = fdpass::send(ours, b"f", &[socket.as_fd()], flags);
-    let _ = shutdown(ours.as_raw_fd(), Shutdown::Write);
-    // The connection has it still: at the daemon's end no thread must keep a copy.
-    drop(socket);
-    let mut buffer = vec![0; role::MOST_BYTES];
-    let taken = match fdpass::receive(ours, &mut buffer, fdpass::MAX_FDS, flags) {
-        Ok(got) => Report::decode(&buffer[..got.len])
-            .map_or_else(failed, |report| report.into_taken(got.fds)),
-        Err(_) => failed(),
-    };
-    let ended = receiver.ends_within(CLOSING_PATIENCE);
-    (taken, (!ended).then_some(receiver.child))
+    let _ = fdpass::send(link.as_fd(), b"f", &[socket.as_fd()], MsgFlags::MSG_DONTWAIT);
+    let _ = shutdown(link.as_raw_fd(), Shutdown::Write);
+    let mut buffer = vec![0; MOST_BYTES];
+    let got = timeout(PATIENCE, receive(link, &mut buffer)).await;
+    let got = got.ok().and_then(Result::ok).ok_or_else(failed)?;
+    let report = Report::decode(&buffer[..got.len]).ok_or_else(failed)?;
+    taken(report, got.fds)
 }
 
-/// A process of this program that was started, and the socket to it.
-#[derive(Debug)]
-struct Helper {
-    child: Child,
-    socket: OwnedFd,
-}
-
-impl Helper {
-    fn start(role: Role) -> std::io::Result<Self> {
-        let (socket, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-        let patience = TimeVal::new(PATIENCE.as_secs().cast_signed(), 0);
-        setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
-        setsockopt(&socket, sockopt::SendTimeout, &patience)?;
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0(NAME).arg(role.name()).env_clear().stdin(theirs);
-        command.stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/");
-        Ok(Self { child: command.spawn()?, socket })
-    }
-
-    /// Waits for its end, and kills it when the time is up. False if even that does not end it.
-    fn ends_within(&mut self, patience: Duration) -> bool {
-        // It says nothing when it ends: it is asked, at first often.
-        const KILLED: Duration = Duration::from_millis(500);
-        let until = Instant::now() + patience;
-        let mut killed_until = None;
-        let mut pause = Duration::from_micros(100);
-        loop {
-            match self.child.try_wait() {
-                Ok(Some(_)) | Err(_) => return true,
-                Ok(None) => {}
-            }
-            let now = Instant::now();
-            match killed_until {
-                None if now >= until => {
-                    let _ = self.child.kill();
-                    killed_until = Some(now + KILLED);
-                    pause = Duration::from_micros(100);
-                }
-                Some(end) if now >= end => return false,
-                _ => {
-                    std::thread::sleep(pause);
-                    pause = (pause * 2).min(Duration::from_millis(10));
-                }
-            }
+async fn receive(link: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> std::io::Result<Received> {
+    loop {
+        let mut readable = link.readable().await?;
+        let flags = MsgFlags::MSG_DONTWAIT;
+        match fdpass::receive(link.as_fd(), buffer, fdpass::MAX_FDS, flags) {
+            Err(ReceiveError::Errno(Errno::EAGAIN)) => readable.clear_ready(),
+            got => return got.map_err(std::io::Error::other),
         }
     }
+}
+
+fn taken(report: Report, files: Vec<OwnedFd>) -> Result<Taken, NotTaken> {
+    if report.too_many {
+        return Err(NotTaken::TooMany);
+    }
+    let mut good = files.into_iter();
+    let each = report.refused.into_iter().map(|refused| match refused {
+        Some(reason) => Ok(Err(Error::bad("memory", reason))),
+        None => good.next().map(Ok).ok_or(()),
+    });
+    let files = each.collect::<Result<_, ()>>();
+    let files = files.map_err(|()| NotTaken::Failed(Errno::EPROTO.into()))?;
+    Ok(Taken { bytes: report.bytes, files })
+}
+
+/// A process that the launcher has started, and the link to it.
+#[derive(Debug)]
+struct HelperProcess {
+    pid: i32,
+    pidfd: AsyncFd<OwnedFd>,
+    link: AsyncFd<OwnedFd>,
+}
+
+impl HelperProcess {
+    async fn start(launcher: &LauncherLink, helper: Helper) -> std::io::Result<Self> {
+        let (started, fds) = launcher.ask(&StartHelper { helper }).await?;
+        let fds = <[OwnedFd; 2]>::try_from(fds);
+        let [link, pidfd] = fds.map_err(|_| std::io::Error::from(Errno::EPROTO))?;
+        let link = watch(link, Interest::READABLE | Interest::WRITABLE)?;
+        Ok(Self { pid: started.pid, pidfd: watch(pidfd, Interest::READABLE)?, link })
+    }
+
+    /// Waits for its end, and has it killed when the time is up. Gives its pidfd where even that does
+    /// not end it.
+    async fn end_within(self, launcher: &LauncherLink, patience: Duration) -> Result<(), OwnedFd> {
+        let Self { pid, pidfd, link } = self;
+        drop(link);
+        if timeout(patience, pidfd.readable()).await.is_ok() {
+            return Ok(());
+        }
+        let _ = launcher.ask(&KillHelper { pid }).await;
+        match timeout(KILLED, pidfd.readable()).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(pidfd.into_inner()),
+        }
+    }
+}
+
+/// Whether a process is there still; one of which that can't be told is.
+fn has_not_ended(pidfd: &OwnedFd) -> bool {
+    is_alive(pidfd.as_fd()).unwrap_or(true)
 }

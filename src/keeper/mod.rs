@@ -15,9 +15,9 @@ mod serve;
 mod state_file;
 mod take_back;
 
-pub use process::{Machine, be_one_if_asked, start, start_salvage};
+pub use process::{Machine, keep, links};
 pub use serve::{Links, run};
-pub use state_file::{Found, Place};
+pub use state_file::Place;
 
 use crate::kernel::{Group, Kernel};
 use crate::process::keeper::{Changed, Failure, GroupState, LeaseState, Phase, Stage, UnderWay};

@@ -54,7 +54,7 @@ pub fn run(
         if let Some(link) = links.first.first().and_then(|link| link.try_clone().ok()) {
             // Whoever asks first is told why it can't begin.
             let failed = Failed { failure: error.clone().into() };
-            let _ = Answering::new(link).send(&link::error(FAILED, &failed));
+            let _ = Answering::new(link).send(&link::error(FAILED, &failed), &[]);
         }
     });
     let (file, listener, saved) = begun?;
@@ -159,7 +159,7 @@ impl Keeper {
             // Those who watch hear of it before the one who asked can ask again.
             self.tell();
             if let Some(answer) = answer {
-                self.link_mut(id)?.answering.send(&answer)?;
+                self.link_mut(id)?.answering.send(&answer, &[])?;
             }
         }
         Ok(())
@@ -213,7 +213,7 @@ impl Keeper {
             while let Some(name) = untold.first().cloned() {
                 if let Some(state) = state(&name) {
                     let told = Told { state: Some(state.clone()) };
-                    match link.answering.send(&link::reply(&told, true)) {
+                    match link.answering.send(&link::reply(&told, true), &[]) {
                         Ok(()) => {}
                         Err(Lost::Errno { errno: Errno::EAGAIN, .. }) => break,
                         // Its end is seen when it is read from.
@@ -224,7 +224,7 @@ impl Keeper {
             }
             if link.is_listing && untold.is_empty() {
                 let all = link::reply(&Told { state: None }, true);
-                link.is_listing = link.answering.send(&all).is_err();
+                link.is_listing = link.answering.send(&all, &[]).is_err();
             }
         }
         let untold = self.links.iter().filter_map(|link| link.untold.as_ref());

@@ -7,6 +7,7 @@
 
 use crate::kernel::{Error, Result};
 use crate::process::keeper::{LeaseState, Saved, VERSION};
+use crate::process::launcher::{Kept, Standing};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::libc::{O_NOFOLLOW, O_NONBLOCK};
@@ -38,17 +39,6 @@ pub(super) struct StateFile {
     _lock: Flock<File>,
 }
 
-/// What a keeper's directory says to whoever looks into it.
-#[derive(Debug)]
-pub enum Found {
-    /// Nothing of this start of the kernel.
-    Nothing,
-    /// What the keeper last wrote.
-    Saved(Saved),
-    /// What is there can't be relied on; why.
-    Unusable(String),
-}
-
 impl Place {
     /// That directory, made if there is none; whose files others could replace is no good.
     ///
@@ -64,11 +54,6 @@ impl Place {
             return Err(Error::new("stat", directory.to_string_lossy(), Errno::EPERM));
         }
         Ok(Self(directory.to_owned()))
-    }
-
-    /// One that is there.
-    pub(super) fn at(directory: &Path) -> Self {
-        Self(directory.to_owned())
     }
 
     /// Where it is.
@@ -91,28 +76,42 @@ impl Place {
         Ok(names)
     }
 
-    /// What a keeper wrote last.
-    pub fn read(&self, name: &str) -> Found {
+    /// What a keeper wrote last. What says of itself that it is over is taken away.
+    pub fn kept(&self, name: &str) -> Kept {
         let path = self.0.join(name).join("state");
-        let unusable = |why: String| Found::Unusable(format!("{}: {why}", path.display()));
-        let text = match read_own(&path) {
-            Ok(Some(text)) => text,
-            Ok(None) => return Found::Nothing,
+        let unusable = |why: String| Kept::Unusable(format!("{}: {why}", path.display()));
+        let saved = match read_own(&path) {
+            Ok(text) => text.map(|text| serde_json::from_str::<Saved>(&text)),
             Err(error) => return unusable(error.to_string()),
         };
-        let saved: Saved = match serde_json::from_str(&text) {
-            Ok(saved) => saved,
-            Err(error) => return unusable(error.to_string()),
-        };
-        match boot_id() {
-            Ok(boot) if boot != saved.boot => Found::Nothing,
-            Ok(_) => Found::Saved(saved),
-            Err(error) => unusable(error.to_string()),
+        match (saved, boot_id()) {
+            (Some(Err(error)), _) => unusable(error.to_string()),
+            (_, Err(error)) => unusable(error.to_string()),
+            (Some(Ok(saved)), Ok(boot)) if saved.boot == boot => match saved.version {
+                0..=VERSION => Kept::Leases(saved.leases),
+                newer => unusable(format!("of version {newer}; this daemon understands {VERSION}")),
+            },
+            _ if self.is_locked(name) => Kept::Leases(Vec::new()),
+            // Of another start of the kernel, or of one that never had anything.
+            _ => {
+                remove(&self.0.join(name));
+                Kept::Nothing
+            }
         }
     }
 
+    /// How a keeper is, and two links to it where one that is alive takes them.
+    pub fn find(&self, name: &str) -> (Standing, Option<[OwnedFd; 2]>) {
+        if !self.0.join(name).exists() {
+            return (Standing::Gone, None);
+        }
+        let standing = if self.is_locked(name) { Standing::Alive } else { Standing::Dead };
+        let links = self.connect(name).and_then(|first| Ok([first, self.connect(name)?]));
+        (standing, links.ok().filter(|_| standing == Standing::Alive))
+    }
+
     /// Whether a keeper's process has its files still, whatever state it is in.
-    pub fn is_locked(&self, name: &str) -> bool {
+    fn is_locked(&self, name: &str) -> bool {
         match open_lock(&self.0.join(name)) {
             Ok(file) => Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err(),
             Err(_) => false,
@@ -124,17 +123,12 @@ impl Place {
     ///
     /// # Errors
     /// What connect(2) says.
-    pub fn connect(&self, name: &str) -> std::result::Result<OwnedFd, Errno> {
+    fn connect(&self, name: &str) -> std::result::Result<OwnedFd, Errno> {
         let directory = File::open(self.0.join(name)).map_err(|error| errno(&error))?;
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
         connect(socket.as_raw_fd(), &address(&directory)?)?;
         Ok(socket)
-    }
-
-    /// Takes away what a keeper left of which nothing is to be known any more.
-    pub fn remove(&self, name: &str) {
-        remove(&self.0.join(name));
     }
 }
 

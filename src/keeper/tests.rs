@@ -6,6 +6,7 @@ use crate::process::keeper::{
     Mappings, MappingsPage, NotFree, Open, Opened, Saved, SharedContainer, Step, Told, VERSION,
     Watch,
 };
+use crate::process::launcher::{Kept, Standing};
 use crate::process::link::{self, Call};
 use crate::protocol::{Fd, FdKind, Handout};
 use crate::sim::{Fault, Sim, Stats, Topology};
@@ -87,8 +88,8 @@ impl World {
     }
 
     fn written(&self) -> Option<Vec<LeaseState>> {
-        match self.place.read(NAME) {
-            Found::Saved(saved) => Some(saved.leases),
+        match self.place.kept(NAME) {
+            Kept::Leases(leases) => Some(leases),
             _ => None,
         }
     }
@@ -244,7 +245,7 @@ fn a_new_link_finds_what_is_there() {
     link.map(ONE, 0);
     link.map(ONE, 1 << 20);
     drop(link);
-    let socket = UnixStream::from(world.place.connect(NAME).unwrap());
+    let socket = UnixStream::from(world.place.find(NAME).1.unwrap().into_iter().next().unwrap());
     socket.set_nonblocking(false).unwrap();
     let mut link = Asker { socket, bytes: VecDeque::new() };
     let state = link.ask(&Check { lease: ONE.into() }).unwrap().state;
@@ -335,7 +336,7 @@ fn what_is_begun_stands_in_the_state_file() {
     let call = begun.call.unwrap();
     assert_eq!((begun.phase, &*call.call, &*call.object), (Phase::Opening, "open", "0000:02:00.0"));
     assert!(call.since > 0);
-    assert!(world.place.is_locked(NAME));
+    assert_eq!(world.place.find(NAME).0, Standing::Alive);
     world.sim.clear_faults().unwrap();
     link.answer::<Open>().unwrap();
     let (_, files) = link.deliver(ONE).unwrap();

@@ -24,6 +24,10 @@ impl Kernel for Linux {
         open(node.to_string().as_str(), OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty())
     }
 
+    fn find(&self, node: &Node) -> Result<(), Errno> {
+        std::fs::metadata(node.to_string()).map(drop).map_err(errno)
+    }
+
     fn ioctl(&self, fd: BorrowedFd<'_>, call: Ioctl<'_>) -> Result<Reply, Errno> {
         let number = libc::c_ulong::from(call.request.number);
         let raw = fd.as_raw_fd();

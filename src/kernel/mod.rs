@@ -1,6 +1,6 @@
 //! The only place that talks to the kernel about VFIO.
 //!
-//! Two layers. [`Kernel`] is the ioctl layer: eight calls, made either on the real Linux
+//! Two layers. [`Kernel`] is the ioctl layer: ten calls, made either on the real Linux
 //! ([`Linux`]) or on the simulated one (`sim`). On top of it, written once for both, are typed
 //! handles: [`Container`], [`Group`], [`Iommufd`] and [`Device`], which own their fd, parse what
 //! the kernel answers and say in every [`Error`] which call failed on which object with which
@@ -54,6 +54,12 @@ pub trait Kernel: Debug + Send + Sync {
     /// What open(2) says: ENOENT no such node, EBUSY a group that is in use already, EPERM a
     /// no-IOMMU group without CAP_SYS_RAWIO, ENODEV a group without drivers.
     fn open(&self, node: &Node) -> std::result::Result<OwnedFd, Errno>;
+
+    /// Looks whether there is a VFIO device node, for which it takes no right to open it.
+    ///
+    /// # Errors
+    /// What stat(2) says: ENOENT no such node.
+    fn find(&self, node: &Node) -> std::result::Result<(), Errno>;
 
     /// Makes one ioctl on `fd`. See [`Ioctl`] for how arguments, fds and buffers travel.
     fn ioctl(&self, fd: BorrowedFd<'_>, call: Ioctl<'_>) -> std::result::Result<Reply, Errno>;

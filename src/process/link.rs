@@ -191,12 +191,12 @@ impl Answering {
     }
 
     /// Sends a message whole or not at all: who does not read what it asked for has no more use of the
-    /// link.
+    /// link. Open files go beside its first byte.
     ///
     /// # Errors
     /// The link is of no more use.
-    pub fn send(&self, bytes: &[u8]) -> Result<(), Lost> {
-        match fdpass::send(self.socket.as_fd(), bytes, &[], MsgFlags::MSG_DONTWAIT) {
+    pub fn send(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Lost> {
+        match fdpass::send(self.socket.as_fd(), bytes, fds, MsgFlags::MSG_DONTWAIT) {
             Ok(sent) if sent == bytes.len() => Ok(()),
             Ok(_) => Err(Lost::Errno { call: "sendmsg", errno: Errno::EAGAIN }),
             Err(Errno::EPIPE | Errno::ECONNRESET) => Err(Lost::Closed),
@@ -213,11 +213,11 @@ pub struct Asking {
 }
 
 /// What came back: the parameters of a reply, or of an error, as text.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Answer {
-    /// A reply.
-    Reply(String),
-    /// An error, and its name.
+    /// A reply, and the open files that came with it.
+    Reply(String, Vec<OwnedFd>),
+    /// An error's name and its parameters.
     Error(String, String),
 }
 
@@ -264,7 +264,7 @@ impl Asking {
                 let frame: Frame<'_> = parse(&message.bytes)?;
                 let parameters = frame.parameters.map_or("{}", RawValue::get).to_owned();
                 return Ok(match frame.error {
-                    None => Answer::Reply(parameters),
+                    None => Answer::Reply(parameters, message.fds),
                     Some(name) => Answer::Error(name.into_owned(), parameters),
                 });
             }

@@ -117,6 +117,14 @@ impl Kernel for Wire {
         fd.ok_or(Errno::EPROTO)
     }
 
+    fn find(&self, node: &Node) -> Result<(), Errno> {
+        match self.open(node) {
+            // It is there, and not for everybody.
+            Ok(_) | Err(Errno::EACCES | Errno::EPERM | Errno::EBUSY) => Ok(()),
+            Err(errno) => Err(errno),
+        }
+    }
+
     fn ioctl(&self, fd: BorrowedFd<'_>, ioctl: Ioctl<'_>) -> Result<Reply, Errno> {
         let number = ioctl.request.number;
         let mut request = Request { number, ..Request::new(Op::Ioctl) };

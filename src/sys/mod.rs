@@ -1,6 +1,8 @@
 //! System calls that are not about VFIO: open files over sockets, peers, limits, inherited files. Each
 //! has a safe face here; the `unsafe` that it takes is behind it.
 
+#[cfg(feature = "daemon")]
+pub mod child;
 mod error;
 pub mod fdpass;
 pub mod inherited;

@@ -5,7 +5,6 @@ use crate::common::raw::{bytes, call};
 use crate::common::{Daemon, Held, Setup, beside, policy, until};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
-use nix::sys::signal::Signal;
 use serde_json::json;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -61,7 +60,7 @@ fn connections_over_the_limit_that_leave_lingering_files() {
                 }
                 readers.push(reader);
             }
-            daemon.signal(Signal::SIGCONT);
+            daemon.go_on();
             // Those before it have been let in, and out again.
             daemon.connect().reply().error("OverLimit");
             most = most.max(daemon.open_fds());

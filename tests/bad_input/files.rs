@@ -121,7 +121,7 @@ fn files_that_linger_when_they_are_closed() {
             daemon.pause();
             client.send_with(&call("Leases", &json!({})), &[lingering.as_fd()]).unwrap();
             drop(lingering);
-            daemon.signal(Signal::SIGCONT);
+            daemon.go_on();
             client.reply().bad("fds");
             client.call("Leases", json!({})).ok();
         }
@@ -150,20 +150,20 @@ fn files_that_come_with_urgent_data() {
         let client = daemon.connect_and_greet();
         urgent(&client);
         drop(client);
-        daemon.signal(Signal::SIGCONT);
+        daemon.go_on();
         // More comes behind it.
         let mut client = daemon.connect_and_greet();
         client.call("Leases", json!({})).ok();
         urgent(&client);
         client.send(&call("Leases", &json!({})));
-        daemon.signal(Signal::SIGCONT);
+        daemon.go_on();
         client.reply().bad("message");
         // It was sent before the connection was accepted.
         daemon.pause();
         let client = daemon.connect();
         urgent(&client);
         drop(client);
-        daemon.signal(Signal::SIGCONT);
+        daemon.go_on();
         // Nobody has the connection any more, but it itself.
         let client = daemon.connect_and_greet();
         let own = client.stream.try_clone().unwrap();
@@ -243,7 +243,7 @@ fn files_that_are_unread_when_the_daemon_ends() {
     client.send_with(b"half a message", &[sender.as_fd()]).unwrap();
     drop(sender);
     daemon.signal(Signal::SIGTERM);
-    daemon.signal(Signal::SIGCONT);
+    daemon.go_on();
     assert!(daemon.wait().success());
     assert!(!daemon.socket.exists());
 }
@@ -310,7 +310,7 @@ fn sockets_that_can_not_be_closed_stop_their_owner_alone() {
             }
             drop(file);
             fuse.dirty();
-            daemon.signal(Signal::SIGCONT);
+            daemon.go_on();
             for client in &mut connections {
                 client.hangs_up();
             }

@@ -143,8 +143,14 @@ impl Daemon {
         panic!("the daemon is not ready\n{}", self.log());
     }
 
+    /// The process that talks to clients.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        children(self.child.id(), "vfiob-broker").into_iter().next().unwrap()
+    }
+
+    /// How many keepers there are that this daemon has started.
+    pub fn keepers(&self) -> usize {
+        children(self.child.id(), "vfiob-keeper").len()
     }
 
     /// Where the simulated kernel can be reached, to inject faults and count.
@@ -176,9 +182,18 @@ impl Daemon {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
-    /// Stops it; SIGCONT lets it go on.
+    pub fn signal_broker(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid() as i32), signal).unwrap();
+    }
+
+    /// Lets it go on after [`Daemon::pause`].
+    pub fn go_on(&self) {
+        self.signal_broker(Signal::SIGCONT);
+    }
+
+    /// Stops the broker.
     pub fn pause(&self) {
-        self.signal(Signal::SIGSTOP);
+        self.signal_broker(Signal::SIGSTOP);
         until("the daemon has stopped", || {
             let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
             let stats =
@@ -212,7 +227,7 @@ impl Daemon {
 
     /// How many files it has open.
     pub fn open_fds(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
 
     /// The open files once nothing is going on, for [`Daemon::settles_at`].
@@ -235,7 +250,7 @@ impl Daemon {
         let start = Instant::now();
         while self.open_fds() != fds {
             let list = || {
-                let dir = std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap();
+                let dir = std::fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap();
                 let link = |entry: std::io::Result<std::fs::DirEntry>| {
                     std::fs::read_link(entry.unwrap().path()).unwrap_or_default()
                 };
@@ -404,4 +419,15 @@ pub fn as_uid<T: Send>(uid: u32, something: impl FnOnce() -> T + Send) -> Option
         });
         Some(thread.join().unwrap())
     })
+}
+
+/// The children of a process that have this name.
+pub fn children(pid: u32, name: &str) -> Vec<u32> {
+    let all = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let all = all.split_whitespace().map(|pid| pid.parse::<u32>().unwrap());
+    let is = |pid: &u32| {
+        let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        comm.trim_end() == name
+    };
+    all.filter(is).collect()
 }

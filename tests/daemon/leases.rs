@@ -201,17 +201,9 @@ fn a_client_that_goes_with_its_reply_unread_leaves_nothing() {
 fn a_keeper_that_has_ended_leaves_no_dead_process() {
     let daemon = Daemon::start();
     let mut client = daemon.connect();
-    let keepers = || {
-        let pid = daemon.pid();
-        let children = format!("/proc/{pid}/task/{pid}/children");
-        let children = std::fs::read_to_string(children).unwrap();
-        let name = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/stat")).ok();
-        let all = children.split_whitespace().filter_map(name);
-        all.filter(|stat| !stat.contains("(vfio-sim")).count()
-    };
-    let before = keepers();
+    let before = daemon.keepers();
     let held = Held::acquire(&mut client, DEVICE, "container");
-    assert_eq!(keepers(), before + 1);
+    assert_eq!(daemon.keepers(), before + 1);
     drop(held);
-    until("its process is forgotten", || keepers() == before);
+    until("its process is forgotten", || daemon.keepers() == before);
 }

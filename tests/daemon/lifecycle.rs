@@ -350,7 +350,7 @@ fn the_socket_is_for_everybody_whatever_the_umask() {
 /// The example that is shown to those who have no policy is a policy.
 #[test]
 fn the_example_is_good() {
-    let example = include_str!("../../src/daemon/example.policy.toml");
+    let example = include_str!("../../src/launcher/example.policy.toml");
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(&file, example.replace("\"kvm\"", "0")).unwrap();
     let path = file.path().to_str().unwrap();

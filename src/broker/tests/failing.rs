@@ -64,6 +64,11 @@ impl Kernel for View {
         self.kernel.open(node)
     }
 
+    fn find(&self, node: &Node) -> Result<(), Errno> {
+        self.count()?;
+        self.kernel.find(node)
+    }
+
     fn ioctl(&self, fd: BorrowedFd<'_>, call: Ioctl<'_>) -> Result<Reply, Errno> {
         self.count()?;
         self.kernel.ioctl(fd, call)

@@ -107,7 +107,7 @@ fn a_restart_between_end_and_proof_changes_nothing() {
     drop((local, broker));
     let kernel = sim.kernel();
     let world = World::on(sim, keepers, &policy, Duration::ZERO, kernel);
-    world.run(async { world.broker.adopt() }).unwrap();
+    world.run(async { world.broker.adopt().await }).unwrap();
     assert_eq!(state(&world, 1000, 2), GroupState::Reclaiming);
     drop(stale);
     world.until(|| !world.has_pending_reclaims());

@@ -16,7 +16,7 @@ fn restarted_with(world: World, policy: &str) -> Result<World, Error> {
     drop(runtime);
     let kernel = sim.kernel();
     let world = World::on(sim, keepers, policy, Duration::ZERO, kernel);
-    world.run(async { world.broker.adopt() })?;
+    world.run(async { world.broker.adopt().await })?;
     Ok(world)
 }
 
@@ -42,9 +42,8 @@ fn is_quarantined(world: &World, uid: u32, devices: &[&str]) -> Until {
 }
 
 /// What each keeper has written down.
-fn written(world: &World) -> Vec<(String, Saved)> {
-    let all = Rc::clone(&world.keepers).all().unwrap();
-    all.into_iter().map(|(name, saved)| (name, saved.unwrap())).collect()
+fn written(world: &World) -> Vec<(String, Vec<LeaseState>)> {
+    world.keepers.kept().into_iter().map(|(name, leases)| (name, leases.unwrap())).collect()
 }
 
 /// Writes what a keeper wrote that is no more.
@@ -155,14 +154,14 @@ fn a_lease_that_ends_while_no_broker_is_there_is_known_to_have_ended() {
     drop((grant, other));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(until(|| {
-        let all = keepers.all().unwrap();
+        let all = keepers.kept();
         let ended = |state: &LeaseState| state.phase == Phase::Ending && state.call.is_none();
-        all.len() == 1 && all[0].1.as_ref().is_ok_and(|saved| saved.leases.iter().all(ended))
+        all.len() == 1 && all[0].1.as_ref().is_ok_and(|leases| leases.iter().all(ended))
     }));
     drop(witness);
     let kernel = sim.kernel();
     let world = World::on(sim, keepers, POLICY, Duration::ZERO, kernel);
-    world.run(async { world.broker.adopt() }).unwrap();
+    world.run(async { world.broker.adopt().await }).unwrap();
     drop(world.acquire(1001, &want(&["0000:08:00.0"])).unwrap());
     is_quarantined(&world, 1000, &[NIC]);
     drop(stale);
@@ -262,7 +261,7 @@ fn killed(handout: Handout) -> (World, LeaseState) {
     world.serve_hang_ups();
     world.rebind(NIC);
     world.assert_idle();
-    (world, saved.leases.into_iter().next().unwrap())
+    (world, saved.into_iter().next().unwrap())
 }
 
 #[test]
@@ -303,7 +302,7 @@ fn what_cant_be_relied_on_ends_the_start() {
         write_down(&world, other, vec![second.clone()]);
         world = refused(world);
     }
-    world.keepers.place.remove(other);
+    std::fs::remove_dir_all(world.keepers.place.path().join(other)).unwrap();
     let world = restarted(world);
     assert!(world.broker.shows(&caller(1000), &state.record.lease));
 }
@@ -321,9 +320,8 @@ fn refused(world: World) -> World {
 
 impl World {
     fn broker_adopts(&self) -> Result<(), Error> {
-        let _inside = self.local.enter();
         // What it has spawned goes with the world, before it runs.
-        self.broker.adopt()
+        self.run(async { self.broker.adopt().await })
     }
 }
 

@@ -1,14 +1,14 @@
 //! Keepers that are threads of the tests' process.
 
-use super::super::Keepers;
-use crate::keeper::{Found, Links, Place, run};
+use super::super::{Keepers, Waiting};
+use crate::keeper::{Links, Place, links, run};
 use crate::kernel::Kernel;
-use crate::process::keeper::Saved;
+use crate::process::keeper::LeaseState;
+use crate::process::launcher::{Kept, Standing};
 use crate::sim::Wire;
 use nix::errno::Errno;
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::cell::Cell;
-use std::io::Result;
+use std::future::ready;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -36,6 +36,20 @@ impl Threads {
         Self { place, full: Cell::new(false), wire, kernels, patience, directory }
     }
 
+    /// What each has written down.
+    pub(super) fn kept(&self) -> Vec<(String, Result<Vec<LeaseState>, String>)> {
+        let found = self.place.names().unwrap().into_iter().map(|name| {
+            let kept = self.place.kept(&name);
+            (name, kept)
+        });
+        let told = found.filter_map(|(name, kept)| match kept {
+            Kept::Leases(leases) => Some((name, Ok(leases))),
+            Kept::Unusable(why) => Some((name, Err(why))),
+            Kept::Nothing => None,
+        });
+        told.collect()
+    }
+
     fn begin(&self, name: &str, first: Vec<OwnedFd>, salvage: bool) {
         let links = Links { first, machine: self.wire.end(), salvage };
         let (place, patience) = (self.place.clone(), self.patience.clone());
@@ -50,49 +64,28 @@ impl Threads {
 }
 
 impl Keepers for Rc<Threads> {
-    fn start(&self, name: &str) -> Result<[OwnedFd; 2]> {
-        if self.full.get() {
-            return Err(Errno::EAGAIN.into());
-        }
-        let (first, theirs) = pair()?;
-        let (second, others) = pair()?;
-        self.begin(name, vec![theirs, others], false);
-        Ok([first, second])
+    fn start<'a>(&'a self, name: &'a str) -> Waiting<'a, [OwnedFd; 2]> {
+        let start = || {
+            if self.full.get() {
+                return Err(Errno::EAGAIN.into());
+            }
+            let (ours, theirs) = links()?;
+            self.begin(name, theirs.into(), false);
+            Ok(ours)
+        };
+        Box::pin(ready(start()))
     }
 
-    fn connect(&self, name: &str) -> Result<[OwnedFd; 2]> {
-        Ok([self.place.connect(name)?, self.place.connect(name)?])
+    fn find<'a>(&'a self, name: &'a str) -> Waiting<'a, (Standing, Option<[OwnedFd; 2]>)> {
+        Box::pin(ready(Ok(self.place.find(name))))
     }
 
-    fn exists(&self, name: &str) -> bool {
-        self.place.path().join(name).exists()
-    }
-
-    fn has_files(&self, name: &str) -> bool {
-        self.place.is_locked(name)
-    }
-
-    fn salvage(&self, name: &str) -> Result<()> {
+    fn salvage<'a>(&'a self, name: &'a str) -> Waiting<'a, ()> {
         self.begin(name, Vec::new(), true);
-        Ok(())
+        Box::pin(ready(Ok(())))
     }
 
-    fn all(&self) -> Result<Vec<(String, std::result::Result<Saved, String>)>> {
-        let names = self.place.names().map_err(|error| std::io::Error::other(error.to_string()))?;
-        let found = names.into_iter().map(|name| {
-            let found = self.place.read(&name);
-            (name, found)
-        });
-        let told = found.filter_map(|(name, found)| match found {
-            Found::Saved(saved) => Some((name, Ok(saved))),
-            Found::Unusable(why) => Some((name, Err(why))),
-            Found::Nothing => None,
-        });
-        Ok(told.collect())
+    fn all(&self) -> Waiting<'_, Vec<(String, Result<Vec<LeaseState>, String>)>> {
+        Box::pin(ready(Ok(self.kept())))
     }
-}
-
-fn pair() -> Result<(OwnedFd, OwnedFd)> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    Ok(socketpair(AddressFamily::Unix, SockType::Stream, None, flags)?)
 }

@@ -8,20 +8,16 @@
 //! takes waits here. All of this stops its owner's connections, and no other owner's.
 
 use super::super::account::ConnectionCharge;
-use super::role::Role;
-use super::{Helper, MOST_UNKILLABLE, fdpass};
-use crate::sys::readiness::watch;
+use super::super::launcher_link::LauncherLink;
+use super::{Helper, HelperProcess, MOST_UNKILLABLE, fdpass, has_not_ended};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
 use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::process::Child;
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
-use tokio::task::{spawn_blocking, spawn_local};
+use tokio::task::spawn_local;
 use tokio::time::{sleep, timeout};
 
 /// How long a closing process is kept for sockets that may come, and then has for what it still closes.
@@ -40,14 +36,14 @@ const MOST_WAITING: usize = 64;
 type Waiting = (Box<dyn AsFd>, Option<Rc<ConnectionCharge>>);
 
 /// Closes one owner's connections. Lives on the event loop.
-#[derive(Default)]
 pub(in super::super) struct SocketCloser {
+    launcher: Rc<LauncherLink>,
     waiting: RefCell<Vec<Waiting>>,
     runs: Cell<bool>,
     /// Set at the daemon's end: what waits is taken by [`SocketCloser::hand_over_the_rest`].
     ended: Cell<bool>,
     more: Notify,
-    unkillable: RefCell<Vec<Child>>,
+    unkillable: RefCell<Vec<OwnedFd>>,
     /// The last one, with what it may not be able to close.
     kept: RefCell<Option<Process>>,
 }
@@ -55,8 +51,7 @@ pub(in super::super) struct SocketCloser {
 /// A process that closes sockets.
 #[derive(Debug)]
 struct Process {
-    child: Child,
-    link: AsyncFd<OwnedFd>,
+    helper: HelperProcess,
     /// It has sockets that it was not yet told to close.
     untold: Cell<bool>,
 }
@@ -68,6 +63,18 @@ impl std::fmt::Debug for SocketCloser {
 }
 
 impl SocketCloser {
+    pub(in super::super) fn new(launcher: Rc<LauncherLink>) -> Rc<Self> {
+        Rc::new(Self {
+            launcher,
+            waiting: RefCell::default(),
+            runs: Cell::default(),
+            ended: Cell::default(),
+            more: Notify::new(),
+            unkillable: RefCell::default(),
+            kept: RefCell::default(),
+        })
+    }
+
     /// Closes a peer's socket: here if no file is in it, else by a process.
     pub(in super::super) fn close(
         self: &Rc<Self>,
@@ -99,14 +106,13 @@ impl SocketCloser {
 
     /// Hands all that still waits to a process, at the daemon's end: a file in a socket whose close hangs
     /// would keep this process from ending.
-    pub(in super::super) fn hand_over_the_rest(&self) -> std::io::Result<()> {
+    pub(in super::super) async fn hand_over_the_rest(&self) -> std::io::Result<()> {
         if self.waiting.borrow().is_empty() {
             return Ok(());
         }
-        let helper = Helper::start(Role::Close)?;
-        let untold = Cell::new(false);
-        // The link's time limit for sending is the limit here.
-        self.send_all(helper.socket.as_fd(), &untold, MsgFlags::empty()).map_err(Into::into)
+        let helper = HelperProcess::start(&self.launcher, Helper::Closer).await?;
+        let process = Process { helper, untold: Cell::new(false) };
+        self.hand_over(&process).await.map_err(Into::into)
     }
 
     async fn run(self: Rc<Self>) {
@@ -153,10 +159,9 @@ impl SocketCloser {
             return there;
         }
         if self.count_unkillable() < MOST_UNKILLABLE
-            && let Ok(Ok(helper)) = spawn_blocking(|| Helper::start(Role::Close)).await
-            && let Ok(link) = watch(helper.socket, Interest::WRITABLE)
+            && let Ok(helper) = HelperProcess::start(&self.launcher, Helper::Closer).await
         {
-            return Some(Process { child: helper.child, link, untold: Cell::new(false) });
+            return Some(Process { helper, untold: Cell::new(false) });
         }
         sleep(RETRY_PAUSE).await;
         None
@@ -164,16 +169,16 @@ impl SocketCloser {
 
     fn count_unkillable(&self) -> usize {
         let mut unkillable = self.unkillable.borrow_mut();
-        unkillable.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
+        unkillable.retain(has_not_ended);
         unkillable.len()
     }
 
     /// Sends a process all that waits. EAGAIN says that it has taken nothing for [`TAKING_PATIENCE`].
     async fn hand_over(&self, process: &Process) -> Result<(), Errno> {
         loop {
-            let writable = timeout(TAKING_PATIENCE, process.link.writable()).await;
+            let writable = timeout(TAKING_PATIENCE, process.helper.link.writable()).await;
             let Ok(Ok(mut writable)) = writable else { return Err(Errno::EAGAIN) };
-            let link = process.link.as_fd();
+            let link = process.helper.link.as_fd();
             match self.send_all(link, &process.untold, MsgFlags::MSG_DONTWAIT) {
                 Err(Errno::EAGAIN) => writable.clear_ready(),
                 sent => return sent,
@@ -209,14 +214,9 @@ impl SocketCloser {
     }
 
     async fn end_process(&self, process: Process, patience: Duration) {
-        let Process { child, link, .. } = process;
-        let mut helper = Helper { child, socket: link.into_inner() };
-        let _ = shutdown(helper.socket.as_raw_fd(), Shutdown::Write);
-        let ended = spawn_blocking(move || {
-            let ended = helper.ends_within(patience);
-            (!ended).then_some(helper.child)
-        });
-        if let Ok(Some(unkillable)) = ended.await {
+        let helper = process.helper;
+        let _ = shutdown(helper.link.as_raw_fd(), Shutdown::Write);
+        if let Err(unkillable) = helper.end_within(&self.launcher, patience).await {
             self.unkillable.borrow_mut().push(unkillable);
         }
     }

@@ -105,6 +105,9 @@ pub enum StartError {
     /// What the service manager passed is of no use.
     #[error("socket activation: {0}")]
     Activation(String),
+    /// The broker says why.
+    #[error("{0}")]
+    Broker(String),
     /// What the daemon can't do without has ended: it ends too, rather than be deaf.
     #[error("can't go on: {what} has ended: {why}; start it again")]
     Ended {
@@ -137,7 +140,7 @@ fn next_step(source: &std::io::Error, otherwise: &'static str) -> &'static str {
 const EXAMPLE: &str = include_str!("example.policy.toml");
 
 impl StartError {
-    pub(super) fn set_up<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
+    pub(crate) fn set_up<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
         move |error| Self::SetUp { what, source: error.into() }
     }
 }

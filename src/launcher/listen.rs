@@ -5,13 +5,14 @@ use super::start_error::StartError;
 use crate::sys::inherited;
 use crate::sys::peer::pass_fds;
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::{FcntlArg, Flock, FlockArg, fcntl};
+use nix::libc;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, getsockopt, listen,
     socket, sockopt,
 };
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -41,9 +42,11 @@ impl Listening {
             None => create(path),
         }
     }
+}
 
+impl Drop for Listening {
     /// Takes the socket's file away, if it is still ours.
-    pub(super) fn remove_file(&self) {
+    fn drop(&mut self) {
         let Some((path, inode)) = &self.file else { return };
         if std::fs::symlink_metadata(path).is_ok_and(|now| now.ino() == *inode) {
             // If it can't be removed, the next start finds it stale and replaces it.
@@ -136,40 +139,86 @@ pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
     path.into()
 }
 
-/// Keeps other daemons from serving the same kernel for as long as it is held: only the one that has
-/// handed a device out knows who may have it.
-pub(super) fn be_the_only_one(keepers: &Path) -> Result<Flock<File>, StartError> {
-    lock(keepers, LOCK_DEADLINE).map_err(|error| match error {
-        StartError::Locked(path) => StartError::Another(path),
-        error => error,
-    })
+/// Keeps other daemons from serving the same kernel for as long as it is open: only the one that has
+/// handed a device out knows who may have it. The locks are record locks, of which the launcher has one
+/// and its broker another: a process loses them when it begins to end, whatever keeps it from ending.
+pub(super) fn be_the_only_one(keepers: &Path) -> Result<File, StartError> {
+    let (path, file) = lock_file(keepers)?;
+    // The broker of an earlier launcher may still be about to end.
+    for part in [LAUNCHERS, BROKERS] {
+        lock_byte(file.as_fd(), part).map_err(|errno| match errno {
+            Errno::EAGAIN | Errno::EACCES => StartError::Another(path.clone()),
+            errno => StartError::Lock { path: path.clone(), source: errno.into() },
+        })?;
+    }
+    let unlocked = set_lock(file.as_fd(), BROKERS, libc::F_UNLCK);
+    unlocked.map_err(|errno| StartError::Lock { path, source: errno.into() })?;
+    Ok(file)
 }
 
-/// Keeps other daemons from starting at this path. Only who can open a file can lock it, for which
-/// it takes no right to write: so it is a file that only root and we can open. It stays, since
-/// somebody may wait for the lock of the one that would be removed.
-fn lock(socket: &Path, deadline: Duration) -> Result<Flock<File>, StartError> {
-    let path = beside(socket, ".lock");
-    let at = |source| StartError::Lock { path: path.clone(), source };
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    // The file may be somebody's trap: neither follow a link nor wait for a pipe's other end.
-    let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK;
-    let mut file = options.custom_flags(flags).open(&path).map_err(at)?;
-    let found = file.metadata().map_err(at)?;
-    if !found.is_file() || !file_mode::is_owned(&found) || found.mode() & 0o077 != 0 {
-        return Err(StartError::UnsafeLock(path));
+/// Takes the broker's lock on the file of [`be_the_only_one`].
+pub(super) fn lock_as_broker(file: BorrowedFd<'_>) -> Result<(), Errno> {
+    lock_byte(file, BROKERS)
+}
+
+/// The bytes of the lock file that stand for the launcher and for the broker.
+const LAUNCHERS: i64 = 0;
+const BROKERS: i64 = 1;
+
+/// Locks a byte; EAGAIN where another process has not let go of it in time.
+fn lock_byte(file: BorrowedFd<'_>, byte: i64) -> Result<(), Errno> {
+    let until = Instant::now() + LOCK_DEADLINE;
+    loop {
+        match set_lock(file, byte, libc::F_WRLCK) {
+            Err(Errno::EAGAIN | Errno::EACCES | Errno::EINTR) if Instant::now() < until => {}
+            done => return done,
+        }
+        std::thread::sleep(LOCK_RETRY);
     }
+}
+
+fn set_lock(file: BorrowedFd<'_>, byte: i64, kind: i32) -> Result<(), Errno> {
+    let lock = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: byte,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(file, FcntlArg::F_SETLK(&lock)).map(drop)
+}
+
+/// Keeps other daemons from starting at this path.
+fn lock(socket: &Path, deadline: Duration) -> Result<Flock<File>, StartError> {
+    let (path, mut file) = lock_file(socket)?;
     let until = Instant::now() + deadline;
     loop {
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),
             Err((back, Errno::EAGAIN | Errno::EINTR)) if Instant::now() < until => file = back,
             Err((_, Errno::EAGAIN)) => return Err(StartError::Locked(path)),
-            Err((_, errno)) => return Err(at(errno.into())),
+            Err((_, errno)) => return Err(StartError::Lock { path, source: errno.into() }),
         }
         std::thread::sleep(LOCK_RETRY);
     }
+}
+
+/// Opens the file to be locked that goes with another one. Only who can open a file can lock it, for
+/// which it takes no right to write: so it is a file that only root and we can open. It stays, since
+/// somebody may wait for the lock of the one that would be removed.
+fn lock_file(of: &Path) -> Result<(PathBuf, File), StartError> {
+    let path = beside(of, ".lock");
+    let at = |source| StartError::Lock { path: path.clone(), source };
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    // The file may be somebody's trap: neither follow a link nor wait for a pipe's other end.
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = options.custom_flags(flags).open(&path).map_err(at)?;
+    let found = file.metadata().map_err(at)?;
+    if !found.is_file() || !file_mode::is_owned(&found) || found.mode() & 0o077 != 0 {
+        return Err(StartError::UnsafeLock(path));
+    }
+    Ok((path, file))
 }
 
 /// Removes a socket that nobody listens on.
@@ -214,7 +263,7 @@ fn unconnected() -> Result<OwnedFd, Errno> {
 fn open_to_all(path: &Path) -> std::io::Result<u64> {
     // chmod(2) on the path would follow a link put there since. The mode that fchmod(2) gives the
     // socket before bind(2) is cut by the umask, which is all threads'.
-    let flags = nix::libc::O_PATH | nix::libc::O_NOFOLLOW;
+    let flags = libc::O_PATH | libc::O_NOFOLLOW;
     let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let found = file.metadata()?;
     if !found.file_type().is_socket() || !file_mode::is_owned(&found) {

@@ -1,31 +1,20 @@
-//! What a receiver does, in its own process: one role, and then it ends.
+//! What a receiver and a closer do, each in its own process, which has no rights and no other file.
 
-use super::{NotTaken, Taken};
 use crate::keeper::check_memory;
 use crate::process::keeper::Failure;
-use crate::protocol::{Error, MAX_MESSAGE};
+use crate::protocol::MAX_MESSAGE;
 use crate::sys::fdpass;
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{MsgFlags, getsockopt, sockopt};
-use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
-/// What it is called in the list of processes; a program that is started under this name is one.
-pub(super) const NAME: &str = "vfio-broker-receiver";
-
 /// A report and what it reports on, at most: 16 reasons and a message.
-pub(super) const MOST_BYTES: usize = MAX_MESSAGE + (16 << 10);
+pub const MOST_BYTES: usize = MAX_MESSAGE + (16 << 10);
 
 /// Of a reason, which quotes a path; each character can take six bytes in JSON.
 const MOST_REASON: usize = 120;
-
-/// Whom it runs as: the user that has no rights, in a range that nobody gives out (systemd's
-/// UIDS-GIDS.md) where that can be had, because who runs as the same user could stop it.
-const NOBODIES: [u32; 2] = [0xfffe_4653, 65534];
 
 /// Sockets that one receiver closes at a time.
 const MOST_CLOSING: usize = 64;
@@ -33,34 +22,16 @@ const MOST_CLOSING: usize = 64;
 /// The threads close a file each and use next to no stack.
 const STACK: usize = 64 << 10;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Role {
-    /// Receive one message of the socket that is given, and report.
-    Take,
-    /// Close all sockets that are given, until no more are.
-    Close,
-}
-
-impl Role {
-    const ALL: [Self; 2] = [Self::Take, Self::Close];
-
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Take => "take",
-            Self::Close => "close",
-        }
-    }
-}
-
 /// What was received. The files that can be memory come with it.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Report {
+pub struct Report {
     /// For each file of the message why it can't be memory, if so.
-    refused: Vec<Option<String>>,
+    pub refused: Vec<Option<String>>,
     /// There were more files than a message may have.
-    too_many: bool,
+    pub too_many: bool,
+    /// The message.
     #[serde(skip)]
-    bytes: Vec<u8>,
+    pub bytes: Vec<u8>,
 }
 
 impl Report {
@@ -73,76 +44,31 @@ impl Report {
         bytes
     }
 
-    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
+    /// What the other end wrote; `None` where it did not.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
         let end = bytes.iter().position(|&byte| byte == b'\n')?;
         let report: Self = serde_json::from_slice(&bytes[..end]).ok()?;
         Some(Self { bytes: bytes[end + 1..].to_vec(), ..report })
     }
-
-    pub(super) fn into_taken(self, files: Vec<OwnedFd>) -> Result<Taken, NotTaken> {
-        if self.too_many {
-            return Err(NotTaken::TooMany);
-        }
-        let mut good = files.into_iter();
-        let each = self.refused.into_iter().map(|refused| match refused {
-            Some(reason) => Ok(Err(Error::bad("memory", reason))),
-            None => good.next().map(Ok).ok_or(()),
-        });
-        let files = each.collect::<Result<_, ()>>();
-        let files = files.map_err(|()| NotTaken::Failed(Errno::EPROTO.into()))?;
-        Ok(Taken { bytes: self.bytes, files })
-    }
 }
 
-/// Plays a role if this program was started as a receiver: call it first of all in `main`.
-pub(in super::super) fn be_one_if_asked() -> Option<ExitCode> {
-    let mut args = super::super::started_as(NAME)?;
-    let role = args.next()?;
-    let role = Role::ALL.into_iter().find(|it| role == it.name())?;
-    Some(match do_it(role) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
-    })
-}
-
-fn do_it(role: Role) -> nix::Result<()> {
-    drop_rights()?;
-    let stdin = std::io::stdin();
-    match role {
-        Role::Take => {
-            let given = fdpass::receive_all(stdin.as_fd(), &mut [0; 1], MsgFlags::empty())?.fds;
-            if let Some(socket) = given.first() {
-                take(socket)?;
-            }
-            close(given);
-        }
-        Role::Close => close_as_they_come(stdin.as_fd()),
+/// Receives one message on the socket that is given over the link, and reports on the link.
+///
+/// # Errors
+/// What a call on the link or the socket says.
+pub fn receive(link: &OwnedFd) -> nix::Result<()> {
+    let given = fdpass::receive_all(link.as_fd(), &mut [0; 1], MsgFlags::empty())?.fds;
+    if let Some(socket) = given.first() {
+        take(socket, link.as_fd())?;
     }
+    close(given);
     Ok(())
-}
-
-fn drop_rights() -> nix::Result<()> {
-    nix::sys::prctl::set_no_new_privs()?;
-    if !Uid::effective().is_root() {
-        return Ok(());
-    }
-    setgroups(&[])?;
-    // A user namespace may not have the first.
-    let mut result = Err(Errno::EINVAL);
-    for id in NOBODIES {
-        let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
-        result = setresgid(gid, gid, gid).and_then(|()| setresuid(uid, uid, uid));
-        if result.is_ok() {
-            break;
-        }
-    }
-    result
 }
 
 /// Closes what the daemon gives until it gives no more: as many at a time as there are threads, while
 /// the others wait here. It says when its own copies are closed: before that, the last close could be
 /// its own.
-fn close_as_they_come(given: BorrowedFd<'_>) {
+pub fn close_as_they_come(given: BorrowedFd<'_>) {
     let (sockets, to_close) = mpsc::channel::<OwnedFd>();
     let to_close = Arc::new(Mutex::new(to_close));
     let mut closers = Vec::new();
@@ -180,7 +106,7 @@ fn close_as_they_come(given: BorrowedFd<'_>) {
     }
 }
 
-fn take(socket: &OwnedFd) -> nix::Result<()> {
+fn take(socket: &OwnedFd, link: BorrowedFd<'_>) -> nix::Result<()> {
     let mut buffer = vec![0; MAX_MESSAGE];
     let got = fdpass::receive_all(socket.as_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?;
     buffer.truncate(got.len);
@@ -201,7 +127,7 @@ fn take(socket: &OwnedFd) -> nix::Result<()> {
     }
     let report = Report { refused, too_many, bytes: buffer };
     let files: Vec<_> = good.iter().map(AsFd::as_fd).collect();
-    let sent = fdpass::send(std::io::stdin().as_fd(), &report.encode(), &files, MsgFlags::empty());
+    let sent = fdpass::send(link, &report.encode(), &files, MsgFlags::empty());
     close(bad);
     sent.map(drop)
 }

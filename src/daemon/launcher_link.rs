@@ -1,0 +1,157 @@
+//! The link to the launcher, which starts every process that the broker needs.
+
+use crate::broker::{Keepers, Waiting};
+use crate::process::keeper::LeaseState;
+use crate::process::launcher::{
+    FAILED, Failed, FindKeeper, Kept, ListKeepers, ReadKeeper, Salvage, Standing, StartKeeper,
+    Told, Watch,
+};
+use crate::process::link::{self, Answer, Asking, Call, Lost};
+use std::io::{Error, Result};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::spawn_local;
+
+/// The end of the link that asks. Lives on the event loop.
+#[derive(Debug)]
+pub(super) struct LauncherLink {
+    asked: mpsc::UnboundedSender<Asked>,
+}
+
+/// A call, and who waits for what comes of it.
+#[derive(Debug)]
+struct Asked {
+    call: Vec<u8>,
+    answer: oneshot::Sender<Result<(String, Vec<OwnedFd>)>>,
+}
+
+/// What the launcher tells.
+#[derive(Debug)]
+pub(super) struct Orders(Asking);
+
+impl LauncherLink {
+    /// Takes the link. Within a [`LocalSet`](tokio::task::LocalSet).
+    pub(super) fn new(link: OwnedFd) -> Result<Rc<Self>> {
+        let (asked, asks) = mpsc::unbounded_channel();
+        spawn_local(ask_each(Asking::new(link)?, asks));
+        Ok(Rc::new(Self { asked }))
+    }
+
+    /// Makes a call; gives its reply, and the files that came with it. A call that nobody waits for any
+    /// more comes to its end as well.
+    ///
+    /// # Errors
+    /// What the launcher says, or that it is no more.
+    pub(super) async fn ask<C: Call>(&self, call: &C) -> Result<(C::Reply, Vec<OwnedFd>)> {
+        let (answer, answered) = oneshot::channel();
+        let asked = Asked { call: link::call(call, false), answer };
+        self.asked.send(asked).map_err(|_| no_more())?;
+        let (parameters, fds) = answered.await.map_err(|_| no_more())??;
+        Ok((serde_json::from_str(&parameters)?, fds))
+    }
+
+    /// Listens, on a link of its own, to what the launcher tells.
+    pub(super) async fn watch(&self, link: OwnedFd) -> Result<Orders> {
+        let link = Asking::new(link)?;
+        link.send(&link::call(&Watch {}, true), &[]).await.map_err(Error::other)?;
+        Ok(Orders(link))
+    }
+}
+
+impl Orders {
+    /// The next that is told; `None` where there is no launcher any more.
+    pub(super) async fn next(&mut self) -> Option<Told> {
+        match self.0.next_answer().await {
+            Ok(Answer::Reply(parameters, _)) => serde_json::from_str(&parameters).ok(),
+            _ => None,
+        }
+    }
+}
+
+/// One call after the other.
+async fn ask_each(mut link: Asking, mut asks: mpsc::UnboundedReceiver<Asked>) {
+    while let Some(Asked { call, answer }) = asks.recv().await {
+        let answered = match ask(&mut link, &call).await {
+            Ok(Answer::Reply(parameters, fds)) => Ok((parameters, fds)),
+            Ok(Answer::Error(name, parameters)) if name == FAILED => {
+                Err(serde_json::from_str::<Failed>(&parameters)
+                    .map_or_else(Into::into, |failed| failed.errno().into()))
+            }
+            Ok(Answer::Error(name, _)) => Err(Error::other(name)),
+            Err(lost) => return drop(answer.send(Err(Error::other(lost)))),
+        };
+        // What nobody waits for is closed, and with its link whatever was started ends.
+        let _ = answer.send(answered);
+    }
+}
+
+async fn ask(link: &mut Asking, call: &[u8]) -> std::result::Result<Answer, Lost> {
+    link.send(call, &[]).await?;
+    link.next_answer().await
+}
+
+fn no_more() -> Error {
+    Error::other("the launcher is no more")
+}
+
+/// The files of a reply, which has so many.
+fn files<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N]> {
+    fds.try_into().map_err(|_| Error::other("the launcher sent other files than it should"))
+}
+
+impl Keepers for Rc<LauncherLink> {
+    fn start<'a>(&'a self, name: &'a str) -> Waiting<'a, [OwnedFd; 2]> {
+        Box::pin(async move {
+            let (_, fds) = self.ask(&StartKeeper { name: name.into() }).await?;
+            files(fds)
+        })
+    }
+
+    fn find<'a>(&'a self, name: &'a str) -> Waiting<'a, (Standing, Option<[OwnedFd; 2]>)> {
+        Box::pin(async move {
+            let (found, fds) = self.ask(&FindKeeper { name: name.into() }).await?;
+            Ok((found.standing, files(fds).ok()))
+        })
+    }
+
+    fn salvage<'a>(&'a self, name: &'a str) -> Waiting<'a, ()> {
+        Box::pin(async move { self.ask(&Salvage { name: name.into() }).await.map(drop) })
+    }
+
+    fn all(&self) -> Waiting<'_, Vec<(String, std::result::Result<Vec<LeaseState>, String>)>> {
+        Box::pin(async move {
+            let mut all = Vec::new();
+            let mut after = String::new();
+            loop {
+                let (page, _) = self.ask(&ListKeepers { after }).await?;
+                let Some(last) = page.names.last() else { return Ok(all) };
+                after = last.clone();
+                for name in page.names {
+                    if let Some(kept) = self.kept(&name).await? {
+                        all.push((name, kept));
+                    }
+                }
+            }
+        })
+    }
+}
+
+impl LauncherLink {
+    /// The leases that a keeper last wrote down; `None` where it has nothing.
+    async fn kept(
+        &self,
+        name: &str,
+    ) -> Result<Option<std::result::Result<Vec<LeaseState>, String>>> {
+        let mut leases = Vec::new();
+        loop {
+            let asked = ReadKeeper { name: name.into(), from: leases.len() };
+            match self.ask(&asked).await?.0 {
+                Kept::Nothing => return Ok(None),
+                Kept::Unusable(why) => return Ok(Some(Err(why))),
+                Kept::Leases(page) if page.is_empty() => return Ok(Some(Ok(leases))),
+                Kept::Leases(page) => leases.extend(page),
+            }
+        }
+    }
+}

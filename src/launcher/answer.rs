@@ -1,0 +1,171 @@
+//! What the broker has the launcher do.
+
+use super::serve::Launcher;
+use crate::keeper::{keep, links};
+use crate::process::keeper::LeaseState;
+use crate::process::launcher::{
+    Alive, Done, FAILED, Failed, FindKeeper, GiveUp, HelperStarted, KeeperFound, Kept, KillHelper,
+    ListKeepers, Names, ReadKeeper, Ready, Salvage, StartHelper, StartKeeper, Watch,
+};
+use crate::process::link::{self, Call, Lost, Message};
+use crate::process::role::{Helper, Role};
+use crate::receiver;
+use crate::sys::child;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::Pid;
+use sd_notify::NotifyState;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+/// Names in one message.
+const PAGE_OF_NAMES: usize = 1000;
+/// Bytes of leases in one message, which has room for one more lease behind them.
+const PAGE_OF_LEASES: usize = 16 << 10;
+
+type Answer<T> = Result<(T, Vec<OwnedFd>), Errno>;
+
+impl Launcher {
+    /// Answers all that the broker has asked.
+    ///
+    /// # Errors
+    /// The link has ended, and the broker with it.
+    pub(super) fn answer_broker(&mut self) -> Result<(), Lost> {
+        while let Some(Message { bytes, .. }) = self.broker.asks.next_call()? {
+            let (method, parameters) = link::parse_call(&bytes)?;
+            let (answer, fds) = self.answer(&method, parameters.as_bytes())?;
+            let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+            self.broker.asks.send(&answer, &fds)?;
+        }
+        while let Some(Message { bytes, .. }) = self.broker.tells.next_call()? {
+            let (method, _) = link::parse_call(&bytes)?;
+            if method == Watch::NAME {
+                self.broker.watches = true;
+                if let Some(stop) = &self.stop {
+                    self.broker.tell_to_stop(stop.signal);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, method: &str, bytes: &[u8]) -> Result<(Vec<u8>, Vec<OwnedFd>), Lost> {
+        Ok(match method {
+            StartKeeper::NAME => framed(self.start_keeper(link::parse(bytes)?)),
+            Salvage::NAME => framed(self.salvage(link::parse(bytes)?)),
+            FindKeeper::NAME => framed(self.find_keeper(&link::parse(bytes)?)),
+            ListKeepers::NAME => framed(self.list_keepers(&link::parse(bytes)?)),
+            ReadKeeper::NAME => framed(Ok((self.read_keeper(&link::parse(bytes)?), Vec::new()))),
+            StartHelper::NAME => framed(self.start_helper(&link::parse(bytes)?)),
+            KillHelper::NAME => framed(self.kill_helper(&link::parse(bytes)?)),
+            Ready::NAME => {
+                self.broker.is_ready = true;
+                super::serve::notify(&[NotifyState::Ready]);
+                framed(done())
+            }
+            Alive::NAME => {
+                super::serve::notify(&[NotifyState::Watchdog]);
+                framed(done())
+            }
+            GiveUp::NAME => {
+                let GiveUp { why } = link::parse(bytes)?;
+                self.broker.gave_up = Some(why);
+                framed(done())
+            }
+            _ => {
+                let what = BTreeMap::from([("method", method)]);
+                (link::error("org.varlink.service.MethodNotFound", &what), Vec::new())
+            }
+        })
+    }
+
+    fn start_keeper(&mut self, StartKeeper { name }: StartKeeper) -> Answer<Done> {
+        let (ours, theirs) = links()?;
+        let (machine, place, users) = (&self.beginning.machine, &self.place, self.beginning.users);
+        child::fork(Role::Keeper.name(), theirs, |links| {
+            let _ = users.confine(Role::Keeper);
+            u8::from(keep(machine, place, &name, Some(links)).is_err())
+        })?;
+        Ok((Done {}, ours.into()))
+    }
+
+    fn salvage(&mut self, Salvage { name }: Salvage) -> Answer<Done> {
+        let (machine, place, users) = (&self.beginning.machine, &self.place, self.beginning.users);
+        child::fork(Role::Keeper.name(), [], |[]| {
+            let _ = users.confine(Role::Keeper);
+            u8::from(keep(machine, place, &name, None).is_err())
+        })?;
+        done()
+    }
+
+    fn find_keeper(&self, asked: &FindKeeper) -> Answer<KeeperFound> {
+        let (standing, links) = self.place.find(&asked.name);
+        Ok((KeeperFound { standing }, links.map(Vec::from).unwrap_or_default()))
+    }
+
+    fn list_keepers(&self, asked: &ListKeepers) -> Answer<Names> {
+        let names = self.place.names().map_err(|error| error.errno)?;
+        let behind = names.into_iter().filter(|name| *name > asked.after);
+        Ok((Names { names: behind.take(PAGE_OF_NAMES).collect() }, Vec::new()))
+    }
+
+    fn read_keeper(&self, asked: &ReadKeeper) -> Kept {
+        let leases = match self.place.kept(&asked.name) {
+            Kept::Leases(leases) => leases,
+            other => return other,
+        };
+        let mut room = PAGE_OF_LEASES;
+        let fits = |lease: &LeaseState| {
+            let had_room = room > 0;
+            room = room.saturating_sub(serde_json::to_vec(lease).map_or(0, |bytes| bytes.len()));
+            had_room
+        };
+        Kept::Leases(leases.into_iter().skip(asked.from).take_while(fits).collect())
+    }
+
+    fn start_helper(&mut self, StartHelper { helper }: &StartHelper) -> Answer<HelperStarted> {
+        let (helper, users) = (*helper, self.beginning.users);
+        let pair =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
+        let (ours, theirs) = pair?;
+        fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        let pid = child::fork(Role::Helper(helper).name(), [theirs], |[link]| {
+            let done = users.confine(Role::Helper(helper)).and_then(|()| match helper {
+                Helper::Receiver => receiver::receive(&link),
+                Helper::Closer => {
+                    receiver::close_as_they_come(link.as_fd());
+                    Ok(())
+                }
+            });
+            u8::from(done.is_err())
+        })?;
+        let pidfd = child::pidfd(pid).inspect_err(|_| {
+            let _ = kill(pid, Signal::SIGKILL);
+        })?;
+        self.helpers.insert(pid);
+        Ok((HelperStarted { pid: pid.as_raw() }, vec![ours, pidfd]))
+    }
+
+    /// Only what is no keeper: keepers outlive whoever asks.
+    fn kill_helper(&mut self, KillHelper { pid }: &KillHelper) -> Answer<Done> {
+        let pid = Pid::from_raw(*pid);
+        if self.helpers.contains(&pid) {
+            kill(pid, Signal::SIGKILL)?;
+        }
+        done()
+    }
+}
+
+fn done() -> Answer<Done> {
+    Ok((Done {}, Vec::new()))
+}
+
+fn framed<T: Serialize>(answer: Answer<T>) -> (Vec<u8>, Vec<OwnedFd>) {
+    match answer {
+        Ok((reply, fds)) => (link::reply(&reply, false), fds),
+        Err(errno) => (link::error(FAILED, &Failed { errno: errno as i32 }), Vec::new()),
+    }
+}

@@ -1,0 +1,127 @@
+//! The broker's process, as the launcher has to do with it.
+
+use super::StartError;
+use super::confine::Users;
+use super::options::Options;
+use super::simulation;
+use crate::daemon::{self, Given};
+use crate::keeper::{Machine, links};
+use crate::policy::Policy;
+use crate::process::launcher::{GiveUp, Told};
+use crate::process::link::{self, Answering};
+use crate::process::role::Role;
+use crate::sys::{child, fdpass};
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::MsgFlags;
+use nix::unistd::Pid;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+/// What every broker of this launcher begins with.
+#[derive(Debug)]
+pub(super) struct Beginning {
+    pub(super) options: Options,
+    pub(super) policy: Arc<Policy>,
+    pub(super) machine: Machine,
+    pub(super) users: Users,
+    /// The limit of open files.
+    pub(super) files: u64,
+    /// The simulated machine ends with the launcher.
+    pub(super) machine_ends: bool,
+}
+
+/// A broker that was started.
+#[derive(Debug)]
+pub(super) struct Broker {
+    pub(super) pid: Pid,
+    /// The link on which it asks.
+    pub(super) asks: Answering,
+    /// The link on which it is told what to do.
+    pub(super) tells: Answering,
+    pub(super) is_ready: bool,
+    /// It listens to what it is told.
+    pub(super) watches: bool,
+    /// What it said before it ended.
+    pub(super) gave_up: Option<String>,
+}
+
+impl Broker {
+    /// Starts one, which serves a listening socket.
+    pub(super) fn start(
+        beginning: &Beginning,
+        listener: &UnixListener,
+        lock: &File,
+    ) -> Result<Self, StartError> {
+        let failed = StartError::set_up::<std::io::Error>;
+        let ([ask, watch], [asked, told]) =
+            links().map_err(|errno| failed("the broker's links")(errno.into()))?;
+        let listener = listener.try_clone().map_err(failed("the socket"))?;
+        let lock = lock.try_clone().map_err(failed("the lock"))?;
+        let files = [ask, watch, listener.into(), lock.into()];
+        let pid = child::fork(Role::Broker.name(), files, |files| serve(beginning, files));
+        let pid = pid.map_err(|errno| failed("the broker's process")(errno.into()))?;
+        let (asks, tells) = (Answering::new(asked), Answering::new(told));
+        Ok(Self { pid, asks, tells, is_ready: false, watches: false, gave_up: None })
+    }
+
+    /// Tells it to end, once it listens.
+    pub(super) fn tell_to_stop(&self, signal: &str) {
+        if self.watches {
+            let told = Told::Stop(signal.into());
+            // Its end is seen on the other link.
+            let _ = self.tells.send(&link::reply(&told, true), &[]);
+        }
+    }
+
+    /// Ends it whatever it is at.
+    pub(super) fn kill(&self) {
+        let _ = kill(self.pid, Signal::SIGKILL);
+    }
+}
+
+/// The broker's process.
+fn serve(beginning: &Beginning, [ask, watch, listener, lock]: [OwnedFd; 4]) -> u8 {
+    let Ok(says) = ask.try_clone() else { return 1 };
+    let served = prepared(beginning, &lock).and_then(|kernel| {
+        let Beginning { options, policy, files, machine_ends, .. } = beginning;
+        daemon::run(Given {
+            options: options.clone(),
+            policy: Arc::clone(policy),
+            kernel,
+            listener: listener.into(),
+            links: [ask, watch],
+            files: *files,
+            machine_ends: *machine_ends,
+        })
+    });
+    let code = match served {
+        Ok(()) => 0,
+        Err(error) => {
+            give_up(says.as_fd(), &error);
+            1
+        }
+    };
+    drop(lock);
+    code
+}
+
+fn prepared(
+    beginning: &Beginning,
+    lock: &OwnedFd,
+) -> Result<Arc<dyn crate::kernel::Kernel>, StartError> {
+    super::listen::lock_as_broker(lock.as_fd()).map_err(StartError::set_up("the broker's lock"))?;
+    // Its socket may be one that only root can reach.
+    let kernel = simulation::kernel(&beginning.machine)?;
+    let confined = beginning.users.confine(Role::Broker);
+    confined.map_err(StartError::set_up::<Errno>("the broker's user"))?;
+    Ok(kernel)
+}
+
+/// Says why it ends. Nobody waits for an answer.
+fn give_up(says: BorrowedFd<'_>, error: &StartError) {
+    let call = link::call(&GiveUp { why: error.to_string() }, false);
+    let _ = fdpass::send(says, &call, &[], MsgFlags::MSG_DONTWAIT);
+}

@@ -1,0 +1,61 @@
+//! What a process gives up before it begins.
+
+use crate::process::role::{Role, User};
+use nix::errno::Errno;
+use nix::sys::prctl::{set_dumpable, set_no_new_privs};
+use nix::sys::resource::{Resource, setrlimit};
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+
+/// The broker's user where this system has none: in a range that nobody gives out (systemd's
+/// UIDS-GIDS.md), because who runs as the same user could stop it.
+const BROKER: u32 = 0xfffe_4654;
+/// The user that has no rights, likewise.
+const NOBODY: u32 = 0xfffe_4653;
+/// Where a user namespace has none of these.
+const OVERFLOW: u32 = 65534;
+
+/// The name of the broker's user, where the system has one.
+const BROKER_NAME: &str = "vfio-broker";
+
+/// Whom processes run as.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Users {
+    broker: (Uid, Gid),
+}
+
+impl Users {
+    /// Looks for the broker's user.
+    pub(super) fn find() -> Self {
+        let known = nix::unistd::User::from_name(BROKER_NAME).ok().flatten();
+        let known = known.filter(|user| !user.uid.is_root()).map(|user| (user.uid, user.gid));
+        Self { broker: known.unwrap_or((Uid::from_raw(BROKER), Gid::from_raw(BROKER))) }
+    }
+
+    /// Gives up, in the process of a role, what that role does not need.
+    ///
+    /// # Errors
+    /// EPERM, EINVAL: this process may not run as others.
+    pub(super) fn confine(&self, role: Role) -> Result<(), Errno> {
+        set_no_new_privs()?;
+        // What it knows is nobody else's.
+        setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+        if !Uid::effective().is_root() {
+            return Ok(());
+        }
+        let nobody = |id: u32| (Uid::from_raw(id), Gid::from_raw(id));
+        let user = match role.user() {
+            User::Same => return Ok(()),
+            User::Broker => self.broker,
+            User::Nobody => nobody(NOBODY),
+        };
+        setgroups(&[])?;
+        become_user(user).or_else(|_| become_user(nobody(OVERFLOW)))?;
+        // It looks into its own /proc, which would be root's.
+        set_dumpable(true)
+    }
+}
+
+fn become_user((uid, gid): (Uid, Gid)) -> Result<(), Errno> {
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)
+}

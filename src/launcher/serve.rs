@@ -1,0 +1,204 @@
+//! The launcher's loop: the broker's calls, signals, and children that end.
+
+use super::StartError;
+use super::broker::{Beginning, Broker};
+use super::listen::Listening;
+use super::simulation::Simulation;
+use crate::keeper::Place;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use sd_notify::NotifyState;
+use std::collections::HashSet;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+use tracing::{error, warn};
+
+/// How long a broker may take to end.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// So many brokers that ended in so long a time are too many.
+const MOST_ENDS: usize = 5;
+const ENDS_COUNT_FOR: Duration = Duration::from_secs(30);
+
+/// All that the launcher has.
+#[derive(Debug)]
+pub(super) struct Launcher {
+    pub(super) beginning: Beginning,
+    pub(super) place: Place,
+    /// The processes that only have what a peer sent, and were not waited for.
+    pub(super) helpers: HashSet<Pid>,
+    pub(super) broker: Broker,
+    /// Why it is to end, and when it does so at the latest.
+    pub(super) stop: Option<Stop>,
+    /// When brokers have ended that were not to.
+    ends: Vec<Instant>,
+    signals: SignalFd,
+    simulation: Option<Simulation>,
+    /// Keeps other launchers from serving the same machine.
+    lock: File,
+    listening: Listening,
+}
+
+#[derive(Debug)]
+pub(super) struct Stop {
+    pub(super) signal: &'static str,
+    until: Instant,
+}
+
+/// The signals that the launcher reads instead of being interrupted by them.
+pub(super) fn take_signals() -> Result<SignalFd, StartError> {
+    let failed = StartError::set_up::<Errno>;
+    let signals: SigSet =
+        [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCHLD].into_iter().collect();
+    signals.thread_block().map_err(failed("signals"))?;
+    let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+    SignalFd::with_flags(&signals, flags).map_err(failed("signals"))
+}
+
+impl Launcher {
+    pub(super) fn new(
+        beginning: Beginning,
+        place: Place,
+        signals: SignalFd,
+        simulation: Option<Simulation>,
+        lock: File,
+        listening: Listening,
+    ) -> Result<Self, StartError> {
+        let broker = Broker::start(&beginning, &listening.listener, &lock)?;
+        let (helpers, ends) = (HashSet::new(), Vec::new());
+        let stop = None;
+        Ok(Self {
+            beginning,
+            place,
+            helpers,
+            broker,
+            stop,
+            ends,
+            signals,
+            simulation,
+            lock,
+            listening,
+        })
+    }
+
+    /// Serves until a signal ends it.
+    ///
+    /// # Errors
+    /// The broker can't begin, or ends again and again.
+    pub(super) fn serve(mut self) -> Result<(), StartError> {
+        loop {
+            self.wait();
+            self.read_signals();
+            if self.answer_broker().is_err() {
+                let ended = self.reap_broker();
+                if self.stop.is_some() {
+                    return Ok(());
+                }
+                self.replace_broker(&ended)?;
+            }
+            self.reap()?;
+            if self.stop.as_ref().is_some_and(|stop| Instant::now() >= stop.until) {
+                warn!("the broker does not end, and is killed");
+                self.broker.kill();
+                return Ok(());
+            }
+        }
+    }
+
+    fn wait(&self) {
+        let readable = PollFlags::POLLIN;
+        let mut fds = [
+            PollFd::new(self.signals.as_fd(), readable),
+            PollFd::new(self.broker.asks.as_fd(), readable),
+            PollFd::new(self.broker.tells.as_fd(), readable),
+        ];
+        let left =
+            self.stop.as_ref().map(|stop| stop.until.saturating_duration_since(Instant::now()));
+        let left = left.map(|left| left + Duration::from_millis(1));
+        let until = left.map_or(PollTimeout::NONE, |left| {
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        // Whatever poll says: what there is to do is looked for.
+        let _ = poll(&mut fds, until);
+    }
+
+    fn read_signals(&mut self) {
+        while let Ok(Some(signal)) = self.signals.read_signal() {
+            let signal = match Signal::try_from(signal.ssi_signo.cast_signed()) {
+                Ok(Signal::SIGTERM) => "SIGTERM",
+                Ok(Signal::SIGINT) => "SIGINT",
+                Ok(Signal::SIGHUP) => "SIGHUP",
+                // Whatever has ended is waited for anyway.
+                _ => continue,
+            };
+            if self.stop.is_none() {
+                notify(&[NotifyState::Stopping]);
+                self.stop = Some(Stop { signal, until: Instant::now() + STOP_PATIENCE });
+                self.broker.tell_to_stop(signal);
+            }
+        }
+    }
+
+    /// Lets the kernel forget children that have ended.
+    fn reap(&mut self) -> Result<(), StartError> {
+        loop {
+            let pid = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..)) => pid,
+                Err(Errno::EINTR) => continue,
+                _ => return Ok(()),
+            };
+            self.helpers.remove(&pid);
+            if self.simulation.as_ref().is_some_and(|simulation| simulation.pid == pid) {
+                let why = "its process has died".into();
+                return Err(StartError::Ended { what: "the simulation", why });
+            }
+        }
+    }
+
+    /// How the broker has ended, whose links have; one that has not is killed. It is waited for only as
+    /// far as it has ended: what clients have sent may keep it from that, and nobody else.
+    fn reap_broker(&mut self) -> String {
+        let until = Instant::now() + Duration::from_secs(1);
+        loop {
+            match waitpid(self.broker.pid, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(_, code)) => return format!("it ended with code {code}"),
+                Ok(WaitStatus::Signaled(_, signal, _)) => return format!("it got {signal}"),
+                Ok(_) if Instant::now() < until => {}
+                _ => {
+                    self.broker.kill();
+                    return "it closed its link".into();
+                }
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Starts another broker in place of one that has ended. Leases go on meanwhile, and who connects
+    /// waits.
+    fn replace_broker(&mut self, ended: &str) -> Result<(), StartError> {
+        let now = Instant::now();
+        if let Some(why) = self.broker.gave_up.take() {
+            return Err(StartError::Broker(why));
+        }
+        self.ends.retain(|end| now.duration_since(*end) < ENDS_COUNT_FOR);
+        self.ends.push(now);
+        if !self.broker.is_ready || self.ends.len() > MOST_ENDS {
+            return Err(StartError::Ended { what: "the broker", why: ended.to_owned() });
+        }
+        error!(why = ended, "the broker has ended, and is started again; leases go on");
+        self.broker = Broker::start(&self.beginning, &self.listening.listener, &self.lock)?;
+        Ok(())
+    }
+}
+
+/// Tells the service manager, if there is one.
+pub(super) fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        warn!(%error, "can't tell the service manager");
+    }
+}

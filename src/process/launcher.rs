@@ -1,0 +1,179 @@
+//! What the broker and the launcher say to each other: the interface `org.vfiobroker.Launcher`.
+//!
+//! The broker asks on one link, and is told on another when it is to end and by which policy to go.
+//! Both are of the same build: the launcher has forked the broker.
+
+use super::keeper::LeaseState;
+use super::link::Call;
+use super::role::Helper;
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+/// The name that every error of the launcher has; what it means is in its parameters.
+pub const FAILED: &str = "org.vfiobroker.Launcher.Failed";
+
+/// The parameters of [`FAILED`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Failed {
+    /// What a system call said.
+    pub errno: i32,
+}
+
+impl Failed {
+    /// The same as an error.
+    pub fn errno(&self) -> Errno {
+        Errno::from_raw(self.errno)
+    }
+}
+
+macro_rules! calls {
+    ($($name:ident -> $reply:ty),* $(,)?) => {
+        $(impl Call for $name {
+            const NAME: &'static str = concat!("org.vfiobroker.Launcher.", stringify!($name));
+            type Reply = $reply;
+        })*
+    };
+}
+
+calls! {
+    StartKeeper -> Done,
+    Salvage -> Done,
+    FindKeeper -> KeeperFound,
+    ListKeepers -> Names,
+    ReadKeeper -> Kept,
+    StartHelper -> HelperStarted,
+    KillHelper -> Done,
+    Ready -> Done,
+    GiveUp -> Done,
+    Alive -> Done,
+    Watch -> Told,
+}
+
+/// It was done.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Done {}
+
+/// Starts a keeper. Two links to it come with the reply: to ask it on, and to watch it on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StartKeeper {
+    /// Its name.
+    pub name: String,
+}
+
+/// Starts a keeper that takes back what a dead one has left.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Salvage {
+    /// The dead one's name.
+    pub name: String,
+}
+
+/// Looks for a keeper, and for a way to it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FindKeeper {
+    /// Its name.
+    pub name: String,
+}
+
+/// What there is of a keeper. Two links come with it where one that is alive takes them; that it does
+/// proves no life.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct KeeperFound {
+    /// How it is.
+    pub standing: Standing,
+}
+
+/// How a keeper is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Standing {
+    /// There is nothing of it that anybody would have to know.
+    Gone,
+    /// Its process has ended, and what it had is not taken back.
+    Dead,
+    /// Its process has its files still, whatever else is the matter with it.
+    Alive,
+}
+
+/// Lists keepers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ListKeepers {
+    /// Only those behind this one in the order of names.
+    pub after: String,
+}
+
+/// The names of keepers, as many as fit into one message; none where that is all.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Names {
+    /// In order.
+    pub names: Vec<String>,
+}
+
+/// Reads what a keeper last wrote down.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ReadKeeper {
+    /// Its name.
+    pub name: String,
+    /// How many of its leases are known already.
+    pub from: usize,
+}
+
+/// What a keeper last wrote down.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kept {
+    /// There is no such keeper, or it has never had anything.
+    Nothing,
+    /// Some of its leases; none where that is all.
+    Leases(Vec<LeaseState>),
+    /// It can't be relied on; why.
+    Unusable(String),
+}
+
+/// Starts a process that receives or closes what peers sent. A SOCK_SEQPACKET link to it and its pidfd
+/// come with the reply.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct StartHelper {
+    /// For what.
+    pub helper: Helper,
+}
+
+/// A process that was started.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HelperStarted {
+    /// Its number.
+    pub pid: i32,
+}
+
+/// Kills a process that receives or closes, if it is there still.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct KillHelper {
+    /// Its number.
+    pub pid: i32,
+}
+
+/// Clients are served from here on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Ready {}
+
+/// The broker can't begin, or can't go on, and ends.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GiveUp {
+    /// Why.
+    pub why: String,
+}
+
+/// The event loop goes round.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Alive {}
+
+/// Tells from here on what the broker is to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Watch {}
+
+/// What the broker is to do.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Told {
+    /// End: the launcher was sent this signal.
+    Stop(String),
+}
