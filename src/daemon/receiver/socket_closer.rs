@@ -95,8 +95,12 @@ impl SocketCloser {
 
     /// Whether its owner should get no new connection: what was in earlier ones can't be closed.
     pub(in super::super) fn is_overloaded(&self) -> bool {
-        self.waiting.borrow().len() >= MOST_WAITING
-            || self.count_unkillable() >= MOST_UNKILLABLE - 1
+        let is_last = self.count_unkillable() >= MOST_UNKILLABLE - 1;
+        if !is_last {
+            // There may be others again: this one ends when it has closed what it has.
+            self.kept.take();
+        }
+        is_last || self.waiting.borrow().len() >= MOST_WAITING
     }
 
     /// From now on starts nothing any more.
