@@ -3,8 +3,8 @@
 //! for may be something that only this process still has.
 //!
 //! So a *receiver* receives, checks and closes them: this program again, in a process of its own, with
-//! no privileges and none of the daemon's files, started for each message that brings any. It passes
-//! on only files that can be memory. A receiver that takes too long is killed; one that even a kill
+//! no privileges and none of the daemon's files, started for each message that brings any. Files that
+//! can be memory it puts into the queue of a socket, and that is all it gives the daemon of them. A receiver that takes too long is killed; one that even a kill
 //! does not end counts against the account that it was started for. Sockets that may hold something
 //! unread are closed by a second role of the same program ([`socket_closer`]).
 
@@ -14,7 +14,9 @@ mod socket_closer;
 pub(super) use role::be_one_if_asked;
 pub(super) use socket_closer::SocketCloser;
 
-use super::account::Account;
+use super::account::{Account, ConnectionCharge};
+use super::incoming::Sent;
+use super::peer_socket::PeerSocket;
 use crate::protocol::Error;
 use crate::sys::fdpass;
 use nix::errno::Errno;
@@ -52,10 +54,12 @@ const CLOSING_PATIENCE: Duration = Duration::from_millis(200);
 
 /// A message that came with open files.
 #[derive(Debug)]
-pub(super) struct Taken {
-    pub(super) bytes: Vec<u8>,
-    /// In the sender's order; those that can't be memory with what they are instead.
-    pub(super) files: Vec<Result<OwnedFd, Error>>,
+struct Taken {
+    bytes: Vec<u8>,
+    /// For each file, in the sender's order, what it is if it can't be memory.
+    checked: Vec<Result<(), Error>>,
+    /// A socket with the others in its queue.
+    queue: Option<OwnedFd>,
 }
 
 /// Why nothing was taken.
@@ -63,6 +67,8 @@ pub(super) struct Taken {
 pub(super) enum NotTaken {
     #[error("{0} processes that hold this client's files can't be ended")]
     Unkillable(usize),
+    #[error("files that this client sent can't be closed")]
+    Unclosed,
     #[error("more than {} fds in one message", fdpass::MAX_FDS)]
     TooMany,
     #[error("the process that receives fds: {0}")]
@@ -83,16 +89,31 @@ impl Default for Receivers {
 }
 
 impl Receivers {
-    /// Takes the message at the head of a socket, which has files with it.
+    /// Takes the message at the head of a socket, which has files with it; they are charged as the
+    /// connection is until they are closed.
     ///
     /// # Errors
     /// [`NotTaken`]: the connection is of no more use.
     pub(super) async fn take(
         &self,
+        charge: &Rc<ConnectionCharge>,
+        uid: u32,
+        socket: &OwnedFd,
+    ) -> Result<(Vec<u8>, Sent), NotTaken> {
+        let Taken { bytes, checked, queue } = self.have_taken(&charge.account, uid, socket).await?;
+        let queue = queue.map(|socket| PeerSocket::new(socket, Rc::clone(charge)));
+        Ok((bytes, Sent::new(checked, queue)))
+    }
+
+    async fn have_taken(
+        &self,
         account: &Account,
         uid: u32,
         socket: &OwnedFd,
     ) -> Result<Taken, NotTaken> {
+        if account.socket_closer.is_overloaded() {
+            return Err(NotTaken::Unclosed);
+        }
         if let Some(unkillable) = account.unkillable.are_too_many(uid) {
             return Err(NotTaken::Unkillable(unkillable));
         }
@@ -147,9 +168,9 @@ fn take(socket: OwnedFd) -> (Result<Taken, NotTaken>, Option<Child>) {
     // The connection has it still: at the daemon's end no thread must keep a copy.
     drop(socket);
     let mut buffer = vec![0; role::MOST_BYTES];
-    let taken = match fdpass::receive(ours, &mut buffer, fdpass::MAX_FDS, flags) {
+    let taken = match fdpass::receive(ours, &mut buffer, 1, flags) {
         Ok(got) => Report::decode(&buffer[..got.len])
-            .map_or_else(failed, |report| report.into_taken(got.fds)),
+            .map_or_else(failed, |report| report.into_taken(got.fds.into_iter().next())),
         Err(_) => failed(),
     };
     let ended = receiver.ends_within(CLOSING_PATIENCE);

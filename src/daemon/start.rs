@@ -59,8 +59,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
         patience: PATIENCE.iter().sum(),
         deadline: options.call_deadline,
     });
-    let daemon = Daemon::new(broker, observer, OpenFiles::new(files), options)
-        .map_err(StartError::set_up("the closer thread"))?;
+    let daemon = Daemon::new(broker, observer, OpenFiles::new(files), options);
     let (tasks, accounts) = (LocalSet::new(), Rc::clone(&daemon.accounts));
     let served =
         tasks.block_on(&runtime, serve(Rc::new(daemon), &listening, sim.is_some(), children));

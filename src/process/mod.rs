@@ -6,3 +6,4 @@
 
 pub mod keeper;
 pub mod link;
+pub mod queued_files;

@@ -3,6 +3,7 @@
 use super::{NotTaken, Taken};
 use crate::keeper::check_memory;
 use crate::process::keeper::Failure;
+use crate::process::queued_files;
 use crate::protocol::{Error, MAX_MESSAGE};
 use crate::sys::fdpass;
 use nix::errno::Errno;
@@ -52,7 +53,7 @@ impl Role {
     }
 }
 
-/// What was received. The files that can be memory come with it.
+/// What was received. A socket comes with it that has the files in its queue that can be memory.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Report {
     /// For each file of the message why it can't be memory, if so.
@@ -79,18 +80,18 @@ impl Report {
         Some(Self { bytes: bytes[end + 1..].to_vec(), ..report })
     }
 
-    pub(super) fn into_taken(self, files: Vec<OwnedFd>) -> Result<Taken, NotTaken> {
+    pub(super) fn into_taken(self, queue: Option<OwnedFd>) -> Result<Taken, NotTaken> {
         if self.too_many {
             return Err(NotTaken::TooMany);
         }
-        let mut good = files.into_iter();
-        let each = self.refused.into_iter().map(|refused| match refused {
-            Some(reason) => Ok(Err(Error::bad("memory", reason))),
-            None => good.next().map(Ok).ok_or(()),
+        if queue.is_some() != self.refused.contains(&None) {
+            return Err(NotTaken::Failed(Errno::EPROTO.into()));
+        }
+        let checked = self.refused.into_iter().map(|refused| match refused {
+            Some(reason) => Err(Error::bad("memory", reason)),
+            None => Ok(()),
         });
-        let files = each.collect::<Result<_, ()>>();
-        let files = files.map_err(|()| NotTaken::Failed(Errno::EPROTO.into()))?;
-        Ok(Taken { bytes: self.bytes, files })
+        Ok(Taken { bytes: self.bytes, checked: checked.collect(), queue })
     }
 }
 
@@ -186,12 +187,12 @@ fn take(socket: &OwnedFd) -> nix::Result<()> {
     buffer.truncate(got.len);
     let too_many = got.cut || got.fds.len() > fdpass::MAX_FDS;
     let (mut refused, mut good, mut bad) = (Vec::new(), Vec::new(), Vec::new());
-    for file in got.fds {
+    for (file, index) in got.fds.into_iter().zip(0..) {
         match check_memory(&file) {
             _ if too_many => bad.push(file),
             Ok(()) => {
                 refused.push(None);
-                good.push(file);
+                good.push((index, file));
             }
             Err(error) => {
                 refused.push(Some(reason(error)));
@@ -199,11 +200,16 @@ fn take(socket: &OwnedFd) -> nix::Result<()> {
             }
         }
     }
-    let report = Report { refused, too_many, bytes: buffer };
-    let files: Vec<_> = good.iter().map(AsFd::as_fd).collect();
-    let sent = fdpass::send(std::io::stdin().as_fd(), &report.encode(), &files, MsgFlags::empty());
+    let sent = send(&Report { refused, too_many, bytes: buffer }, &good);
     close(bad);
-    sent.map(drop)
+    sent
+}
+
+fn send(report: &Report, good: &[(u8, OwnedFd)]) -> nix::Result<()> {
+    let good: Vec<_> = good.iter().map(|(index, file)| (*index, file.as_fd())).collect();
+    let queue = if good.is_empty() { None } else { Some(queued_files::queue(&good)?) };
+    let with: Vec<_> = queue.iter().map(AsFd::as_fd).collect();
+    fdpass::send(std::io::stdin().as_fd(), &report.encode(), &with, MsgFlags::empty()).map(drop)
 }
 
 fn reason(failure: Failure) -> String {
