@@ -18,10 +18,7 @@ pub(super) struct Sent {
 }
 
 impl Sent {
-    pub(super) fn new(
-        checked: Vec<Result<(), Error>>,
-        queue: Option<PeerSocket<OwnedFd>>,
-    ) -> Self {
+    pub(super) fn new(checked: Vec<Result<(), Error>>, queue: Option<PeerSocket<OwnedFd>>) -> Self {
         Self { checked, queue }
     }
 
