@@ -4,9 +4,10 @@
 //!
 //! So a *receiver* receives, checks and closes them: this program again, in a process of its own, with
 //! no privileges and none of the daemon's files, started for each message that brings any. Files that
-//! can be memory it puts into the queue of a socket, and that is all it gives the daemon of them. A receiver that takes too long is killed; one that even a kill
-//! does not end counts against the account that it was started for. Sockets that may hold something
-//! unread are closed by a second role of the same program ([`socket_closer`]).
+//! can be memory it puts into the queue of a socket, and that socket is what it passes on. A receiver
+//! that takes too long is killed; one that even a kill does not end counts against the account that it
+//! was started for. Sockets that may hold something unread are closed by a second role of the same
+//! program ([`socket_closer`]).
 
 mod role;
 mod socket_closer;

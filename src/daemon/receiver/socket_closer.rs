@@ -1,6 +1,6 @@
-//! Where clients' connections end, and the sockets with files that they sent. What is in a socket's queue
-//! goes with it, and closing that can take for ever, or as long as freeing a guest's memory. So a [`SocketCloser`] has a process close each socket that holds
-//! something, in a thread of its own.
+//! Where clients' connections end, and the sockets with files that they sent. What is in a socket's
+//! queue goes with it. Closing that can take for ever, or as long as a guest's memory takes to be freed.
+//! So a [`SocketCloser`] has a process close each socket that holds something, in a thread of its own.
 //!
 //! An owner has one such process, for as long as sockets come. The sockets are sent there at once; a
 //! process that takes none for seconds is killed and replaced. Of those that even a kill does not end
