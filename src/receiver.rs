@@ -2,6 +2,7 @@
 
 use crate::keeper::check_memory;
 use crate::process::keeper::Failure;
+use crate::process::queued_files;
 use crate::protocol::MAX_MESSAGE;
 use crate::sys::fdpass;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -22,7 +23,7 @@ const MOST_CLOSING: usize = 64;
 /// The threads close a file each and use next to no stack.
 const STACK: usize = 64 << 10;
 
-/// What was received. The files that can be memory come with it.
+/// What was received. A socket comes with it that has the files in its queue that can be memory.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
     /// For each file of the message why it can't be memory, if so.
@@ -112,12 +113,12 @@ fn take(socket: &OwnedFd, link: BorrowedFd<'_>) -> nix::Result<()> {
     buffer.truncate(got.len);
     let too_many = got.cut || got.fds.len() > fdpass::MAX_FDS;
     let (mut refused, mut good, mut bad) = (Vec::new(), Vec::new(), Vec::new());
-    for file in got.fds {
+    for (file, index) in got.fds.into_iter().zip(0..) {
         match check_memory(&file) {
             _ if too_many => bad.push(file),
             Ok(()) => {
                 refused.push(None);
-                good.push(file);
+                good.push((index, file));
             }
             Err(error) => {
                 refused.push(Some(reason(error)));
@@ -125,11 +126,16 @@ fn take(socket: &OwnedFd, link: BorrowedFd<'_>) -> nix::Result<()> {
             }
         }
     }
-    let report = Report { refused, too_many, bytes: buffer };
-    let files: Vec<_> = good.iter().map(AsFd::as_fd).collect();
-    let sent = fdpass::send(link, &report.encode(), &files, MsgFlags::empty());
+    let sent = send(link, &Report { refused, too_many, bytes: buffer }, &good);
     close(bad);
-    sent.map(drop)
+    sent
+}
+
+fn send(link: BorrowedFd<'_>, report: &Report, good: &[(u8, OwnedFd)]) -> nix::Result<()> {
+    let good: Vec<_> = good.iter().map(|(index, file)| (*index, file.as_fd())).collect();
+    let queue = if good.is_empty() { None } else { Some(queued_files::queue(&good)?) };
+    let with: Vec<_> = queue.iter().map(AsFd::as_fd).collect();
+    fdpass::send(link, &report.encode(), &with, MsgFlags::empty()).map(drop)
 }
 
 fn reason(failure: Failure) -> String {

@@ -11,7 +11,8 @@ use std::rc::Rc;
 use tokio::time::Instant;
 
 impl Broker {
-    /// Maps memory for a lease.
+    /// Maps memory for a lease. `files` is a socket with the request's files in its queue, for the
+    /// keeper alone to read.
     ///
     /// # Errors
     /// Nothing is mapped then, or will be when the kernel lets it.
@@ -19,20 +20,21 @@ impl Broker {
         self: &Rc<Self>,
         caller: &Caller,
         request: &MapDma,
-        memory: impl AsFd + 'static,
+        files: impl AsFd + 'static,
     ) -> Result<Empty, Error> {
         let until = Instant::now() + self.deadline;
         let entry = self.authorize(caller, &request.lease, &request.key)?;
         check_numbers(request)?;
         self.check_maps(&entry)?;
-        let MapDma { iova, size, read, write, offset, .. } = *request;
+        let MapDma { iova, size, read, write, memory, offset, .. } = *request;
         let quota = quota(&self.limits_of(&entry.tenant));
         let mut turn = entry.keeper.turn_until("MapDma", until).await?;
         self.enter_mapping(caller, Request::Map { lease: entry.id, iova, size, quota })?;
         let (broker, id) = (Rc::clone(self), entry.id);
-        let call = keeper::Map { lease: id.to_string(), iova, size, read, write, offset };
+        let lease = id.to_string();
+        let call = keeper::Map { lease, iova, size, read, write, memory, offset };
         let work = async move {
-            let done = turn.ask(&call, &[memory.as_fd()]).await;
+            let done = turn.ask(&call, &[files.as_fd()]).await;
             broker.report(Request::MapDone { lease: id, iova, made: done.is_ok() });
             done.map_err(|why| broker.not_done(why, &[], "MapDma"))?;
             Ok(turn)

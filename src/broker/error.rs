@@ -289,6 +289,12 @@ impl Broker {
             },
             Failure::Moved { what, why } => Error::Conflict { what, why },
             Failure::Bad { field, reason } => Error::BadRequest { field, reason },
+            Failure::UnknownPeer => Error::Unsupported {
+                what: call.into(),
+                why: "the kernel does not say for certain which process has connected: it has ended, \
+                      or this is a kernel before Linux 6.5"
+                    .into(),
+            },
             Failure::NotDelivered(errno) => {
                 failed("sendmsg", "the client's socket".into(), Errno::from_raw(errno), None)
             }

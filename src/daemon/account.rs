@@ -1,7 +1,6 @@
 //! Who takes up how much: connections and requests in flight, by tenant; peers that belong to no
 //! tenant, by uid.
 
-use super::closer::{CloseQueue, Closer};
 use super::launcher_link::LauncherLink;
 use super::rate_limit::RateLimit;
 use super::receiver::{MOST_OF_OWNER, SocketCloser, Unkillable};
@@ -21,9 +20,6 @@ const STRANGER_CONNECTIONS: usize = 16;
 /// How many denials get into the log: an account's, and those of all strangers together.
 const DENIALS: u32 = 20;
 const STRANGERS_DENIALS: u32 = 10 * DENIALS;
-
-/// Files of one owner whose close hangs, before it is let in no more: each holds something up.
-const MOST_UNCLOSED: usize = 64;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Owner {
@@ -47,10 +43,7 @@ const TENANT_UNREAD: usize = 64 << 10;
 #[derive(Debug)]
 pub(super) struct Accounts {
     launcher: Rc<LauncherLink>,
-    closer: Closer,
-    /// One of each for all strangers: with their own, many uids could hold up all closer threads
-    /// and have any number of receivers.
-    strangers_close_queue: CloseQueue,
+    /// One for all strangers: with their own, many uids could have any number of processes.
     strangers_socket_closer: Rc<SocketCloser>,
     strangers_denials: Rc<RefCell<RateLimit>>,
     strangers: Cell<usize>,
@@ -65,9 +58,7 @@ pub(super) struct Account {
     owner: Owner,
     connections: Cell<usize>,
     most_connections: usize,
-    /// Where everything that its peers sent is closed.
-    pub(super) close_queue: CloseQueue,
-    /// Where its connections end.
+    /// Where its connections end, and the files that it sent and nobody has taken.
     pub(super) socket_closer: Rc<SocketCloser>,
     /// Messages of its that receivers take, at a time.
     pub(super) receivers: Semaphore,
@@ -97,13 +88,10 @@ pub(super) struct ConnectionCharge {
 }
 
 impl Accounts {
-    pub(super) fn new(launcher: Rc<LauncherLink>, most_connections: usize, closer: Closer) -> Self {
-        let strangers_close_queue = closer.queue();
+    pub(super) fn new(launcher: Rc<LauncherLink>, most_connections: usize) -> Self {
         Self {
-            closer,
             strangers_socket_closer: SocketCloser::new(Rc::clone(&launcher)),
             launcher,
-            strangers_close_queue,
             strangers_denials: Rc::new(RefCell::new(RateLimit::new(STRANGERS_DENIALS))),
             strangers: Cell::new(0),
             by_owner: RefCell::default(),
@@ -136,9 +124,6 @@ impl Accounts {
         let most_strangers = (self.most_connections / STRANGERS_PART).min(MOST_STRANGERS);
         if account.is_stranger() && self.strangers.get() >= most_strangers {
             return Err(over("connections of all who have no tenant", most_strangers));
-        }
-        if account.close_queue.unclosed() >= MOST_UNCLOSED {
-            return Err(over("open files of this client that can't be closed", MOST_UNCLOSED));
         }
         if account.socket_closer.is_overloaded() {
             return Err(over("connections of this client that can't be closed", 0));
@@ -189,13 +174,11 @@ impl Accounts {
             return Rc::clone(account);
         }
         by_owner.retain(|_, account| !account.is_forgettable());
-        let (close_queue, socket_closer) = match &tenant {
-            Ok(_) => (self.closer.queue(), SocketCloser::new(Rc::clone(&self.launcher))),
-            Err(_) => {
-                (self.strangers_close_queue.clone(), Rc::clone(&self.strangers_socket_closer))
-            }
+        let socket_closer = match &tenant {
+            Ok(_) => SocketCloser::new(Rc::clone(&self.launcher)),
+            Err(_) => Rc::clone(&self.strangers_socket_closer),
         };
-        let mut account = Account::new(owner.clone(), tenant, close_queue, socket_closer);
+        let mut account = Account::new(owner.clone(), tenant, socket_closer);
         account.strangers_denials =
             account.is_stranger().then(|| Rc::clone(&self.strangers_denials));
         let account = Rc::new(account);
@@ -208,7 +191,6 @@ impl Account {
     fn new(
         owner: Owner,
         tenant: Result<&Tenant, Refusal>,
-        close_queue: CloseQueue,
         socket_closer: Rc<SocketCloser>,
     ) -> Self {
         let (connections, requests) = match &tenant {
@@ -220,7 +202,6 @@ impl Account {
             owner,
             connections: Cell::new(0),
             most_connections: connections,
-            close_queue,
             socket_closer,
             receivers: Semaphore::new(MOST_OF_OWNER),
             unkillable: Unkillable::default(),

@@ -4,11 +4,14 @@ use super::connection::{Connection, Lost};
 use super::incoming::Sent;
 use super::outgoing::{Answer, has_room};
 use crate::broker::Delivery;
-use crate::protocol::{Acquire, Error, GetFds, MapDma, Release, UnmapDma};
+use crate::policy::Peer;
+use crate::protocol::{Acquire, Error, GetFds, MapDma, Memlock, Release, SetMemlock, UnmapDma};
 use std::future::Future;
 use std::os::fd::AsFd;
+use std::rc::Rc;
 use std::sync::Arc;
 use tokio::time::timeout;
+use tracing::info;
 
 impl Connection {
     /// Answers a call whose reply a keeper sends.
@@ -42,14 +45,26 @@ impl Connection {
     }
 
     pub(super) async fn map_dma(&self, request: MapDma, fds: Sent) -> Result<Answer, Error> {
-        let memory = fds.take(request.memory)?;
+        let files = fds.queue_with(request.memory)?;
         let broker = &self.daemon.broker;
-        self.in_place(broker.map_dma(&self.caller, &request, memory)).await.map(Answer::reply)
+        self.in_place(broker.map_dma(&self.caller, &request, files)).await.map(Answer::reply)
     }
 
     pub(super) async fn unmap_dma(&self, request: UnmapDma) -> Result<Answer, Error> {
         let broker = &self.daemon.broker;
         self.in_place(broker.unmap_dma(&self.caller, &request)).await.map(Answer::reply)
+    }
+
+    /// The process at the other end may have its limit raised.
+    pub(super) async fn set_memlock(&self, request: SetMemlock) -> Result<Answer, Error> {
+        let (broker, client) = (&self.daemon.broker, Rc::clone(&self.socket));
+        let (tenant, bytes) =
+            self.in_place(broker.set_memlock(&self.caller, client, &request)).await?;
+        if self.daemon.observer.may_log(tenant) {
+            let Peer { uid, pid, .. } = self.caller.peer;
+            info!(uid, pid, bytes, lease = request.lease, "memlock limit raised");
+        }
+        Ok(Answer::reply(Memlock::of(bytes)))
     }
 
     /// Makes a call in one of its tenant's places; waits for one.

@@ -7,8 +7,7 @@ use super::outgoing::{Answer, SendError};
 use super::peer_socket::PeerSocket;
 use super::receiver::NotTaken;
 use crate::broker::Caller;
-use crate::policy::Peer;
-use crate::protocol::{Error, Memlock, Request, SetMemlock};
+use crate::protocol::{Error, Request};
 use crate::sys::fdpass::{self, ReceiveError};
 use crate::sys::peer::unread;
 use nix::errno::Errno;
@@ -20,13 +19,14 @@ use std::time::Duration;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
-use tracing::{debug, info};
+use tracing::debug;
 
 /// A connected client. While it is idle this is all there is of it: no buffers.
 pub(super) struct Connection {
     pub(super) daemon: Rc<Daemon>,
     pub(super) caller: Arc<Caller>,
-    pub(super) socket: PeerSocket,
+    /// A call that is under way has it as well.
+    pub(super) socket: Rc<PeerSocket>,
     pub(super) charge: Rc<ConnectionCharge>,
     pub(super) incoming: Incoming,
     /// The last read may have left something behind.
@@ -71,7 +71,7 @@ impl Connection {
         socket: AsyncFd<OwnedFd>,
         charge: Rc<ConnectionCharge>,
     ) -> Self {
-        let socket = PeerSocket::new(socket, Rc::clone(&charge));
+        let socket = Rc::new(PeerSocket::new(socket, Rc::clone(&charge)));
         let incoming = Incoming::new(charge.account.most_message);
         Self { daemon, caller: Arc::new(caller), socket, charge, incoming, more: false }
     }
@@ -110,7 +110,7 @@ impl Connection {
                 Ok(Request::Release(request)) => Box::pin(self.release(request)).await,
                 Ok(Request::MapDma(request)) => Box::pin(self.map_dma(request, fds)).await,
                 Ok(Request::UnmapDma(request)) => Box::pin(self.unmap_dma(request)).await,
-                Ok(Request::SetMemlock(request)) => self.set_memlock(&request),
+                Ok(Request::SetMemlock(request)) => Box::pin(self.set_memlock(request)).await,
                 Ok(Request::Topology(_)) => Box::pin(self.topology(flags)).await?,
                 Ok(Request::Leases(_)) => Box::pin(self.leases(flags)).await?,
                 Ok(Request::Watch(watch)) => return Box::pin(self.watch(watch)).await,
@@ -191,25 +191,13 @@ impl Connection {
 
     /// Takes a message that has files with it.
     async fn take_files(&mut self) -> Result<(), Lost> {
-        let account = &self.charge.account;
-        if !account.sends_fds {
+        if !self.charge.account.sends_fds {
             return Err(Lost::FdsNotTaken);
         }
-        let receivers = &self.daemon.receivers;
-        let taken = receivers.take(account, self.caller.peer.uid, self.socket.get_ref()).await?;
+        let (receivers, uid) = (&self.daemon.receivers, self.caller.peer.uid);
+        let (bytes, files) = receivers.take(&self.charge, uid, self.socket.get_ref()).await?;
         self.more = true;
-        Ok(self.incoming.push(&taken.bytes, Sent::new(taken.files, &account.close_queue))?)
-    }
-
-    /// The process at the other end may have its limit raised.
-    fn set_memlock(&self, request: &SetMemlock) -> Result<Answer, Error> {
-        let tenant = self.daemon.broker.may_lock(&self.caller, request)?;
-        let bytes = super::peer::raise_memlock(self.socket.as_fd(), request.bytes)?;
-        if self.daemon.observer.may_log(tenant) {
-            let Peer { uid, pid, .. } = self.caller.peer;
-            info!(uid, pid, bytes, lease = request.lease, "memlock limit raised");
-        }
-        Ok(Answer::reply(Memlock::of(bytes)))
+        Ok(self.incoming.push(&bytes, files)?)
     }
 
     pub(super) async fn send(&self, answer: Answer) -> Result<(), Lost> {
@@ -275,7 +263,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Waits until the peer has read all, or is gone. What it leaves unread, open files in it, stays in the
 /// kernel at our cost when our end is closed; so until then the connection keeps its place in the limits.
-async fn all_read(daemon: &Daemon, charge: &ConnectionCharge, uid: u32, socket: &OwnedFd) {
+async fn all_read(daemon: &Daemon, charge: &Rc<ConnectionCharge>, uid: u32, socket: &OwnedFd) {
     // It sees the end behind what there is, and sends no more.
     let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
     let mut pause = Duration::from_millis(1);
@@ -295,7 +283,7 @@ async fn all_read(daemon: &Daemon, charge: &ConnectionCharge, uid: u32, socket: 
 /// Takes out what a peer has sent and nobody will read.
 async fn empty(
     daemon: &Daemon,
-    charge: &ConnectionCharge,
+    charge: &Rc<ConnectionCharge>,
     uid: u32,
     socket: &OwnedFd,
 ) -> Result<(), Lost> {
@@ -303,10 +291,7 @@ async fn empty(
     loop {
         match fdpass::peek(socket.as_fd(), &mut buffer) {
             Ok(next) if next.len == 0 => return Ok(()),
-            Ok(next) if next.fds => {
-                let taken = daemon.receivers.take(&charge.account, uid, socket).await?;
-                charge.account.close_queue.close(taken.files.into_iter().flatten());
-            }
+            Ok(next) if next.fds => drop(daemon.receivers.take(charge, uid, socket).await?),
             Ok(next) => {
                 let bytes = &mut buffer[..next.len];
                 fdpass::receive(socket.as_fd(), bytes, 0, MsgFlags::MSG_DONTWAIT)?;

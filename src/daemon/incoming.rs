@@ -4,69 +4,43 @@
 //! kernel ends a read with the bytes that fds came with, so they belong to the last message that
 //! begins in that read. Fds that come in the midst of a message are a framing error.
 
-use super::closer::CloseQueue;
+use super::peer_socket::PeerSocket;
 use crate::protocol::{Call, Error, Frames, Oversize, Request};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
-/// Open files that came with a message and can be memory, and what the others were instead. Closing
-/// one can take as long as freeing its pages does.
+/// The open files that came with a message. Those that can be memory are in the queue of a socket: no
+/// file of a client's is ever this process's.
 #[derive(Debug, Default)]
 pub(super) struct Sent {
-    files: Vec<Result<OwnedFd, Error>>,
-    queue: Option<CloseQueue>,
+    /// For each file, in the sender's order, what it is if it can't be memory.
+    checked: Vec<Result<(), Error>>,
+    queue: Option<PeerSocket<OwnedFd>>,
 }
 
 impl Sent {
-    pub(super) fn new(files: Vec<Result<OwnedFd, Error>>, queue: &CloseQueue) -> Self {
-        Self { files, queue: Some(queue.clone()) }
+    pub(super) fn new(checked: Vec<Result<(), Error>>, queue: Option<PeerSocket<OwnedFd>>) -> Self {
+        Self { checked, queue }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.files.len()
+        self.checked.len()
     }
 
-    /// Takes the one at `index` alone.
+    /// The socket that the file at `index` is in.
     ///
     /// # Errors
     /// [`Error::BadRequest`]: there is none, or it can't be memory.
-    pub(super) fn take(mut self, index: usize) -> Result<Memory, Error> {
+    pub(super) fn queue_with(mut self, index: usize) -> Result<PeerSocket<OwnedFd>, Error> {
         let count = self.len();
-        if index >= count {
+        let not_there = || {
             let reason = format!("fd {index} is not there: {count} came with the call");
-            return Err(Error::bad("memory", reason));
+            Error::bad("memory", reason)
+        };
+        if index >= count {
+            return Err(not_there());
         }
-        let file = self.files.swap_remove(index)?;
-        Ok(Memory { file, queue: self.queue.clone() })
-    }
-}
-
-impl Drop for Sent {
-    fn drop(&mut self) {
-        if let Some(queue) = &self.queue {
-            queue.close(self.files.drain(..).flatten());
-        }
-    }
-}
-
-/// A peer's memory; freeing its pages is a closer thread's.
-#[derive(Debug)]
-pub(super) struct Memory {
-    file: OwnedFd,
-    queue: Option<CloseQueue>,
-}
-
-impl AsFd for Memory {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        if let Some(queue) = &self.queue {
-            // Ours is closed here and is not the last one then.
-            queue.close(self.file.try_clone());
-        }
+        self.checked.swap_remove(index)?;
+        self.queue.ok_or_else(not_there)
     }
 }
 
@@ -204,6 +178,7 @@ mod tests {
     use crate::protocol::MAX_MESSAGE;
     use crate::sys::fdpass;
     use nix::sys::socket::MsgFlags;
+    use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
     const INFO: &[u8] = b"{\"method\":\"org.varlink.service.GetInfo\"}\0";
@@ -216,7 +191,6 @@ mod tests {
             fdpass::send(ours.as_fd(), bytes, &fds, MsgFlags::empty()).unwrap();
         }
         drop(ours);
-        let queue = crate::daemon::closer::Closer::new().unwrap().queue();
         let (mut incoming, mut counts) = (Incoming::new(MAX_MESSAGE), Vec::new());
         let mut buffer = vec![0; buffer];
         loop {
@@ -224,8 +198,8 @@ mod tests {
             if got.len == 0 {
                 return Ok(counts);
             }
-            let files = got.fds.into_iter().map(Ok).collect();
-            incoming.push(&buffer[..got.len], Sent::new(files, &queue))?;
+            let checked = got.fds.iter().map(|_| Ok(())).collect();
+            incoming.push(&buffer[..got.len], Sent::new(checked, None))?;
             while let Some(message) = incoming.next_message().unwrap() {
                 assert!(matches!(message.request, Ok(Request::GetInfo(_))));
                 counts.push(message.fds.len());

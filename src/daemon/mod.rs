@@ -2,12 +2,11 @@
 //!
 //! One thread serves all connections. Whatever can block in the kernel is done elsewhere: every call on
 //! a VFIO file in the lease's keeper ([`keepers`]), receiving and closing what peers sent in processes
-//! of their own ([`receiver`]), and freeing guests' memory on closer threads ([`closer`]).
+//! of their own ([`receiver`]).
 
 mod accept;
 mod account;
 mod calls;
-mod closer;
 mod connection;
 mod incoming;
 mod introspect;
@@ -32,7 +31,6 @@ use crate::launcher::Options;
 use crate::policy::{Peer, Policy};
 use crate::protocol::{Error, MAX_MESSAGE};
 use account::{Account, Accounts};
-use closer::Closer;
 use launcher_link::LauncherLink;
 use observer::DaemonObserver;
 use open_files::OpenFiles;
@@ -70,18 +68,14 @@ impl Daemon {
         launcher: Rc<LauncherLink>,
         open_files: OpenFiles,
         options: &Options,
-    ) -> std::io::Result<Self> {
+    ) -> Self {
         let names_units = broker.policy().names_units();
         let most_connections = most_connections(&open_files);
         warn_of_quotas(broker.policy(), &open_files);
-        Ok(Self {
+        Self {
             broker,
             observer,
-            accounts: Rc::new(Accounts::new(
-                Rc::clone(&launcher),
-                most_connections,
-                Closer::new()?,
-            )),
+            accounts: Rc::new(Accounts::new(Rc::clone(&launcher), most_connections)),
             receivers: Rc::new(Receivers::new(launcher)),
             open_files,
             deadlines: Deadlines {
@@ -91,7 +85,7 @@ impl Daemon {
             },
             names_units,
             buffer: RefCell::new(vec![0; MAX_MESSAGE].into()),
-        })
+        }
     }
 
     /// Fails where the daemon's open files run short: what is left of them is for ending what there is.

@@ -1,9 +1,6 @@
 //! Who is at the other end, as the kernel tells it; never what the peer says.
 
-use crate::kernel;
 use crate::policy::Peer;
-use crate::protocol::Error;
-use crate::sys::memlock::raise_memlock as raise;
 use crate::sys::peer;
 use nix::errno::Errno;
 use nix::sys::socket::{getsockopt, sockopt};
@@ -36,23 +33,6 @@ fn unit(socket: BorrowedFd<'_>, pid: i32) -> Result<Option<String>, Errno> {
     Ok(system_unit(&cgroup)
         .filter(|_| peer::is_alive(pidfd.as_fd()) == Ok(true))
         .map(str::to_owned))
-}
-
-/// Raises the memlock limit of the process that connected.
-pub(super) fn raise_memlock(socket: BorrowedFd<'_>, bytes: u64) -> Result<u64, Error> {
-    let asked = |call: &'static str| {
-        move |errno| Error::from(kernel::Error::new(call, "the peer's socket", errno))
-    };
-    let credentials =
-        getsockopt(&socket, sockopt::PeerCredentials).map_err(asked("getsockopt SO_PEERCRED"))?;
-    let pidfd = peer::pidfd(socket).map_err(asked("getsockopt SO_PEERPIDFD"))?;
-    let pidfd = pidfd.ok_or_else(|| Error::Unsupported {
-        what: "SetMemlock".into(),
-        why: "the kernel does not say for certain which process has connected: it has ended, or this \
-              is a kernel before Linux 6.5"
-            .into(),
-    })?;
-    Ok(raise(pidfd.as_fd(), credentials.pid(), bytes)?)
 }
 
 /// The system unit in a `/proc/PID/cgroup` of cgroup v2: what is below the slices. Below

@@ -1,34 +1,40 @@
-//! The socket of a connection, which this process never closes with something in it.
+//! Sockets that have in their queue what a peer sent: this process never closes one with something in it.
 
 use super::account::ConnectionCharge;
 use std::ops::Deref;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use tokio::io::unix::AsyncFd;
 
-/// A connected client's socket. Wherever it is dropped, its owner's
+/// A connected client's socket, or one with files that it sent. Wherever it is dropped, its owner's
 /// [`SocketCloser`](super::receiver::SocketCloser) gets it, with its charge.
 #[derive(Debug)]
-pub(super) struct PeerSocket {
-    socket: Rc<AsyncFd<OwnedFd>>,
+pub(super) struct PeerSocket<S: AsFd + 'static = AsyncFd<OwnedFd>> {
+    socket: Rc<S>,
     charge: Rc<ConnectionCharge>,
 }
 
-impl PeerSocket {
-    pub(super) fn new(socket: AsyncFd<OwnedFd>, charge: Rc<ConnectionCharge>) -> Self {
+impl<S: AsFd + 'static> PeerSocket<S> {
+    pub(super) fn new(socket: S, charge: Rc<ConnectionCharge>) -> Self {
         Self { socket: Rc::new(socket), charge }
     }
 }
 
-impl Deref for PeerSocket {
-    type Target = AsyncFd<OwnedFd>;
+impl<S: AsFd + 'static> Deref for PeerSocket<S> {
+    type Target = S;
 
     fn deref(&self) -> &Self::Target {
         &self.socket
     }
 }
 
-impl Drop for PeerSocket {
+impl<S: AsFd + 'static> AsFd for PeerSocket<S> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl<S: AsFd + 'static> Drop for PeerSocket<S> {
     fn drop(&mut self) {
         let (socket, charge) = (Rc::clone(&self.socket), Rc::clone(&self.charge));
         self.charge.account.socket_closer.close(socket, Some(charge));

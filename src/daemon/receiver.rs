@@ -3,17 +3,20 @@
 //! for may be something that only this process still has.
 //!
 //! So a *receiver* ([`crate::receiver`]) receives, checks and closes them, in a process of its own,
-//! with no privileges and none of the daemon's files, started for each message that brings any. It
-//! passes on only files that can be memory. A receiver that takes too long is killed; one that even a kill
-//! does not end counts against the account that it was started for. Sockets that may hold something
-//! unread are closed by another such process ([`socket_closer`]).
+//! with no privileges and none of the daemon's files, started for each message that brings any. Files
+//! that can be memory it puts into the queue of a socket, and that socket is what it passes on. A
+//! receiver that takes too long is killed; one that even a kill does not end counts against the account
+//! that it was started for. Sockets that may hold something unread are closed by another such process
+//! ([`socket_closer`]).
 
 mod socket_closer;
 
 pub(super) use socket_closer::SocketCloser;
 
-use super::account::Account;
+use super::account::{Account, ConnectionCharge};
+use super::incoming::Sent;
 use super::launcher_link::LauncherLink;
+use super::peer_socket::PeerSocket;
 use crate::process::launcher::{KillHelper, StartHelper};
 use crate::process::role::Helper;
 use crate::protocol::Error;
@@ -54,10 +57,12 @@ const KILLED: Duration = Duration::from_millis(500);
 
 /// A message that came with open files.
 #[derive(Debug)]
-pub(super) struct Taken {
-    pub(super) bytes: Vec<u8>,
-    /// In the sender's order; those that can't be memory with what they are instead.
-    pub(super) files: Vec<Result<OwnedFd, Error>>,
+struct Taken {
+    bytes: Vec<u8>,
+    /// For each file, in the sender's order, what it is if it can't be memory.
+    checked: Vec<Result<(), Error>>,
+    /// A socket with the others in its queue.
+    queue: Option<OwnedFd>,
 }
 
 /// Why nothing was taken.
@@ -65,6 +70,8 @@ pub(super) struct Taken {
 pub(super) enum NotTaken {
     #[error("{0} processes that hold this client's files can't be ended")]
     Unkillable(usize),
+    #[error("files that this client sent can't be closed")]
+    Unclosed,
     #[error("more than {} fds in one message", fdpass::MAX_FDS)]
     TooMany,
     #[error("the process that receives fds: {0}")]
@@ -84,16 +91,31 @@ impl Receivers {
         Self { launcher, places: Semaphore::new(MOST), by_uid: RefCell::default() }
     }
 
-    /// Takes the message at the head of a socket, which has files with it.
+    /// Takes the message at the head of a socket, which has files with it; they are charged as the
+    /// connection is until they are closed.
     ///
     /// # Errors
     /// [`NotTaken`]: the connection is of no more use.
     pub(super) async fn take(
         &self,
+        charge: &Rc<ConnectionCharge>,
+        uid: u32,
+        socket: &OwnedFd,
+    ) -> Result<(Vec<u8>, Sent), NotTaken> {
+        let Taken { bytes, checked, queue } = self.have_taken(&charge.account, uid, socket).await?;
+        let queue = queue.map(|socket| PeerSocket::new(socket, Rc::clone(charge)));
+        Ok((bytes, Sent::new(checked, queue)))
+    }
+
+    async fn have_taken(
+        &self,
         account: &Account,
         uid: u32,
         socket: &OwnedFd,
     ) -> Result<Taken, NotTaken> {
+        if account.socket_closer.is_overloaded() {
+            return Err(NotTaken::Unclosed);
+        }
         if let Some(unkillable) = account.unkillable.are_too_many(uid) {
             return Err(NotTaken::Unkillable(unkillable));
         }
@@ -147,32 +169,32 @@ async fn take(receiver: &HelperProcess, socket: &OwnedFd) -> Result<Taken, NotTa
     let got = timeout(PATIENCE, receive(link, &mut buffer)).await;
     let got = got.ok().and_then(Result::ok).ok_or_else(failed)?;
     let report = Report::decode(&buffer[..got.len]).ok_or_else(failed)?;
-    taken(report, got.fds)
+    taken(report, got.fds.into_iter().next())
 }
 
 async fn receive(link: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> std::io::Result<Received> {
     loop {
         let mut readable = link.readable().await?;
         let flags = MsgFlags::MSG_DONTWAIT;
-        match fdpass::receive(link.as_fd(), buffer, fdpass::MAX_FDS, flags) {
+        match fdpass::receive(link.as_fd(), buffer, 1, flags) {
             Err(ReceiveError::Errno(Errno::EAGAIN)) => readable.clear_ready(),
             got => return got.map_err(std::io::Error::other),
         }
     }
 }
 
-fn taken(report: Report, files: Vec<OwnedFd>) -> Result<Taken, NotTaken> {
+fn taken(report: Report, queue: Option<OwnedFd>) -> Result<Taken, NotTaken> {
     if report.too_many {
         return Err(NotTaken::TooMany);
     }
-    let mut good = files.into_iter();
-    let each = report.refused.into_iter().map(|refused| match refused {
-        Some(reason) => Ok(Err(Error::bad("memory", reason))),
-        None => good.next().map(Ok).ok_or(()),
+    if queue.is_some() != report.refused.contains(&None) {
+        return Err(NotTaken::Failed(Errno::EPROTO.into()));
+    }
+    let checked = report.refused.into_iter().map(|refused| match refused {
+        Some(reason) => Err(Error::bad("memory", reason)),
+        None => Ok(()),
     });
-    let files = each.collect::<Result<_, ()>>();
-    let files = files.map_err(|()| NotTaken::Failed(Errno::EPROTO.into()))?;
-    Ok(Taken { bytes: report.bytes, files })
+    Ok(Taken { bytes: report.bytes, checked: checked.collect(), queue })
 }
 
 /// A process that the launcher has started, and the link to it.

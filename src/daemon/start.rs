@@ -64,8 +64,7 @@ async fn serve(given: Given) -> Result<(), StartError> {
         deadline: options.call_deadline,
     });
     let open_files = OpenFiles::new(files);
-    let daemon = Daemon::new(broker, observer, Rc::clone(&launcher), open_files, &options)
-        .map_err(lost("the closer thread"))?;
+    let daemon = Daemon::new(broker, observer, Rc::clone(&launcher), open_files, &options);
     let accounts = Rc::clone(&daemon.accounts);
     let tasks = LocalSet::new();
     let served = tasks.run_until(serve_clients(Rc::new(daemon), listener, &launcher, orders)).await;

@@ -12,11 +12,11 @@ use std::os::fd::{AsFd, OwnedFd};
 const PAGE: usize = 1000;
 
 impl Keeper {
-    /// Maps a peer's memory. On an error nothing is mapped.
-    pub(super) fn map(&mut self, call: &Map, memory: OwnedFd) -> Result<Changed, Failure> {
+    /// Maps a peer's memory, which is in the queue of a socket. On an error nothing is mapped.
+    pub(super) fn map(&mut self, call: &Map, queue: &OwnedFd) -> Result<Changed, Failure> {
         let name = &call.lease;
         self.check_maps(name)?;
-        let memory = Memory::check(memory)?;
+        let memory = Memory::take(queue, call.memory)?;
         memory.check_range(call.offset, call.size)?;
         let container = self.container.as_mut().ok_or(Failure::NoSuchLease)?;
         check_iommu(call, container.info()?)?;

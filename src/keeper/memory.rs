@@ -2,10 +2,12 @@
 
 use crate::kernel;
 use crate::process::keeper::Failure;
+use crate::process::queued_files;
+use crate::sys::fdpass::ReceiveError;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::stat::{SFlag, fstat};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 /// A file that can be pinned without a peer's file system having a say.
 #[derive(Debug)]
@@ -17,11 +19,24 @@ pub(super) struct Memory {
 }
 
 impl Memory {
+    /// Takes the file of that index out of a socket's queue, and checks it: who sent the socket here may
+    /// not have looked.
+    ///
+    /// # Errors
+    /// [`Failure::Bad`] if it is not there, or else what it is instead.
+    pub(super) fn take(queue: &OwnedFd, index: usize) -> Result<Self, Failure> {
+        let taken = queued_files::take(queue.as_fd(), index).map_err(|error| match error {
+            ReceiveError::Errno(errno) => system("recvmsg", "the memory's file", errno),
+            truncated @ ReceiveError::Truncated { .. } => bad("memory", truncated),
+        })?;
+        Self::check(taken.ok_or_else(|| bad("memory", format!("fd {index} is not there")))?)
+    }
+
     /// Takes a file if it is a regular one on tmpfs or hugetlbfs.
     ///
     /// # Errors
     /// [`Failure::Bad`] that says what it is instead.
-    pub(super) fn check(fd: OwnedFd) -> Result<Self, Failure> {
+    fn check(fd: OwnedFd) -> Result<Self, Failure> {
         check_memory(&fd)?;
         let stat = fstat(&fd).map_err(|errno| system("fstat", "memory", errno))?;
         let fs = fstatfs(&fd).map_err(|errno| system("fstatfs", "memory", errno))?;

@@ -8,6 +8,7 @@
 mod container;
 mod deliver;
 mod dma;
+mod memlock;
 mod memory;
 mod open;
 mod process;

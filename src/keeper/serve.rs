@@ -4,8 +4,8 @@ use super::state_file::{Place, StateFile};
 use super::{Keeper, KeptLease};
 use crate::kernel::Kernel;
 use crate::process::keeper::{
-    Check, Deliver, End, FAILED, Failed, Failure, LeaseState, Map, Mappings, Open, Phase, Reopen,
-    Told, Undo, Unmap, Watch,
+    Check, Deliver, End, FAILED, Failed, Failure, LeaseState, Map, Mappings, Memlock, Open, Phase,
+    Reopen, Told, Undo, Unmap, Watch,
 };
 use crate::process::link::{self, Answering, Call, Lost, Message};
 use nix::errno::Errno;
@@ -180,8 +180,9 @@ impl Keeper {
             Reopen::NAME => framed(self.reopen(link, link::parse(parameters)?)),
             Deliver::NAME => framed(self.deliver(link::parse(parameters)?, &file()?)),
             Undo::NAME => framed(self.undo(&link::parse(parameters)?)),
-            Map::NAME => framed(self.map(&link::parse(parameters)?, file()?)),
+            Map::NAME => framed(self.map(&link::parse(parameters)?, &file()?)),
             Unmap::NAME => framed(self.unmap(&link::parse(parameters)?)),
+            Memlock::NAME => framed(self.raise_memlock(&link::parse(parameters)?, &file()?)),
             Check::NAME => framed(self.check(&link::parse(parameters)?)),
             End::NAME => framed(self.end(&link::parse(parameters)?)),
             Mappings::NAME => framed(self.mappings(&link::parse(parameters)?)),

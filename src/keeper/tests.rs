@@ -1,5 +1,7 @@
 //! A keeper on the simulated kernel, asked as a broker asks it.
 
+mod sockets;
+
 use super::*;
 use crate::process::keeper::{
     Check, Deliver, Delivered, End, FAILED, Failed, LeaseRecord, LeasedDevice, LeasedGroup, Map,
@@ -8,6 +10,7 @@ use crate::process::keeper::{
 };
 use crate::process::launcher::{Kept, Standing};
 use crate::process::link::{self, Call};
+use crate::process::queued_files::queue;
 use crate::protocol::{Fd, FdKind, Handout};
 use crate::sim::{Fault, Sim, Stats, Topology};
 use crate::sys::fdpass;
@@ -169,10 +172,22 @@ impl Asker {
 
     fn map(&mut self, lease: &str, iova: u64) {
         let (memory, _) = crate::kernel::Mapped::memfd(4096).unwrap();
+        let queue = queue(&[(0, memory.as_fd())]).unwrap();
+        self.map_of(lease, iova, 0, queue.as_fd()).unwrap();
+    }
+
+    /// Asks for a page of the file of that index to be mapped.
+    fn map_of(
+        &mut self,
+        lease: &str,
+        iova: u64,
+        memory: usize,
+        queue: BorrowedFd<'_>,
+    ) -> Result<Changed, Failure> {
         let (read, write, offset, size) = (true, true, 0, 4096);
-        let map = Map { lease: lease.into(), iova, size, read, write, offset };
-        self.send(&map, &[memory.as_fd()]);
-        self.answer::<Map>().unwrap();
+        let map = Map { lease: lease.into(), iova, size, read, write, memory, offset };
+        self.send(&map, &[queue]);
+        self.answer::<Map>()
     }
 }
 

@@ -29,6 +29,7 @@ calls! {
     Undo -> Changed,
     Map -> Changed,
     Unmap -> Unmapped,
+    Memlock -> Raised,
     Check -> Changed,
     End -> Changed,
     Mappings -> MappingsPage,
@@ -213,7 +214,8 @@ pub struct Undo {
     pub lease: String,
 }
 
-/// Maps memory, whose file comes beside this call.
+/// Maps memory. The socket beside this call has its file in its queue; see
+/// [`queued_files`](super::queued_files).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Map {
     /// Which lease.
@@ -226,6 +228,8 @@ pub struct Map {
     pub read: bool,
     /// The device may write.
     pub write: bool,
+    /// The file's index among those in the queue.
+    pub memory: usize,
     /// Where in the file it begins, in bytes.
     pub offset: u64,
 }
@@ -248,6 +252,23 @@ pub struct Unmapped {
     pub unmapped: u64,
     /// The lease as it is.
     pub state: LeaseState,
+}
+
+/// Raises the memlock limit of the process that made the client's connection, which comes beside this
+/// call.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Memlock {
+    /// A lease of that process's tenant.
+    pub lease: String,
+    /// The limit that is wanted.
+    pub bytes: u64,
+}
+
+/// The memlock limit that a process has.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Raised {
+    /// Bytes.
+    pub bytes: u64,
 }
 
 /// Looks whether a lease's holder has gone.
@@ -427,6 +448,8 @@ pub enum Failure {
         /// Why.
         reason: String,
     },
+    /// The kernel does not say for certain which process has connected.
+    UnknownPeer,
     /// The client does not take the reply.
     NotDelivered(i32),
     /// The keeper has no such lease, or not in a phase for this.

@@ -7,4 +7,5 @@
 pub mod keeper;
 pub mod launcher;
 pub mod link;
+pub mod queued_files;
 pub mod role;

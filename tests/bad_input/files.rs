@@ -280,6 +280,8 @@ fn sockets_that_can_not_be_closed_stop_their_owner_alone() {
     let daemon = Daemon::with(Setup::policy(policy));
     let mut mounted = Vec::new();
     beside(&daemon, || {
+        let greeted = || daemon.connect_and_greet();
+        let Some(mut early) = as_uid(MALLORY, greeted) else { return };
         let mut refused = false;
         // Each round leaves sockets with a file behind too long a message, in a process that closes
         // them and that is then of no more use.
@@ -319,6 +321,12 @@ fn sockets_that_can_not_be_closed_stop_their_owner_alone() {
             until("the process that closes them was killed", || {
                 daemon.dead_children() >= round.min(3)
             });
+        }
+        if refused {
+            // Nor are files taken that would have to be closed there too.
+            let file = memory(PAGE);
+            early.send_with(&call("Leases", &json!({})), &[file.as_fd()]).unwrap();
+            early.hangs_up();
         }
         mounted.clear();
         until("the owner is served again", || {

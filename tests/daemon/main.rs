@@ -6,6 +6,7 @@ mod calls;
 #[path = "../common/mod.rs"]
 mod common;
 mod contested;
+mod files;
 mod iommufd;
 mod leases;
 mod lifecycle;

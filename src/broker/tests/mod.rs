@@ -18,6 +18,7 @@ use super::*;
 use crate::policy::{Names, Peer};
 use crate::process::keeper::{Changed, Check, End};
 use crate::process::link::Call;
+use crate::process::queued_files::queue;
 use crate::protocol::{
     Acquire, Acquired, DeviceSpec, Error, FdKind, Fds, GetFds, Handout, MapDma, Release, UnmapDma,
     Unmapped, Until,
@@ -322,7 +323,7 @@ impl World {
     }
 
     fn map_dma(&self, uid: u32, request: &MapDma, memory: OwnedFd) -> Result<(), Error> {
-        self.run(self.broker.map_dma(&caller(uid), request, memory)).map(drop)
+        self.run(self.broker.map_dma(&caller(uid), request, queued(memory))).map(drop)
     }
 
     fn unmap(&self, uid: u32, held: &Acquired, iova: u64, size: u64) -> Result<u64, Error> {
@@ -383,7 +384,8 @@ async fn map(
     size: u64,
 ) -> Result<(), Error> {
     let (memory, _) = crate::kernel::Mapped::memfd(size as usize).unwrap();
-    broker.map_dma(&caller(uid), &map_request(held, iova, size), memory).await.map(drop)
+    let request = map_request(held, iova, size);
+    broker.map_dma(&caller(uid), &request, queued(memory)).await.map(drop)
 }
 
 async fn unmap(
@@ -396,6 +398,11 @@ async fn unmap(
     let Acquired { lease, key, .. } = held.clone();
     let request = UnmapDma { lease, key, iova, size };
     broker.unmap_dma(&caller(uid), &request).await.map(|Unmapped { unmapped }| unmapped)
+}
+
+/// A request's only file, as the daemon has it.
+fn queued(file: OwnedFd) -> OwnedFd {
+    queue(&[(0, file.as_fd())]).unwrap()
 }
 
 fn map_request(held: &Acquired, iova: u64, size: u64) -> MapDma {

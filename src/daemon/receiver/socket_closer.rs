@@ -1,11 +1,12 @@
-//! Where clients' connections end. What a client sent and the daemon has not read goes with its socket,
-//! and closing that can take for ever. So a [`SocketCloser`] has a process close each socket that holds
-//! something, in a thread of its own.
+//! Where clients' connections end, and the sockets with files that they sent. What is in a socket's
+//! queue goes with it. Closing that can take for ever, or as long as a guest's memory takes to be freed.
+//! So a [`SocketCloser`] has a process close each socket that holds something, in a thread of its own.
 //!
 //! An owner has one such process, for as long as sockets come. The sockets are sent there at once; a
 //! process that takes none for seconds is killed and replaced. Of those that even a kill does not end
 //! an owner has [`MOST_UNKILLABLE`], and the last process is kept, to hold what comes. What no process
-//! takes waits here. All of this stops its owner's connections, and no other owner's.
+//! takes waits here. All of this stops its owner's connections and the files that it sends, and no other
+//! owner's.
 
 use super::super::account::ConnectionCharge;
 use super::super::launcher_link::LauncherLink;
@@ -93,7 +94,7 @@ impl SocketCloser {
         }
     }
 
-    /// Whether its owner should get no new connection: what was in earlier ones can't be closed.
+    /// Whether its owner should get no new connection, and send no files: earlier ones can't be closed.
     pub(in super::super) fn is_overloaded(&self) -> bool {
         let is_last = self.count_unkillable() >= MOST_UNKILLABLE - 1;
         if !is_last {
