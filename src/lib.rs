@@ -41,6 +41,8 @@ pub mod kernel;
 #[cfg(feature = "daemon")]
 pub mod ledger;
 #[cfg(feature = "daemon")]
+mod log;
+#[cfg(feature = "daemon")]
 pub mod pci;
 #[cfg(feature = "daemon")]
 pub mod policy;

@@ -203,11 +203,12 @@ impl Connection {
 
     /// The process at the other end may have its limit raised.
     fn set_memlock(&self, request: &SetMemlock) -> Result<Answer, Error> {
-        let tenant = self.daemon.broker.may_lock(&self.caller, request)?;
+        self.daemon.broker.may_lock(&self.caller, request)?;
         let bytes = super::peer::raise_memlock(self.socket.as_fd(), request.bytes)?;
-        if self.daemon.observer.may_log(tenant) {
+        if let Some(held_back) = self.charge.account.may_log_raise(Instant::now().into_std()) {
             let Peer { uid, pid, .. } = self.caller.peer;
-            info!(uid, pid, bytes, lease = request.lease, "memlock limit raised");
+            let lease = &request.lease;
+            info!(uid, pid, bytes, lease, held_back, "memlock limit raised");
         }
         Ok(Answer::reply(Memlock::of(bytes)))
     }

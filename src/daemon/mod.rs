@@ -15,7 +15,6 @@ mod introspect;
 mod keepers;
 mod listen;
 mod lists;
-mod log;
 mod observer;
 mod open_files;
 mod options;
@@ -28,12 +27,13 @@ mod start;
 mod start_error;
 mod watch;
 
-pub use log::LogFormat;
+pub use crate::log::LogFormat;
 pub use options::Options;
 pub use start::run;
 pub use start_error::StartError;
 
 use crate::broker::Broker;
+use crate::log::excerpt;
 use crate::policy::{Peer, Policy};
 use crate::protocol::{Error, MAX_MESSAGE};
 use account::{Account, Accounts};
@@ -49,7 +49,9 @@ use tracing::{debug, info, warn};
 /// Does what one of the daemon's own processes is for, if this program was started as one: call it
 /// first of all in `main`.
 pub fn be_process_if_asked() -> Option<std::process::ExitCode> {
-    receiver::be_one_if_asked().or_else(crate::keeper::be_one_if_asked)
+    receiver::be_one_if_asked()
+        .or_else(crate::keeper::be_one_if_asked)
+        .or_else(crate::log::be_one_if_asked)
 }
 
 /// The arguments, if this program was started under that name.
@@ -124,11 +126,11 @@ impl Daemon {
         let (uid, pid) = (peer.uid, peer.pid);
         if let Error::Denied { rule, reason, .. } = error {
             if let Some(held_back) = account.may_log_denial(Instant::now()) {
-                let (rule, reason) = (log::excerpt(rule), log::excerpt(reason));
+                let (rule, reason) = (excerpt(rule), excerpt(reason));
                 info!(uid, pid, rule, reason, held_back, "denied");
             }
         } else {
-            debug!(uid, pid, error = log::excerpt(&error.to_string()), "refused");
+            debug!(uid, pid, error = excerpt(&error.to_string()), "refused");
         }
     }
 }

@@ -6,11 +6,12 @@ use super::observer::DaemonObserver;
 use super::open_files::OpenFiles;
 use super::options::Options;
 use super::start_error::StartError;
-use super::{Daemon, accept, file_mode, log};
+use super::{Daemon, accept, file_mode};
 use crate::broker::{Broker, Parts};
 use crate::host::Host;
 use crate::keeper::{Machine, PATIENCE, Place};
 use crate::kernel::{Kernel, Linux};
+use crate::log::{LEASES, Log};
 use crate::policy::{BUILT_IN, POLICY_PATH, Policy};
 use crate::protocol::Lease;
 use crate::sim::{Sim, Topology, Wire};
@@ -20,6 +21,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use std::convert::Infallible;
 use std::fs::File;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -34,8 +36,19 @@ use tracing::{info, warn};
 /// # Errors
 /// It could not start.
 pub fn run(options: &Options) -> Result<(), StartError> {
-    log::start(options.log_format);
     let passed = listen::passed()?;
+    let log = Log::start(options.log_format).map(Rc::new);
+    let log = log.map_err(StartError::set_up("the process that writes the log"))?;
+    let served = run_logged(options, passed, &log);
+    log.end();
+    served
+}
+
+fn run_logged(
+    options: &Options,
+    passed: Option<UnixListener>,
+    log: &Rc<Log>,
+) -> Result<(), StartError> {
     let files = raise_file_limit().map_err(StartError::set_up("the limit of open files"))?;
     // The simulation ends when this does, and its keepers with it.
     let (kernel, machine, sim) = kernel(options)?;
@@ -62,8 +75,10 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let daemon = Daemon::new(broker, observer, OpenFiles::new(files), options)
         .map_err(StartError::set_up("the closer thread"))?;
     let (tasks, accounts) = (LocalSet::new(), Rc::clone(&daemon.accounts));
-    let served =
-        tasks.block_on(&runtime, serve(Rc::new(daemon), &listening, sim.is_some(), children));
+    let served = tasks.block_on(&runtime, async {
+        log.keep_going().map_err(StartError::set_up("the log"))?;
+        serve(Rc::new(daemon), &listening, sim.is_some(), children).await
+    });
     listening.remove_file();
     drop(only);
     // What peers sent and nobody has read must not be closed here, not even by the end of the process:
@@ -113,8 +128,12 @@ fn tell_the_end(broker: &Broker, signal: &str, machine_ends: bool) {
     for Lease { lease, vm, tenant, devices, .. } in leases {
         let devices = devices.join(" ");
         match machine_ends {
-            true => info!(lease, vm, tenant, devices, "lease ends: its simulated machine does"),
-            false => info!(lease, vm, tenant, devices, "lease goes on without a broker"),
+            true => {
+                info!(target: LEASES, lease, vm, tenant, devices, "lease ends: its simulated machine does")
+            }
+            false => {
+                info!(target: LEASES, lease, vm, tenant, devices, "lease goes on without a broker")
+            }
         }
     }
 }

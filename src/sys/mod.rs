@@ -5,6 +5,7 @@ mod error;
 pub mod fdpass;
 pub mod inherited;
 pub mod memlock;
+pub mod nobody;
 pub mod peer;
 #[cfg(feature = "async")]
 pub mod readiness;

@@ -4,11 +4,10 @@ use super::{NotTaken, Taken};
 use crate::keeper::check_memory;
 use crate::process::keeper::Failure;
 use crate::protocol::{Error, MAX_MESSAGE};
-use crate::sys::fdpass;
+use crate::sys::{fdpass, nobody};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::socket::{MsgFlags, getsockopt, sockopt};
-use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ExitCode;
@@ -106,7 +105,9 @@ pub(in super::super) fn be_one_if_asked() -> Option<ExitCode> {
 }
 
 fn do_it(role: Role) -> nix::Result<()> {
-    drop_rights()?;
+    nix::sys::prctl::set_no_new_privs()?;
+    // A user namespace may not have the first.
+    nobody::become_one_of(&NOBODIES)?;
     let stdin = std::io::stdin();
     match role {
         Role::Take => {
@@ -119,24 +120,6 @@ fn do_it(role: Role) -> nix::Result<()> {
         Role::Close => close_as_they_come(stdin.as_fd()),
     }
     Ok(())
-}
-
-fn drop_rights() -> nix::Result<()> {
-    nix::sys::prctl::set_no_new_privs()?;
-    if !Uid::effective().is_root() {
-        return Ok(());
-    }
-    setgroups(&[])?;
-    // A user namespace may not have the first.
-    let mut result = Err(Errno::EINVAL);
-    for id in NOBODIES {
-        let (uid, gid) = (Uid::from_raw(id), Gid::from_raw(id));
-        result = setresgid(gid, gid, gid).and_then(|()| setresuid(uid, uid, uid));
-        if result.is_ok() {
-            break;
-        }
-    }
-    result
 }
 
 /// Closes what the daemon gives until it gives no more: as many at a time as there are threads, while
