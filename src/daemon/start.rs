@@ -11,7 +11,7 @@ use crate::broker::{Broker, Parts};
 use crate::host::Host;
 use crate::keeper::{Machine, PATIENCE, Place};
 use crate::kernel::{Kernel, Linux};
-use crate::log::{LEASES, Log};
+use crate::log::{self, LEASES, Log};
 use crate::policy::{BUILT_IN, POLICY_PATH, Policy};
 use crate::protocol::Lease;
 use crate::sim::{Sim, Topology, Wire};
@@ -37,7 +37,7 @@ use tracing::{info, warn};
 /// It could not start.
 pub fn run(options: &Options) -> Result<(), StartError> {
     let passed = listen::passed()?;
-    let log = Log::start(options.log_format).map(Rc::new);
+    let log = log::start(options.log_format).map(Rc::new);
     let log = log.map_err(StartError::set_up("the process that writes the log"))?;
     let served = run_logged(options, passed, &log);
     log.end();
@@ -76,7 +76,9 @@ fn run_logged(
         .map_err(StartError::set_up("the closer thread"))?;
     let (tasks, accounts) = (LocalSet::new(), Rc::clone(&daemon.accounts));
     let served = tasks.block_on(&runtime, async {
-        log.keep_going().map_err(StartError::set_up("the log"))?;
+        log::keep_draining();
+        let child = signal(SignalKind::child()).map_err(StartError::set_up("the SIGCHLD handler"))?;
+        spawn_local(Rc::clone(log).keep_process(child));
         serve(Rc::new(daemon), &listening, sim.is_some(), children).await
     });
     listening.remove_file();

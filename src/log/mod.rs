@@ -21,9 +21,9 @@ use std::io::Result;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::Child;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::signal::unix::Signal;
 use tokio::task::spawn_local;
 use tracing::{error, warn};
 use tracing_subscriber::filter::LevelFilter;
@@ -48,10 +48,12 @@ pub enum LogFormat {
     Json,
 }
 
-/// The log of this process and of those that it starts.
+/// What this process writes lines to, once it has a log.
+static OUTLET: OnceLock<Outlet> = OnceLock::new();
+
+/// Who copies the log to what was standard error. Belongs to the process that is the last to end.
 #[derive(Debug)]
 pub(crate) struct Log {
-    outlet: Arc<Outlet>,
     /// The pipe's other end. It is kept here too, so that what is in the pipe outlives who copies it.
     reader: OwnedFd,
     /// What was standard error before.
@@ -59,43 +61,42 @@ pub(crate) struct Log {
     process: RefCell<Child>,
 }
 
+/// Starts logging, and puts the log's pipe in the place of standard error: whatever writes there, in this
+/// process or a child, waits for nobody. `RUST_LOG` may be one of error, warn, info, debug and trace.
+///
+/// # Errors
+/// What pipe(2), fcntl(2), dup2(2) or the start of a process says.
+pub(crate) fn start(format: LogFormat) -> Result<Log> {
+    let (reader, pipe) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    // Of this end alone: the standard error that was given is others' too.
+    fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    let stderr = std::io::stderr().as_fd().try_clone_to_owned()?;
+    let process = RefCell::new(process::start(&reader, &stderr)?);
+    nix::unistd::dup2_stderr(&pipe)?;
+    subscribe(format);
+    Ok(Log { reader, stderr, process })
+}
+
+/// Has the event loop write what waits, whenever there is room for it: call it there, in each process
+/// that has one. Others write it with their next line, and with [`flush`].
+pub(crate) fn keep_draining() {
+    let Some(outlet) = OUTLET.get() else { return };
+    spawn_local(async {
+        // What waits is tried again with each new line all the same.
+        if let Err(error) = outlet.keep_draining().await {
+            warn!(%error, "can't wait for room in the log's pipe");
+        }
+    });
+}
+
+/// Writes what waits, for a process that ends; gives up after some seconds if nobody reads.
+pub(crate) fn flush() -> bool {
+    OUTLET.get().is_none_or(|outlet| outlet.flush(Instant::now() + PATIENCE))
+}
+
 impl Log {
-    /// Starts logging, and puts the pipe in the place of standard error: whatever writes there, in this
-    /// process or a child, waits for nobody. `RUST_LOG` may be one of error, warn, info, debug and trace.
-    ///
-    /// # Errors
-    /// What pipe(2), fcntl(2), dup2(2) or the start of a process says.
-    pub(crate) fn start(format: LogFormat) -> Result<Self> {
-        let (reader, pipe) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
-        // Of this end alone: the standard error that was given is others' too.
-        fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-        let stderr = std::io::stderr().as_fd().try_clone_to_owned()?;
-        let process = RefCell::new(process::start(&reader, &stderr)?);
-        nix::unistd::dup2_stderr(&pipe)?;
-        let outlet = Arc::new(Outlet::new(pipe, format));
-        subscribe(format, Arc::clone(&outlet));
-        Ok(Self { outlet, reader, stderr, process })
-    }
-
-    /// Keeps the log going on the event loop: call it there.
-    ///
-    /// # Errors
-    /// What sigaction(2) says.
-    pub(crate) fn keep_going(self: &Rc<Self>) -> Result<()> {
-        let child = signal(SignalKind::child())?;
-        spawn_local(Rc::clone(self).keep_process(child));
-        let outlet = Arc::clone(&self.outlet);
-        spawn_local(async move {
-            // Lines that wait are tried again with each new one all the same.
-            if let Err(error) = outlet.keep_draining().await {
-                warn!(%error, "can't wait for room in the log's pipe");
-            }
-        });
-        Ok(())
-    }
-
     /// Replaces the process when it has ended, which it does only if somebody kills it.
-    async fn keep_process(self: Rc<Self>, mut child: Signal) {
+    pub(crate) async fn keep_process(self: Rc<Self>, mut child: Signal) {
         loop {
             while self.has_lost_process() {
                 tokio::time::sleep(PAUSE).await;
@@ -120,22 +121,24 @@ impl Log {
     /// Ends the log: what is logged from here on is dropped, and standard error is what it was. Waits
     /// until all is written, but not for ever; then standard error leads nowhere, for it would block.
     pub(crate) fn end(&self) {
-        let until = Instant::now() + PATIENCE;
-        self.outlet.end(until);
+        let is_flushed = flush();
+        if let Some(outlet) = OUTLET.get() {
+            outlet.end();
+        }
         let null = File::options().write(true).open("/dev/null");
-        let Ok(()) = null.map_or(Err(()), |null| nix::unistd::dup2_stderr(null).map_err(drop))
-        else {
-            return;
-        };
-        if self.is_written(until) {
+        if null.is_ok_and(|null| nix::unistd::dup2_stderr(null).is_ok())
+            && is_flushed
+            && self.is_written()
+        {
             let _ = nix::unistd::dup2_stderr(&self.stderr);
         }
     }
 
-    /// Whether all lines are on standard error. The process ends then, unless keepers can still log:
-    /// in that case an empty pipe has to do.
-    fn is_written(&self, until: Instant) -> bool {
+    /// Whether all lines are on what was standard error. The process ends then, unless keepers can still
+    /// log: in that case an empty pipe has to do.
+    fn is_written(&self) -> bool {
         const EMPTY_FOR: Duration = Duration::from_millis(200);
+        let until = Instant::now() + PATIENCE;
         let mut empty_since = None;
         let mut pause = Duration::from_micros(100);
         while Instant::now() < until {
@@ -156,7 +159,8 @@ impl Log {
     }
 }
 
-fn subscribe(format: LogFormat, outlet: Arc<Outlet>) {
+fn subscribe(format: LogFormat) {
+    let outlet = OUTLET.get_or_init(|| Outlet::new(format));
     let asked = std::env::var("RUST_LOG").ok().and_then(|level| level.parse().ok());
     let level: LevelFilter = asked.unwrap_or(LevelFilter::INFO);
     let builder = fmt().with_max_level(level).with_writer(Lines(outlet)).with_target(false);

@@ -8,8 +8,8 @@ use nix::libc::PIPE_BUF;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::borrow::Cow;
 use std::io::{Result, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::fd::AsFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::sync::Notify;
@@ -20,7 +20,8 @@ use tracing_subscriber::fmt::MakeWriter;
 /// torn or has another process's in it.
 pub(super) const LONGEST: usize = PIPE_BUF;
 
-/// Writes lines without ever waiting.
+/// Writes lines to standard error, which is the log's pipe in this process and in those that it forks
+/// or starts; never waits.
 #[derive(Debug)]
 pub(super) struct Outlet {
     format: LogFormat,
@@ -29,24 +30,25 @@ pub(super) struct Outlet {
     waits: Notify,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct State {
-    /// `None` once the log has ended: what comes then is dropped.
-    pipe: Option<OwnedFd>,
     queue: Queue,
+    /// The process whose lines wait.
+    process: u32,
+    /// The log has ended: what comes then is dropped.
+    is_over: bool,
 }
 
 impl Outlet {
-    pub(super) fn new(pipe: OwnedFd, format: LogFormat) -> Self {
-        let state = Mutex::new(State { pipe: Some(pipe), queue: Queue::default() });
-        Self { format, state, waits: Notify::new() }
+    pub(super) fn new(format: LogFormat) -> Self {
+        Self { format, state: Mutex::default(), waits: Notify::new() }
     }
 
     /// Writes a line, or has it wait behind those that wait already.
     fn put(&self, kind: Kind, line: &[u8]) {
         let line = within(LONGEST, line, self.format);
         let mut state = self.state();
-        if !state.drain() || !state.write(&line) {
+        if !state.is_over && !(state.queue.drain(write_line) && write_line(&line)) {
             state.queue.push(kind, &line);
             self.waits.notify_one();
         }
@@ -54,7 +56,7 @@ impl Outlet {
 
     /// Writes what waits. False where the pipe has no more room.
     fn drain(&self) -> bool {
-        self.state().drain()
+        self.state().queue.drain(write_line)
     }
 
     /// Logs how many lines were dropped, if any were and there is room again.
@@ -67,8 +69,8 @@ impl Outlet {
 
     /// Writes what waits whenever there is room. Ends only where the event loop can't wait for it.
     pub(super) async fn keep_draining(&self) -> Result<()> {
-        let Some(pipe) = self.state().pipe.as_ref().map(OwnedFd::try_clone) else { return Ok(()) };
-        let pipe = readiness::watch(pipe?, Interest::WRITABLE)?;
+        let pipe = std::io::stderr().as_fd().try_clone_to_owned()?;
+        let pipe = readiness::watch(pipe, Interest::WRITABLE)?;
         loop {
             self.waits.notified().await;
             while !self.drain() {
@@ -82,39 +84,43 @@ impl Outlet {
         }
     }
 
-    /// Writes what waits as long as somebody makes room for it, and closes the pipe.
-    pub(super) fn end(&self, until: Instant) {
-        self.drain_until(until);
-        self.tell_dropped();
-        self.drain_until(until);
-        self.state().pipe = None;
+    /// Writes what waits as long as somebody makes room for it. False where the time was up before.
+    pub(super) fn flush(&self, until: Instant) -> bool {
+        self.drain_until(until) && {
+            self.tell_dropped();
+            self.drain_until(until)
+        }
     }
 
-    fn drain_until(&self, until: Instant) {
-        while !self.drain() && has_room(&self.state(), until) {}
+    fn drain_until(&self, until: Instant) -> bool {
+        while !self.drain() {
+            if !has_room(until) {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Drops whatever comes from here on.
+    pub(super) fn end(&self) {
+        self.state().is_over = true;
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl State {
-    fn drain(&mut self) -> bool {
-        let pipe = self.pipe.as_ref().map(AsFd::as_fd);
-        self.queue.drain(|line| write(pipe, line))
-    }
-
-    fn write(&self, line: &[u8]) -> bool {
-        write(self.pipe.as_ref().map(AsFd::as_fd), line)
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let process = std::process::id();
+        if state.process != process {
+            // What waited when this process was forked is its parent's to write.
+            *state = State { process, is_over: state.is_over, ..State::default() };
+        }
+        state
     }
 }
 
 /// Writes a line. False where there is no room for it: one that can't be written at all is done with.
-fn write(pipe: Option<BorrowedFd<'_>>, line: &[u8]) -> bool {
-    let Some(pipe) = pipe else { return true };
+fn write_line(line: &[u8]) -> bool {
     loop {
-        match nix::unistd::write(pipe, line) {
+        match nix::unistd::write(std::io::stderr(), line) {
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => return false,
             _ => return true,
@@ -123,15 +129,13 @@ fn write(pipe: Option<BorrowedFd<'_>>, line: &[u8]) -> bool {
 }
 
 /// Waits for room in the pipe. False when the time is up.
-fn has_room(state: &State, until: Instant) -> bool {
-    let Some(pipe) = &state.pipe else { return true };
+fn has_room(until: Instant) -> bool {
     let left = until.saturating_duration_since(Instant::now());
     if left == Duration::ZERO {
         return false;
     }
-    let left = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-    let room = poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::POLLOUT)], left);
-    room != Ok(0)
+    let (stderr, left) = (std::io::stderr(), PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
+    poll(&mut [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)], left) != Ok(0)
 }
 
 /// The line, or as much of it as may be of one that is too long.
@@ -154,7 +158,7 @@ fn within(most: usize, line: &[u8], format: LogFormat) -> Cow<'_, [u8]> {
 }
 
 /// The outlet, as the subscriber has it.
-pub(super) struct Lines(pub(super) Arc<Outlet>);
+pub(super) struct Lines(pub(super) &'static Outlet);
 
 /// Where one line goes.
 pub(super) struct Line<'a> {
@@ -166,12 +170,12 @@ impl<'a> MakeWriter<'a> for Lines {
     type Writer = Line<'a>;
 
     fn make_writer(&'a self) -> Line<'a> {
-        Line { outlet: &self.0, kind: Kind::Other }
+        Line { outlet: self.0, kind: Kind::Other }
     }
 
     fn make_writer_for(&'a self, of: &Metadata<'_>) -> Line<'a> {
         let kind = if of.target() == super::LEASES { Kind::Lease } else { Kind::Other };
-        Line { outlet: &self.0, kind }
+        Line { outlet: self.0, kind }
     }
 }
 
