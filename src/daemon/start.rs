@@ -77,7 +77,8 @@ fn run_logged(
     let (tasks, accounts) = (LocalSet::new(), Rc::clone(&daemon.accounts));
     let served = tasks.block_on(&runtime, async {
         log::keep_draining();
-        let child = signal(SignalKind::child()).map_err(StartError::set_up("the SIGCHLD handler"))?;
+        let child =
+            signal(SignalKind::child()).map_err(StartError::set_up("the SIGCHLD handler"))?;
         spawn_local(Rc::clone(log).keep_process(child));
         serve(Rc::new(daemon), &listening, sim.is_some(), children).await
     });

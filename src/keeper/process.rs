@@ -1,8 +1,9 @@
-//! A keeper's process: this program again, with nothing open but its links.
+//! A keeper's process: this program again, with nothing open but its links and the log.
 
 use super::serve::{Links, run};
 use super::{PATIENCE, Place};
 use crate::kernel::{Kernel, Linux};
+use crate::log;
 use crate::sim::Wire;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -57,7 +58,7 @@ fn command(machine: &Machine, place: &Place, name: &str, how: &str) -> Command {
         command.arg(control);
     }
     // Signals to the broker's group are not for it: it outlives the broker.
-    command.stderr(Stdio::null()).process_group(0);
+    command.envs(log::environment()).process_group(0);
     command
 }
 
@@ -77,9 +78,12 @@ pub fn be_one_if_asked() -> Option<ExitCode> {
         .into_iter()
         .collect::<SigSet>()
         .thread_block();
+    log::join();
     let how = args.next()?;
     let (place, name) = (PathBuf::from(args.next()?), args.next()?.into_string().ok()?);
-    Some(match keep(how == "salvage", &place, &name, args.next()) {
+    let kept = keep(how == "salvage", &place, &name, args.next());
+    log::flush();
+    Some(match kept {
         Some(()) => ExitCode::SUCCESS,
         None => ExitCode::FAILURE,
     })

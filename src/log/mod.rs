@@ -16,6 +16,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use outlet::{Lines, Outlet};
 use std::cell::RefCell;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::Result;
 use std::os::fd::{AsFd, OwnedFd};
@@ -38,6 +39,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long before a process that copies the log is replaced, so that one which can't live costs little.
 const PAUSE: Duration = Duration::from_secs(1);
+
+/// What the environment says of the log: its level, and for children its format.
+const LEVEL: &str = "RUST_LOG";
+const FORMAT: &str = "VFIO_BROKER_LOG_FORMAT";
 
 /// How the log is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -75,6 +80,25 @@ pub(crate) fn start(format: LogFormat) -> Result<Log> {
     nix::unistd::dup2_stderr(&pipe)?;
     subscribe(format);
     Ok(Log { reader, stderr, process })
+}
+
+/// What a child has to find in its environment for [`join`]. It inherits standard error.
+pub(crate) fn environment() -> impl Iterator<Item = (&'static str, OsString)> {
+    let format = OUTLET.get().map(|outlet| match outlet.format {
+        LogFormat::Text => "text",
+        LogFormat::Json => "json",
+    });
+    let level = std::env::var_os(LEVEL).map(|level| (LEVEL, level));
+    format.map(|format| (FORMAT, format.into())).into_iter().chain(level)
+}
+
+/// Logs where the parent does, if it has a log.
+pub(crate) fn join() {
+    match std::env::var(FORMAT).as_deref() {
+        Ok("text") => subscribe(LogFormat::Text),
+        Ok("json") => subscribe(LogFormat::Json),
+        _ => {}
+    }
 }
 
 /// Has the event loop write what waits, whenever there is room for it: call it there, in each process
@@ -161,7 +185,7 @@ impl Log {
 
 fn subscribe(format: LogFormat) {
     let outlet = OUTLET.get_or_init(|| Outlet::new(format));
-    let asked = std::env::var("RUST_LOG").ok().and_then(|level| level.parse().ok());
+    let asked = std::env::var(LEVEL).ok().and_then(|level| level.parse().ok());
     let level: LevelFilter = asked.unwrap_or(LevelFilter::INFO);
     let builder = fmt().with_max_level(level).with_writer(Lines(outlet)).with_target(false);
     let builder = builder.log_internal_errors(false);

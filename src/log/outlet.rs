@@ -24,7 +24,7 @@ pub(super) const LONGEST: usize = PIPE_BUF;
 /// or starts; never waits.
 #[derive(Debug)]
 pub(super) struct Outlet {
-    format: LogFormat,
+    pub(super) format: LogFormat,
     state: Mutex<State>,
     /// Something waits in the queue.
     waits: Notify,
@@ -134,7 +134,8 @@ fn has_room(until: Instant) -> bool {
     if left == Duration::ZERO {
         return false;
     }
-    let (stderr, left) = (std::io::stderr(), PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
+    let (stderr, left) =
+        (std::io::stderr(), PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
     poll(&mut [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)], left) != Ok(0)
 }
 

@@ -128,3 +128,18 @@ fn who_writes_the_log_has_no_rights_and_nothing_else_open() {
     }
     assert_eq!(open(), 3);
 }
+
+#[test]
+fn a_line_too_long_for_the_pipe_is_cut_with_a_mark() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("policy.toml");
+    std::fs::write(&file, policy("")).unwrap();
+    // As long as a path may be; with the rest of its line it is too long.
+    let dots = "./".repeat((4090 - file.to_str().unwrap().len()) / 2);
+    let long = format!("{}/{dots}policy.toml", directory.path().display());
+    for (format, mark) in [("json", "{\"too_long\":\"{"), ("text", "... (line cut: too long)\n")] {
+        let setup = Setup::default().argument("--policy", &long).argument("--log-format", format);
+        let log = Daemon::with(setup).end_and_log();
+        assert!(log.contains(mark) && log.lines().all(|line| line.len() < 4096), "{log}");
+    }
+}
