@@ -124,9 +124,9 @@ impl Log {
         loop {
             while self.has_lost_process() {
                 tokio::time::sleep(PAUSE).await;
-                match process::start(&self.reader, &self.stderr) {
-                    Ok(process) => {
-                        self.process.replace(process);
+                let another = process::start(&self.reader, &self.stderr);
+                match another.map(|process| self.process.replace(process)) {
+                    Ok(_) => {
                         warn!("the process that writes the log was gone: there is another one");
                     }
                     Err(error) => warn!(%error, "can't start a process that writes the log"),

@@ -48,10 +48,11 @@ impl Outlet {
     fn put(&self, kind: Kind, line: &[u8]) {
         let line = within(LONGEST, line, self.format);
         let mut state = self.state();
-        if !state.is_over && !(state.queue.drain(write_line) && write_line(&line)) {
-            state.queue.push(kind, &line);
-            self.waits.notify_one();
+        if state.is_over || state.queue.drain(write_line) && write_line(&line) {
+            return;
         }
+        state.queue.push(kind, &line);
+        self.waits.notify_one();
     }
 
     /// Writes what waits. False where the pipe has no more room.
