@@ -45,6 +45,8 @@ pub mod launcher;
 #[cfg(feature = "daemon")]
 pub mod ledger;
 #[cfg(feature = "daemon")]
+mod log;
+#[cfg(feature = "daemon")]
 pub mod pci;
 #[cfg(feature = "daemon")]
 pub mod policy;

@@ -181,7 +181,7 @@ fn who_asks_for_a_list_and_does_not_read_it_holds_up_nobody() {
     for client in &mut silent {
         client.hangs_up();
     }
-    until("it is logged", || daemon.log().contains("does not read what it asked for"));
+    daemon.until_logged("does not read what it asked for");
 }
 
 #[test]
@@ -194,7 +194,7 @@ fn a_pager_that_stops_to_read_loses_nothing() {
     // By the time that one who began later was hung up on, the command would have been too.
     let silent = daemon.connect();
     silent.send(&more());
-    until("it is logged", || daemon.log().contains("does not read what it asked for"));
+    daemon.until_logged("does not read what it asked for");
     let mut rest = String::new();
     output.read_to_string(&mut rest).unwrap();
     assert!(topology.wait().unwrap().success());

@@ -8,8 +8,7 @@ use std::rc::Rc;
 use tokio::time::Instant;
 
 impl Broker {
-    /// Has the limit of the process raised that made the connection `client`; returns its tenant's name
-    /// and the limit that it has then.
+    /// Has the limit of the process raised that made the connection `client`; returns what it is then.
     ///
     /// # Errors
     /// [`Error::Denied`] the policy has no ceiling for its tenant, [`Error::OverLimit`] a lower one.
@@ -18,7 +17,7 @@ impl Broker {
         caller: &Caller,
         client: impl AsFd + 'static,
         request: &SetMemlock,
-    ) -> Result<(&str, u64), Error> {
+    ) -> Result<u64, Error> {
         let until = Instant::now() + self.deadline;
         let entry = self.authorize(caller, &request.lease, &request.key)?;
         let tenant = self.tenant(caller)?;
@@ -39,6 +38,6 @@ impl Broker {
         // A limit stays raised, however late that was.
         let late = |_| async {};
         let raised = self.in_time(("SetMemlock", &request.lease), until, work, late).await?;
-        Ok((&tenant.name, raised.bytes))
+        Ok(raised.bytes)
     }
 }

@@ -17,8 +17,10 @@ use tracing::warn;
 /// Connections that a uid without a tenant may have: enough to ask what this is.
 const STRANGER_CONNECTIONS: usize = 16;
 
-/// How many denials get into the log: an account's, and those of all strangers together.
+/// How many denials, and how many raised limits, get into the log: an account's, and the denials of all
+/// strangers together.
 const DENIALS: u32 = 20;
+const RAISES: u32 = 20;
 const STRANGERS_DENIALS: u32 = 10 * DENIALS;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -74,6 +76,8 @@ pub(super) struct Account {
     pub(super) sends_fds: bool,
     /// What is denied it and gets into the log.
     denials: RefCell<RateLimit>,
+    /// The limits of its processes that were raised and get into the log.
+    raises: RefCell<RateLimit>,
     /// The same of all strangers together, if it is one: a user can have very many uids.
     strangers_denials: Option<Rc<RefCell<RateLimit>>>,
     /// What a stranger gets for every call but the introspection.
@@ -208,6 +212,7 @@ impl Account {
             requests: Arc::new(Semaphore::new(most_requests)),
             most_requests,
             denials: RefCell::new(RateLimit::new(DENIALS)),
+            raises: RefCell::new(RateLimit::new(RAISES)),
             strangers_denials: None,
             most_message: if tenant.is_ok() { MAX_MESSAGE } else { STRANGER_MESSAGE },
             most_unread: if tenant.is_ok() { TENANT_UNREAD } else { STRANGER_UNREAD },
@@ -223,6 +228,11 @@ impl Account {
             None => Some(own),
             Some(all) => all.borrow_mut().pass(now).map(|others| own + others),
         }
+    }
+
+    /// The same of a limit that was raised.
+    pub(super) fn may_log_raise(&self, now: Instant) -> Option<u64> {
+        self.raises.borrow_mut().pass(now)
     }
 
     fn is_stranger(&self) -> bool {

@@ -10,6 +10,7 @@ use std::future::Future;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::time::timeout;
 use tracing::info;
 
@@ -58,11 +59,10 @@ impl Connection {
     /// The process at the other end may have its limit raised.
     pub(super) async fn set_memlock(&self, request: SetMemlock) -> Result<Answer, Error> {
         let (broker, client) = (&self.daemon.broker, Rc::clone(&self.socket));
-        let (tenant, bytes) =
-            self.in_place(broker.set_memlock(&self.caller, client, &request)).await?;
-        if self.daemon.observer.may_log(tenant) {
+        let bytes = self.in_place(broker.set_memlock(&self.caller, client, &request)).await?;
+        if let Some(held_back) = self.charge.account.may_log_raise(Instant::now()) {
             let Peer { uid, pid, .. } = self.caller.peer;
-            info!(uid, pid, bytes, lease = request.lease, "memlock limit raised");
+            info!(uid, pid, bytes, lease = request.lease, held_back, "memlock limit raised");
         }
         Ok(Answer::reply(Memlock::of(bytes)))
     }

@@ -12,7 +12,6 @@ mod incoming;
 mod introspect;
 mod launcher_link;
 mod lists;
-pub(crate) mod log;
 mod observer;
 mod open_files;
 mod outgoing;
@@ -23,11 +22,11 @@ mod receiver;
 mod start;
 mod watch;
 
-pub use log::LogFormat;
 pub(crate) use start::{Given, run};
 
 use crate::broker::Broker;
 use crate::launcher::Options;
+use crate::log::excerpt;
 use crate::policy::{Peer, Policy};
 use crate::protocol::{Error, MAX_MESSAGE};
 use account::{Account, Accounts};
@@ -107,11 +106,11 @@ impl Daemon {
         let (uid, pid) = (peer.uid, peer.pid);
         if let Error::Denied { rule, reason, .. } = error {
             if let Some(held_back) = account.may_log_denial(Instant::now()) {
-                let (rule, reason) = (log::excerpt(rule), log::excerpt(reason));
+                let (rule, reason) = (excerpt(rule), excerpt(reason));
                 info!(uid, pid, rule, reason, held_back, "denied");
             }
         } else {
-            debug!(uid, pid, error = log::excerpt(&error.to_string()), "refused");
+            debug!(uid, pid, error = excerpt(&error.to_string()), "refused");
         }
     }
 }

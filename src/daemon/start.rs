@@ -8,6 +8,7 @@ use crate::broker::{Broker, Parts};
 use crate::keeper::PATIENCE;
 use crate::kernel::Kernel;
 use crate::launcher::{Options, StartError};
+use crate::log::{self, LEASES};
 use crate::policy::Policy;
 use crate::process::launcher::{Alive, Ready, Told};
 use crate::protocol::Lease;
@@ -44,7 +45,10 @@ pub(crate) struct Given {
 pub(crate) fn run(given: Given) -> Result<(), StartError> {
     let runtime = Builder::new_current_thread().enable_all().max_blocking_threads(1).build();
     let runtime = runtime.map_err(StartError::set_up("the event loop"))?;
-    LocalSet::new().block_on(&runtime, serve(given))
+    LocalSet::new().block_on(&runtime, async {
+        log::keep_draining();
+        serve(given).await
+    })
 }
 
 async fn serve(given: Given) -> Result<(), StartError> {
@@ -107,8 +111,12 @@ fn tell_the_end(broker: &Broker, signal: &str, machine_ends: bool) {
     for Lease { lease, vm, tenant, devices, .. } in leases {
         let devices = devices.join(" ");
         match machine_ends {
-            true => info!(lease, vm, tenant, devices, "lease ends: its simulated machine does"),
-            false => info!(lease, vm, tenant, devices, "lease goes on without a broker"),
+            true => {
+                info!(target: LEASES, lease, vm, tenant, devices, "lease ends: its simulated machine does")
+            }
+            false => {
+                info!(target: LEASES, lease, vm, tenant, devices, "lease goes on without a broker")
+            }
         }
     }
 }

@@ -6,7 +6,8 @@ use super::{Keeper, KeptLease};
 use crate::drivers::{self, RebindError};
 use crate::host;
 use crate::kernel::{Error, Group, Unmap, UnmapFlags};
-use crate::process::keeper::{Changed, Check, End, Failure, NotFree, Phase, Stage};
+use crate::log::LEASES;
+use crate::process::keeper::{Changed, Check, End, Failure, LeaseRecord, NotFree, Phase, Stage};
 use crate::protocol::{Bdf, Handout};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,6 +15,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tracing::info;
 
 /// How often a group that is not free is asked for again; tests have not so much time.
 const AGAIN: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 500 });
@@ -64,12 +66,22 @@ impl Keeper {
         for (name, is_over) in ended {
             match is_over {
                 true => {
+                    self.log_unseen_end(&name);
                     self.end_lease(&name);
                     self.take_back(&name);
                 }
                 false => self.touch(&name),
             }
         }
+    }
+
+    /// Logs the end of a lease, which is a broker's to log where there is one.
+    fn log_unseen_end(&self, name: &str) {
+        let Some(lease) = self.leases.get(name).filter(|_| self.links.is_empty()) else { return };
+        let LeaseRecord { lease, vm, tenant, devices, .. } = &lease.state.record;
+        let devices = devices.iter().filter(|device| !device.withheld);
+        let devices = devices.map(|device| device.bdf.to_string()).collect::<Vec<_>>().join(" ");
+        info!(target: LEASES, lease, vm, tenant, devices, "lease ends: holder gone, with no broker there");
     }
 
     /// Tries again where it is time for that.

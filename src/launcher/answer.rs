@@ -2,6 +2,7 @@
 
 use super::serve::Launcher;
 use crate::keeper::{keep, links};
+use crate::log;
 use crate::process::keeper::LeaseState;
 use crate::process::launcher::{
     Alive, Done, FAILED, Failed, FindKeeper, GiveUp, HelperStarted, KeeperFound, Kept, KillHelper,
@@ -87,7 +88,9 @@ impl Launcher {
         let (machine, place, users) = (&self.beginning.machine, &self.place, self.beginning.users);
         child::fork(Role::Keeper.name(), theirs, |links| {
             let _ = users.confine(Role::Keeper);
-            u8::from(keep(machine, place, &name, Some(links)).is_err())
+            let kept = keep(machine, place, &name, Some(links));
+            log::flush();
+            u8::from(kept.is_err())
         })?;
         Ok((Done {}, ours.into()))
     }
@@ -96,7 +99,9 @@ impl Launcher {
         let (machine, place, users) = (&self.beginning.machine, &self.place, self.beginning.users);
         child::fork(Role::Keeper.name(), [], |[]| {
             let _ = users.confine(Role::Keeper);
-            u8::from(keep(machine, place, &name, None).is_err())
+            let kept = keep(machine, place, &name, None);
+            log::flush();
+            u8::from(kept.is_err())
         })?;
         done()
     }

@@ -6,6 +6,7 @@ use super::options::Options;
 use super::simulation;
 use crate::daemon::{self, Given};
 use crate::keeper::{Machine, links};
+use crate::log;
 use crate::policy::Policy;
 use crate::process::launcher::{GiveUp, Told};
 use crate::process::link::{self, Answering};
@@ -105,6 +106,7 @@ fn serve(beginning: &Beginning, [ask, watch, listener, lock]: [OwnedFd; 4]) -> u
         }
     };
     drop(lock);
+    log::flush();
     code
 }
 

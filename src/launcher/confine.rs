@@ -19,7 +19,7 @@ const BROKER_NAME: &str = "vfio-broker";
 
 /// Whom processes run as.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Users {
+pub(crate) struct Users {
     broker: (Uid, Gid),
 }
 
@@ -35,7 +35,7 @@ impl Users {
     ///
     /// # Errors
     /// EPERM, EINVAL: this process may not run as others.
-    pub(super) fn confine(&self, role: Role) -> Result<(), Errno> {
+    pub(crate) fn confine(&self, role: Role) -> Result<(), Errno> {
         set_no_new_privs()?;
         // What it knows is nobody else's.
         setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
@@ -47,11 +47,15 @@ impl Users {
             User::Same => return Ok(()),
             User::Broker => self.broker,
             User::Nobody => nobody(NOBODY),
+            User::Overflow => nobody(OVERFLOW),
         };
         setgroups(&[])?;
         become_user(user).or_else(|_| become_user(nobody(OVERFLOW)))?;
-        // It looks into its own /proc, which would be root's.
-        set_dumpable(true)
+        match role {
+            // It looks into its own /proc, which would be root's.
+            Role::Broker => set_dumpable(true),
+            _ => Ok(()),
+        }
     }
 }
 

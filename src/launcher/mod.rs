@@ -17,6 +17,7 @@ mod simulation;
 mod start;
 mod start_error;
 
+pub(crate) use confine::Users;
 pub use options::Options;
 pub use start::run;
 pub use start_error::StartError;

@@ -1,6 +1,6 @@
 //! The daemon's command line.
 
-use crate::daemon::LogFormat;
+use crate::log::LogFormat;
 use clap::Args;
 use std::path::PathBuf;
 use std::time::Duration;

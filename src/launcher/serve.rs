@@ -5,6 +5,7 @@ use super::broker::{Beginning, Broker};
 use super::listen::Listening;
 use super::simulation::Simulation;
 use crate::keeper::Place;
+use crate::log::Log;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -90,9 +91,9 @@ impl Launcher {
     ///
     /// # Errors
     /// The broker can't begin, or ends again and again.
-    pub(super) fn serve(mut self) -> Result<(), StartError> {
+    pub(super) fn serve(mut self, log: &mut Log) -> Result<(), StartError> {
         loop {
-            self.wait();
+            self.wait(log.keep_process());
             self.read_signals();
             if self.answer_broker().is_err() {
                 let ended = self.reap_broker();
@@ -110,21 +111,22 @@ impl Launcher {
         }
     }
 
-    fn wait(&self) {
+    /// Waits for something to do, or until then.
+    fn wait(&self, again: Option<Instant>) {
         let readable = PollFlags::POLLIN;
         let mut fds = [
             PollFd::new(self.signals.as_fd(), readable),
             PollFd::new(self.broker.asks.as_fd(), readable),
             PollFd::new(self.broker.tells.as_fd(), readable),
         ];
-        let left =
-            self.stop.as_ref().map(|stop| stop.until.saturating_duration_since(Instant::now()));
+        let until = self.stop.as_ref().map(|stop| stop.until).into_iter().chain(again).min();
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
         let left = left.map(|left| left + Duration::from_millis(1));
-        let until = left.map_or(PollTimeout::NONE, |left| {
+        let left = left.map_or(PollTimeout::NONE, |left| {
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
         // Whatever poll says: what there is to do is looked for.
-        let _ = poll(&mut fds, until);
+        let _ = poll(&mut fds, left);
     }
 
     fn read_signals(&mut self) {

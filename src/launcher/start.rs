@@ -6,10 +6,11 @@ use super::listen::{self, Listening};
 use super::options::Options;
 use super::serve::{Launcher, take_signals};
 use super::{StartError, policy_file, simulation};
-use crate::daemon::log;
 use crate::keeper::{Machine, Place};
+use crate::log::{self, Log};
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use tracing::info;
@@ -19,8 +20,21 @@ use tracing::info;
 /// # Errors
 /// It could not start, or can't go on.
 pub fn run(options: &Options) -> Result<(), StartError> {
-    log::start(options.log_format);
     let passed = listen::passed()?;
+    let users = Users::find();
+    let mut log = log::start(options.log_format, users)
+        .map_err(StartError::set_up("the process that writes the log"))?;
+    let served = serve(options, passed, users, &mut log);
+    log.end();
+    served
+}
+
+fn serve(
+    options: &Options,
+    passed: Option<UnixListener>,
+    users: Users,
+    log: &mut Log,
+) -> Result<(), StartError> {
     let signals = take_signals()?;
     let files = raise_file_limit().map_err(StartError::set_up("the limit of open files"))?;
     // The simulation ends when this does, and its keepers with it.
@@ -33,9 +47,9 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let lock = listen::be_the_only_one(place.path())?;
     tell_the_start(options, activated);
     let machine_ends = simulation.is_some();
-    let (options, policy, users) = (options.clone(), Arc::new(policy), Users::find());
+    let (options, policy) = (options.clone(), Arc::new(policy));
     let beginning = Beginning { options, policy, machine, users, files, machine_ends };
-    Launcher::new(beginning, place, signals, simulation, lock, listening)?.serve()
+    Launcher::new(beginning, place, signals, simulation, lock, listening)?.serve(log)
 }
 
 /// Where the keepers' directories are. Wherever this daemon listens: who has a machine's devices is the

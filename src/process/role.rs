@@ -12,6 +12,8 @@ pub enum Role {
     Keeper,
     /// Does what may not be done where there are other files.
     Helper(Helper),
+    /// Copies the log to where it is read.
+    Log,
     /// Plays a kernel.
     Simulation,
 }
@@ -35,6 +37,9 @@ pub enum User {
     Broker,
     /// A user that no file and no other process belongs to.
     Nobody,
+    /// The user that systems call nobody. The journal puts its lines with those of the system; a uid that
+    /// nobody knows gets a journal of its own.
+    Overflow,
 }
 
 impl Role {
@@ -45,6 +50,7 @@ impl Role {
             Self::Keeper => c"vfiob-keeper",
             Self::Helper(Helper::Receiver) => c"vfiob-receiver",
             Self::Helper(Helper::Closer) => c"vfiob-closer",
+            Self::Log => c"vfiob-log",
             Self::Simulation => c"vfiob-sim",
         }
     }
@@ -56,6 +62,7 @@ impl Role {
             // It opens device nodes and writes to sysfs, which are root's.
             Self::Keeper => User::Same,
             Self::Helper(_) => User::Nobody,
+            Self::Log => User::Overflow,
             // Whoever started it reaches its socket by that, and it reads the memory of who maps.
             Self::Simulation => User::Same,
         }

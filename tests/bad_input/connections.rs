@@ -94,7 +94,7 @@ fn a_reader_that_never_reads() {
         client.stream.set_nonblocking(false).unwrap();
         client.hangs_up();
     });
-    assert!(daemon.log().contains("does not read what it asked for"), "{}", daemon.log());
+    daemon.until_logged("does not read what it asked for");
 }
 
 #[test]
@@ -146,8 +146,7 @@ fn a_watcher_that_never_reads() {
             "method": "org.vfiobroker.Broker.Watch", "parameters": {}, "more": true,
         })));
         // The neighbour's leases are events: sooner or later they fill its queue.
-        let stuck = "does not read what it asked for";
-        until("the watcher is dropped", || daemon.log().contains(stuck));
+        daemon.until_logged("does not read what it asked for");
         watcher.hangs_up();
     });
 }

@@ -41,7 +41,7 @@ fn half_a_message_and_silence() {
         client.reply().ok();
         assert!(client.try_reply().is_none());
     });
-    assert!(daemon.log().contains("half a message and then silence"), "{}", daemon.log());
+    daemon.until_logged("half a message and then silence");
 }
 
 #[test]

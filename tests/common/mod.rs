@@ -158,7 +158,20 @@ impl Daemon {
         vfio_broker::sim::Wire::connect(&self.directory.path().join("control.sock")).unwrap()
     }
 
-    /// What it has logged.
+    /// Waits for a line of its log, which comes some time after what it is about.
+    #[track_caller]
+    pub fn until_logged(&self, what: &str) {
+        until(&format!("it is logged: {what}"), || self.log().contains(what));
+    }
+
+    /// Ends it; all that it has logged.
+    pub fn end_and_log(&mut self) -> String {
+        self.signal(Signal::SIGTERM);
+        self.wait();
+        self.log()
+    }
+
+    /// What has come of its log so far.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
     }

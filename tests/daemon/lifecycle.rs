@@ -242,9 +242,7 @@ fn each_line_of_a_json_log_is_an_object() {
     let mut client = daemon.connect();
     crate::common::cycle(&mut client, crate::DEVICE);
     client.call("Acquire", json!({ "vm": "a", "devices": ["0000:ff:00.0"] })).error("NoSuchDevice");
-    daemon.signal(Signal::SIGTERM);
-    daemon.wait();
-    let log = daemon.log();
+    let log = daemon.end_and_log();
     let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let begins = lines.iter().find(|line| line["message"] == "lease begins").unwrap();
     assert_eq!(begins["devices"], crate::DEVICE);

@@ -23,10 +23,11 @@ fn who_has_no_tenant_may_ask_what_this_is() {
         let log = daemon.log();
         log.lines().filter(|line| line.contains("denied") && line.contains(uid)).count()
     };
-    assert!((1..50).contains(&logged("uid=12345")), "{} lines", logged("uid=12345"));
     // What is left out of one's own does not hide another's.
     as_uid(12346, || daemon.connect()).unwrap().call("Topology", json!({})).error("Denied");
+    daemon.until_logged("uid=12346");
     assert_eq!(logged("uid=12346"), 1);
+    assert!((1..50).contains(&logged("uid=12345")), "{} lines", logged("uid=12345"));
     // Few connections, and they come back.
     for _ in 0..3 {
         let mut more: Vec<Raw> = (0..15).map(|_| connect().unwrap()).collect();
@@ -70,8 +71,7 @@ fn a_healthy_system_logs_two_lines_a_lease() {
     let mut command = common::command(directory.path(), &Setup::default());
     command.env_remove("RUST_LOG");
     let socket = directory.path().join("run/broker.sock");
-    let daemon = Daemon::spawn(directory, socket, command);
-    let before = daemon.log().lines().count();
+    let mut daemon = Daemon::spawn(directory, socket, command);
     let mut client = daemon.connect();
     let mut lease = Held::acquire(&mut client, DEVICE, "container");
     for _ in 0..10 {
@@ -83,8 +83,9 @@ fn a_healthy_system_logs_two_lines_a_lease() {
     lease.fds.drain(..2);
     client.call("Release", lease.key()).ok();
     cycle(&mut client, DEVICE);
-    let log = daemon.log();
-    let lines: Vec<_> = log.lines().skip(before).collect();
+    let log = daemon.end_and_log();
+    let lines = log.lines().skip_while(|line| !line.contains("serving")).skip(1);
+    let lines: Vec<_> = lines.take_while(|line| !line.contains("stopping")).collect();
     assert_eq!(lines.len(), 4, "{log}");
     for pair in lines.chunks(2) {
         assert!(pair[0].contains("lease begins") && pair[1].contains("lease ends"), "{log}");
@@ -94,7 +95,7 @@ fn a_healthy_system_logs_two_lines_a_lease() {
 #[test]
 fn many_uids_without_a_tenant_do_not_fill_the_log_together() {
     let only_root = policy("").replace("anyone = true", "user = 0");
-    let daemon = Daemon::with(Setup::policy(only_root));
+    let mut daemon = Daemon::with(Setup::policy(only_root));
     let rounds = 100;
     for uid in 20_000..20_000 + rounds {
         let Some(mut stranger) = as_uid(uid, || daemon.connect()) else { return };
@@ -102,7 +103,7 @@ fn many_uids_without_a_tenant_do_not_fill_the_log_together() {
             stranger.call("Topology", json!({})).error("Denied");
         }
     }
-    let log = daemon.log();
+    let log = daemon.end_and_log();
     let denied = log.lines().filter(|line| line.contains("denied")).count();
     assert!((1..rounds as usize * 20 / 2).contains(&denied), "{denied} lines");
 }
@@ -110,7 +111,7 @@ fn many_uids_without_a_tenant_do_not_fill_the_log_together() {
 #[test]
 fn raised_limits_do_not_fill_the_log() {
     let generous = policy("").replace("anyone = true", "anyone = true\nmemlock = \"1 MiB\"");
-    let daemon = Daemon::with(Setup::policy(generous));
+    let mut daemon = Daemon::with(Setup::policy(generous));
     let mut client = daemon.connect();
     let lease = Held::acquire(&mut client, DEVICE, "container");
     let mut request = lease.key();
@@ -119,7 +120,7 @@ fn raised_limits_do_not_fill_the_log() {
     for _ in 0..rounds {
         client.call("SetMemlock", request.clone()).ok();
     }
-    let log = daemon.log();
+    let log = daemon.end_and_log();
     let raised = log.lines().filter(|line| line.contains("memlock limit raised")).count();
     assert!((1..rounds).contains(&raised), "{raised} lines");
 }
@@ -133,7 +134,7 @@ fn who_has_no_tenant_takes_up_little_memory() {
     let name = "org.varlink.service.GetInterfaceDescription";
     let request = call(name, &json!({ "interface": "org.vfiobroker.Broker" }));
     stranger.send(&request.repeat(30));
-    until("the daemon gives up", || daemon.log().contains("does not read what it asked for"));
+    daemon.until_logged("does not read what it asked for");
     let mut unread = Vec::new();
     let _ = std::io::Read::read_to_end(&mut stranger.stream, &mut unread);
     assert!(unread.len() <= 32 << 10, "{} bytes", unread.len());
@@ -146,8 +147,8 @@ fn who_has_no_tenant_takes_up_little_memory() {
 #[test]
 fn quotas_over_the_limit_of_open_files_are_told_at_the_start() {
     let warned = |limits: &str| {
-        let daemon = Daemon::with(Setup::policy(policy(limits)));
-        daemon.log().contains("more than the limit of open files")
+        let mut daemon = Daemon::with(Setup::policy(policy(limits)));
+        daemon.end_and_log().contains("more than the limit of open files")
     };
     assert!(warned("fds = 9000000000"));
     assert!(!warned("fds = 8\nconnections = 8"));

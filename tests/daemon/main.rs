@@ -11,6 +11,7 @@ mod iommufd;
 mod leases;
 mod lifecycle;
 mod limits;
+mod log;
 mod restart;
 mod watching;
 

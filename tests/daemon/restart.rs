@@ -201,12 +201,15 @@ fn a_lease_outlives_the_daemon_whatever_ends_it() {
 #[test]
 fn a_lease_ends_with_its_holder_while_no_daemon_is_there() {
     let machine = Machine::start();
-    let daemon = machine.daemon();
+    let mut daemon = machine.daemon();
     let held = Held::acquire(&mut daemon.connect(), DEVICE, "container");
-    end(daemon, Signal::SIGKILL);
+    daemon.signal(Signal::SIGKILL);
+    daemon.wait();
     assert_eq!(machine.sim.stats().unwrap().groups, 1);
     drop(held);
     until("its keeper has ended", || states(&machine).is_empty());
+    // The dead daemon's log has its end.
+    daemon.until_logged("lease ends: holder gone, with no broker there");
     assert!(machine.sim.stats().unwrap().is_idle(), "{:#?}", machine.sim.stats());
     let daemon = machine.daemon();
     drop(acquired(&daemon));
