@@ -41,14 +41,23 @@ impl Launcher {
             let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
             self.broker.asks.send(&answer, &fds)?;
         }
-        while let Some(Message { bytes, .. }) = self.broker.tells.next_call()? {
-            let (method, _) = link::parse_call(&bytes)?;
-            if method == Watch::NAME {
+        if self.read_watch().is_err() {
+            // What it says of its end comes on the other link.
+            self.broker.tells = None;
+        }
+        Ok(())
+    }
+
+    /// Takes the broker's wish to be told what to do.
+    fn read_watch(&mut self) -> Result<(), Lost> {
+        let Some(tells) = &mut self.broker.tells else { return Ok(()) };
+        while let Some(Message { bytes, .. }) = tells.next_call()? {
+            if link::parse_call(&bytes)?.0 == Watch::NAME {
                 self.broker.watches = true;
-                if let Some(stop) = &self.stop {
-                    self.broker.tell_to_stop(stop.signal);
-                }
             }
+        }
+        if let Some(stop) = &self.stop {
+            self.broker.tell_to_stop(stop.signal);
         }
         Ok(())
     }

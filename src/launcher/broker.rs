@@ -41,7 +41,7 @@ pub(super) struct Broker {
     /// The link on which it asks.
     pub(super) asks: Answering,
     /// The link on which it is told what to do.
-    pub(super) tells: Answering,
+    pub(super) tells: Option<Answering>,
     pub(super) is_ready: bool,
     /// It listens to what it is told.
     pub(super) watches: bool,
@@ -64,16 +64,16 @@ impl Broker {
         let files = [ask, watch, listener.into(), lock.into()];
         let pid = child::fork(Role::Broker.name(), files, |files| serve(beginning, files));
         let pid = pid.map_err(|errno| failed("the broker's process")(errno.into()))?;
-        let (asks, tells) = (Answering::new(asked), Answering::new(told));
+        let (asks, tells) = (Answering::new(asked), Some(Answering::new(told)));
         Ok(Self { pid, asks, tells, is_ready: false, watches: false, gave_up: None })
     }
 
     /// Tells it to end, once it listens.
     pub(super) fn tell_to_stop(&self, signal: &str) {
-        if self.watches {
+        if self.watches && let Some(tells) = &self.tells {
             let told = Told::Stop(signal.into());
             // Its end is seen on the other link.
-            let _ = self.tells.send(&link::reply(&told, true), &[]);
+            let _ = tells.send(&link::reply(&told, true), &[]);
         }
     }
 

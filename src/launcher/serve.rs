@@ -114,11 +114,11 @@ impl Launcher {
     /// Waits for something to do, or until then.
     fn wait(&self, again: Option<Instant>) {
         let readable = PollFlags::POLLIN;
-        let mut fds = [
+        let mut fds = vec![
             PollFd::new(self.signals.as_fd(), readable),
             PollFd::new(self.broker.asks.as_fd(), readable),
-            PollFd::new(self.broker.tells.as_fd(), readable),
         ];
+        fds.extend(self.broker.tells.as_ref().map(|link| PollFd::new(link.as_fd(), readable)));
         let until = self.stop.as_ref().map(|stop| stop.until).into_iter().chain(again).min();
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
         let left = left.map(|left| left + Duration::from_millis(1));
@@ -139,7 +139,8 @@ impl Launcher {
                 _ => continue,
             };
             if self.stop.is_none() {
-                notify(&[NotifyState::Stopping]);
+                // It may have gone before us, and knows by its own signal.
+                let _ = sd_notify::notify(&[NotifyState::Stopping]);
                 self.stop = Some(Stop { signal, until: Instant::now() + STOP_PATIENCE });
                 self.broker.tell_to_stop(signal);
             }

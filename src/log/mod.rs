@@ -84,11 +84,12 @@ pub(crate) fn start(format: LogFormat, users: Users) -> Result<Log> {
 fn start_process(reader: &OwnedFd, stderr: &OwnedFd, users: Users) -> Result<Pid> {
     let files = [reader.try_clone()?, stderr.try_clone()?];
     let pid = child::fork(Role::Log.name(), files, |[pipe, stderr]| {
-        // In place of the pipe's other end.
-        let ours = nix::unistd::dup2_stderr(&stderr);
+        // Standard error comes in place of the pipe's other end.
+        let moved = nix::unistd::dup2_stderr(&stderr).and_then(|()| nix::unistd::dup2_stdin(&pipe));
+        drop((pipe, stderr));
         // In a user namespace without such a user root is a plain user outside.
         let _ = users.confine(Role::Log);
-        u8::from(ours.and_then(|()| process::copy(pipe)).is_err())
+        u8::from(moved.and_then(|()| process::copy(std::io::stdin())).is_err())
     })?;
     Ok(pid)
 }

@@ -148,6 +148,11 @@ impl Daemon {
         children(self.child.id(), "vfiob-broker").into_iter().next().unwrap()
     }
 
+    /// The process that has started all others.
+    pub fn launcher(&self) -> u32 {
+        self.child.id()
+    }
+
     /// How many keepers there are that this daemon has started.
     pub fn keepers(&self) -> usize {
         children(self.child.id(), "vfiob-keeper").len()
@@ -247,6 +252,7 @@ impl Daemon {
     pub fn settled_fds(&self) -> usize {
         // The first calls open what stays open: workers, the sim's connections.
         cycle(&mut self.connect(), NEIGHBOURS_DEVICE);
+        until("its keepers have ended", || self.keepers() == 0);
         let mut last = 0;
         let mut same = 0;
         until("the daemon's open files settle", || {

@@ -93,11 +93,8 @@ fn a_stuck_log_does_not_hold_up_the_end() {
 
 /// The process that writes a daemon's log.
 fn writer_of(daemon: &Daemon) -> Option<Pid> {
-    let children = format!("/proc/{0}/task/{0}/children", daemon.pid());
-    let children = std::fs::read_to_string(children).unwrap();
-    let name = |pid: &&str| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let is_one = |pid: &&str| name(pid).starts_with(b"vfio-broker-log\0");
-    children.split_whitespace().find(is_one).map(|pid| Pid::from_raw(pid.parse().unwrap()))
+    let all = crate::common::children(daemon.launcher(), "vfiob-log");
+    all.into_iter().next().map(|pid| Pid::from_raw(pid as i32))
 }
 
 #[test]
