@@ -113,7 +113,8 @@ pub(crate) fn keep_draining() {
     });
 }
 
-/// Writes what waits, for a process that ends; gives up after some seconds if nobody reads.
+/// Writes what waits, for a process that ends. False if nobody has read for some seconds: it is left in
+/// the pipe then, for who copies that outlives this process.
 pub(crate) fn flush() -> bool {
     OUTLET.get().is_none_or(|outlet| outlet.flush(Instant::now() + PATIENCE))
 }
@@ -143,14 +144,9 @@ impl Log {
     }
 
     /// Ends the log: what is logged from here on is dropped, and standard error is what it was. Waits
-    /// until all is written, but not for ever; then standard error leads nowhere, for it would block,
-    /// and what waits is left in the pipe, for the process outlives this one.
+    /// until all is written, but not for ever; then standard error leads nowhere, for it would block.
     pub(crate) fn end(&self) {
         let is_flushed = flush();
-        if !is_flushed {
-            self.widen_pipe();
-            flush();
-        }
         if let Some(outlet) = OUTLET.get() {
             outlet.end();
         }
@@ -161,15 +157,6 @@ impl Log {
         {
             let _ = nix::unistd::dup2_stderr(&self.stderr);
         }
-    }
-
-    /// Makes room in the pipe for all that can wait; without CAP_SYS_RESOURCE for what anybody may have,
-    /// pipe(7)'s pipe-max-size.
-    fn widen_pipe(&self) {
-        const ALL: i32 = 16 << 20;
-        const ANYBODYS: i32 = 1 << 20;
-        let widen = |size| fcntl(&self.reader, FcntlArg::F_SETPIPE_SZ(size));
-        let _ = widen(ALL).or_else(|_| widen(ANYBODYS));
     }
 
     /// Whether all lines are on what was standard error. The process ends then, unless keepers can still
