@@ -106,7 +106,8 @@ pub(crate) fn keep_draining() {
     });
 }
 
-/// Writes what waits, for a process that ends; gives up after some seconds if nobody reads.
+/// Writes what waits, for a process that ends. False if nobody has read for some seconds: it is left in
+/// the pipe then, for who copies that outlives this process.
 pub(crate) fn flush() -> bool {
     OUTLET.get().is_none_or(|outlet| outlet.flush(Instant::now() + PATIENCE))
 }

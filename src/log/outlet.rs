@@ -4,6 +4,7 @@ use super::LogFormat;
 use super::queue::{Dropped, Kind, Queue};
 use crate::sys::readiness;
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc::PIPE_BUF;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::borrow::Cow;
@@ -85,12 +86,16 @@ impl Outlet {
         }
     }
 
-    /// Writes what waits as long as somebody makes room for it. False where the time was up before.
+    /// Writes what waits as long as somebody makes room for it. False where the time was up before: then
+    /// the pipe itself is given room for it.
     pub(super) fn flush(&self, until: Instant) -> bool {
-        self.drain_until(until) && {
-            self.tell_dropped();
-            self.drain_until(until)
+        let is_read = self.drain_until(until);
+        if !is_read {
+            widen_pipe();
+            self.drain();
         }
+        self.tell_dropped();
+        self.drain_until(until) && is_read
     }
 
     fn drain_until(&self, until: Instant) -> bool {
@@ -127,6 +132,15 @@ fn write_line(line: &[u8]) -> bool {
             _ => return true,
         }
     }
+}
+
+/// Makes room in the pipe for all that can wait; without CAP_SYS_RESOURCE for as much as anybody may have,
+/// pipe(7)'s pipe-max-size.
+fn widen_pipe() {
+    const ALL: i32 = 16 << 20;
+    const ANYBODYS: i32 = 1 << 20;
+    let widen = |size| fcntl(std::io::stderr(), FcntlArg::F_SETPIPE_SZ(size));
+    let _ = widen(ALL).or_else(|_| widen(ANYBODYS));
 }
 
 /// Waits for room in the pipe. False when the time is up.
