@@ -70,7 +70,9 @@ impl Broker {
 
     /// Tells it to end, once it listens.
     pub(super) fn tell_to_stop(&self, signal: &str) {
-        if self.watches && let Some(tells) = &self.tells {
+        if self.watches
+            && let Some(tells) = &self.tells
+        {
             let told = Told::Stop(signal.into());
             // Its end is seen on the other link.
             let _ = tells.send(&link::reply(&told, true), &[]);
