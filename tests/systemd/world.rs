@@ -4,6 +4,7 @@ use crate::edu::Edu;
 use crate::qemu::{EDU, MIB, NIC, Qemu};
 pub use crate::until::until;
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
@@ -193,16 +194,18 @@ pub fn main_pid() -> i32 {
 }
 
 /// Every keeper's process, which the daemon's restarts are to leave alone.
-pub fn keepers() -> Vec<String> {
-    let of_unit = "/sys/fs/cgroup/system.slice/vfio-broker.service/cgroup.procs";
-    let pids = fs::read_to_string(of_unit).unwrap_or_default();
-    let name = |pid: &&str| {
-        let words = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        words.starts_with(b"vfio-broker-keeper")
-    };
-    let mut keepers: Vec<_> = pids.lines().filter(name).map(str::to_owned).collect();
-    keepers.sort();
-    keepers
+pub fn keepers() -> Vec<u64> {
+    let names = fs::read_dir("/run/vfio-broker/keepers").unwrap();
+    let states = names.filter_map(|name| fs::read(name.unwrap().path().join("state")).ok());
+    let mut pids: Vec<_> = states
+        .map(|state| serde_json::from_slice::<Value>(&state).unwrap()["pid"].as_u64().unwrap())
+        .collect();
+    pids.sort_unstable();
+    for pid in &pids {
+        let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        assert!(group.contains(SERVICE), "{group}");
+    }
+    pids
 }
 
 /// Copies a file, in place of the one that may run.
