@@ -13,7 +13,7 @@ use vfio_broker::protocol::Handout;
 
 type Step = fn(&mut World);
 
-pub const STEPS: [(&str, Step); 12] = [
+pub const STEPS: [(&str, Step); 13] = [
     ("systemd has nothing to say against the units", units_are_clean),
     ("the first client starts the daemon", the_first_client_starts_it),
     ("who is not in the group is not heard", strangers_are_not_heard),
@@ -21,6 +21,7 @@ pub const STEPS: [(&str, Step); 12] = [
     ("a restart leaves leases alone", restarts),
     ("a changed policy is read under leases", reloads),
     ("a daemon that is killed is started again, however often", is_killed),
+    ("a broker that is killed alone is started again", its_broker_is_killed),
     ("a daemon that stands still is started again", stands_still),
     ("the program is replaced under leases", is_upgraded),
     ("without a policy it stays away until there is one", has_no_policy),
@@ -130,22 +131,37 @@ fn is_killed(world: &mut World) {
         kill(Pid::from_raw(daemon), Signal::SIGKILL).unwrap();
         // Who asks meanwhile waits for the next one.
         assert_eq!(leases().len(), 2);
-        assert_ne!(main_pid(), daemon);
+        is_another_than(daemon);
     }
     world.leases_are_known();
     assert_eq!(keepers(), before);
 }
 
+fn its_broker_is_killed(world: &mut World) {
+    let Some(broker) = broker() else {
+        println!("    SKIPPED: the broker is not a process of its own");
+        return;
+    };
+    let status = fs::read_to_string(format!("/proc/{broker}/status")).unwrap();
+    assert!(status.contains("CapEff:\t0000000000000000"), "{status}");
+    let before = keepers();
+    kill(Pid::from_raw(broker), Signal::SIGKILL).unwrap();
+    assert_eq!(leases().len(), 2);
+    until("there is another broker", || ![None, Some(broker)].contains(&self::broker()));
+    world.leases_are_known();
+    assert_eq!(keepers(), before);
+    takes_and_gives_back(Handout::Container);
+}
+
 fn stands_still(world: &mut World) {
     let directory = Path::new("/run/systemd/system/vfio-broker.service.d");
     fs::create_dir_all(directory).unwrap();
-    fs::write(directory.join("watchdog.conf"), "[Service]\nWatchdogSec=2s\n").unwrap();
+    fs::write(directory.join("watchdog.conf"), "[Service]\nWatchdogSec=6s\n").unwrap();
     run("systemctl", &["daemon-reload"]);
     run("systemctl", &["restart", SERVICE]);
     let daemon = main_pid();
     kill(Pid::from_raw(daemon), Signal::SIGSTOP).unwrap();
-    assert_eq!(leases().len(), 2);
-    assert_ne!(main_pid(), daemon);
+    is_another_than(daemon);
     fs::remove_dir_all(directory).unwrap();
     run("systemctl", &["daemon-reload"]);
     run("systemctl", &["restart", SERVICE]);

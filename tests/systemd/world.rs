@@ -6,7 +6,7 @@ pub use crate::until::until;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde_json::Value;
 use std::fs;
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -191,6 +191,23 @@ pub fn property(name: &str) -> String {
 
 pub fn main_pid() -> i32 {
     property("MainPID").parse().unwrap()
+}
+
+/// Waits for the daemon after that one.
+pub fn is_another_than(daemon: i32) {
+    until("there is another daemon", || ![0, daemon].contains(&main_pid()));
+}
+
+/// The process of the user that the units' broker runs as.
+pub fn broker() -> Option<i32> {
+    let uid = nix::unistd::User::from_name("vfio-broker").unwrap().expect("no user").uid;
+    let pids = fs::read_to_string(format!("/sys/fs/cgroup/system.slice/{SERVICE}/cgroup.procs"));
+    let mut pids = pids.as_deref().unwrap_or_default().lines();
+    let its = |pid: &&str| {
+        let found = fs::metadata(format!("/proc/{pid}"));
+        found.is_ok_and(|found| found.uid() == uid.as_raw())
+    };
+    pids.find(its).map(|pid| pid.parse().unwrap())
 }
 
 /// Every keeper's process, which the daemon's restarts are to leave alone.
