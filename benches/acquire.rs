@@ -26,7 +26,6 @@ use vfio_broker::sim::{Sim, Topology};
 
 /// On a real kernel, and natively on the simulated one.
 const GOALS: (f64, f64) = (2.5, 1.5);
-const ROUNDS: usize = 30;
 const CALLS: usize = 20;
 
 fn main() {
@@ -40,7 +39,7 @@ fn main() {
     let mut bare_loop = Floor::start(b"{}\0", &[pipe.as_fd(); 3]);
     let (mut ours, mut theirs, mut pairs) = (Vec::new(), Vec::new(), Vec::new());
     let mut trips = Vec::new();
-    for round in 0..=ROUNDS {
+    for round in 0..=common::rounds(11, 30) {
         let broker = time(|| through(&mut client));
         let bare = time(|| directly(&kernel));
         // The first is for warming up.

@@ -14,7 +14,6 @@ use vfio_broker::protocol::Handout;
 
 const IDLE: [usize; 4] = [1, 100, 1_000, 10_000];
 const MOST: usize = IDLE[IDLE.len() - 1];
-const ROUNDS: usize = 7;
 const CALLS: usize = 3000;
 
 const P99_GOAL: f64 = 2.0;
@@ -64,7 +63,7 @@ fn delays() {
     // By number of connections: each round's median and p99.
     let mut medians = [const { Vec::new() }; IDLE.len()];
     let mut highs = [const { Vec::new() }; IDLE.len()];
-    for _ in 0..ROUNDS {
+    for _ in 0..common::rounds(3, 7) {
         let mut idle = Vec::new();
         for (i, count) in IDLE.into_iter().enumerate() {
             idle.extend(open(&daemon, count - idle.len()));

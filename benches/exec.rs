@@ -9,9 +9,9 @@
 
 mod common;
 
-use common::NIC;
 use common::daemon::{Daemon, kernel_name, on_real_kernel};
 use common::figures::{heading, median, median_ratio, millis, percentile, table, verdict};
+use common::{NIC, rounds};
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -31,7 +31,7 @@ fn main() {
     }
     heading(&format!("exec: QEMU's start until it has answered, on {}", kernel_name()));
     let daemon = Daemon::start();
-    let rounds = if on_real_kernel() { 15 } else { 40 };
+    let rounds = if on_real_kernel() { rounds(7, 15) } else { rounds(11, 40) };
     if on_real_kernel() {
         let legacy = format!("vfio-pci,id=hd0,host={NIC}");
         let legacy = ["-device", &legacy];
@@ -207,7 +207,7 @@ fn other_calls(daemon: &Daemon) {
         each.try_into().unwrap()
     };
     let mut times: [[Vec<Duration>; 2]; 2] = Default::default();
-    for _ in 0..7 {
+    for _ in 0..rounds(3, 7) {
         let commands = [Command::new(this), exec(daemon, &["--interpose"], this)];
         for (times, command) in times.iter_mut().zip(commands) {
             for (times, took) in times.iter_mut().zip(run(command)) {

@@ -19,7 +19,6 @@ use std::time::Duration;
 use vfio_broker::protocol::Handout;
 
 const GOAL: f64 = 1.5;
-const ROUNDS: usize = 40;
 const CALLS: usize = 250;
 
 fn main() {
@@ -52,7 +51,7 @@ fn measure(
     let (mut ours, mut theirs, mut pairs) = (Vec::new(), Vec::new(), Vec::new());
     client.time(&call, fds, CALLS);
     floor.client.time(&call, fds, CALLS);
-    for _ in 0..ROUNDS {
+    for _ in 0..common::rounds(15, 40) {
         let broker = client.time(&call, fds, CALLS);
         let bare = floor.client.time(&call, fds, CALLS);
         pairs.push((median(&broker), median(&bare)));

@@ -12,3 +12,9 @@ pub mod raw;
 
 /// The device that all of it is about: in the lab's guest it is there.
 pub const NIC: &str = "0000:00:02.0";
+
+/// How often a figure is taken: in the form that every change is tried with, and in the long one
+/// (`VFIO_FULL`, set by `tests/run --full`), whose figures vary less.
+pub fn rounds(short: usize, full: usize) -> usize {
+    if std::env::var_os("VFIO_FULL").is_some() { full } else { short }
+}

@@ -75,3 +75,19 @@ download() { # into-dir package=version...
     (cd "$dir" && lab_apt get download "$@") >"$tmp/download.log" 2>&1 ||
         { cat "$tmp/download.log" >&2; die "could not download $*"; }
 }
+
+# From here on APT knows one suite only, and of what is installed nothing: all that a package needs is
+# downloaded with it, in the versions that belong together.
+of_suite_alone() { # suite package-to-prefer...
+    local suite=$1 suites; shift
+    mkdir "$tmp/preferences" "$tmp/sources"
+    : >"$tmp/status"
+    mapfile -t suites < <(printf '%s\n' "${suite%-backports}" "$suite" | sort -u)
+    sed -e '/^$/,$d' -e "s/^Suites: .*/Suites: ${suites[*]}/" "$apt_state/sources.list.d/lab.sources" \
+        >"$tmp/sources/lab.sources"
+    if (($#)); then
+        printf 'Package: %s\nPin: release n=%s\nPin-Priority: 990\n' "$*" "$suite" >"$tmp/preferences/lab"
+    fi
+    apt_options+=(-o "Dir::Etc::sourceparts=$tmp/sources" -o "Dir::Etc::preferencesparts=$tmp/preferences"
+        -o "Dir::State::status=$tmp/status")
+}
