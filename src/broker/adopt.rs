@@ -4,6 +4,7 @@ use super::attend::started;
 use super::books::{Books, Entry};
 use super::keeper::KeeperHandle;
 use super::key::Key;
+use super::reload::Owner;
 use super::{Broker, now};
 use crate::ledger::{Adopted, AdoptedGroup, Handed, LeaseId, Member, Request, Space, Trust};
 use crate::process::keeper::{LeaseState, Mappings, Phase, Stage};
@@ -72,11 +73,8 @@ impl Broker {
         let record = &state.record;
         let id: LeaseId = record.lease.parse().map_err(|error| bad(format!("{error}")))?;
         let key = Key::from_hex(&record.key).ok_or_else(|| bad("its key is none".into()))?;
-        let tenant = match self.policy.principals(&record.tenant) {
-            Some(principals) if principals == record.principals => record.tenant.clone(),
-            // Nobody's: no tenant can have such a name.
-            _ => format!("{} (as it was before the restart)", record.tenant),
-        };
+        let owner = Owner::of(record);
+        let tenant = owner.tenant(&self.policy());
         keeper.has_seen(id);
         let adopted = adopted(id, &tenant, &state);
         let held = adopted.held;
@@ -87,8 +85,9 @@ impl Broker {
         }
         *entry.call.borrow_mut() = state.call.clone();
         let mut books = self.books();
-        let Books { ledger, entries, shared } = &mut *books;
+        let Books { ledger, entries, shared, owners } = &mut *books;
         ledger.apply(Request::Adopt(adopted)).map_err(|why| bad(why.to_string()))?;
+        owners.insert(id, owner);
         if let Some(container) = &record.container {
             shared.insert(container.name.clone(), Rc::downgrade(keeper));
         }
@@ -132,9 +131,7 @@ impl Broker {
                 let _ = books.ledger.apply(Request::Detached { group });
                 let _ = books.ledger.apply(Request::Freed { group });
             }
-            if books.ledger.lease(id).is_none() {
-                books.entries.remove(&id);
-            }
+            books.forget_closed();
             drop(books);
             self.has_changed();
         }

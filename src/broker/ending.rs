@@ -152,8 +152,7 @@ impl Broker {
             let _ = books.ledger.apply(request);
         }
         // The last group to leave a shared container settles other members' mappings too.
-        let Books { ledger, entries, .. } = &mut *books;
-        entries.retain(|id, _| ledger.lease(*id).is_some());
+        books.forget_closed();
         drop(books);
         self.has_changed();
         self.tell_outcome(&before, &known);

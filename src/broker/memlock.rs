@@ -8,16 +8,16 @@ impl Broker {
     ///
     /// # Errors
     /// [`Error::Denied`] the policy has no ceiling for its tenant, [`Error::OverLimit`] a lower one.
-    pub fn may_lock(&self, caller: &Caller, request: &SetMemlock) -> Result<&str, Error> {
+    pub fn may_lock(&self, caller: &Caller, request: &SetMemlock) -> Result<String, Error> {
         let entry = self.authorize(caller, &request.lease, &request.key)?;
         let tenant = self.tenant(caller)?;
-        if tenant.name != entry.tenant {
+        if tenant.name != *entry.tenant.borrow() {
             return Err(error::another_tenants(entry.id));
         }
-        let most = self.policy.memlock(tenant)?;
+        let most = self.policy().memlock(&tenant)?;
         if request.bytes > most {
             return Err(error::over("memlock", most, request.bytes));
         }
-        Ok(&tenant.name)
+        Ok(tenant.name.clone())
     }
 }

@@ -20,6 +20,7 @@ mod memlock;
 mod plan;
 mod proof;
 mod queries;
+mod reload;
 
 pub use api::{Caller, Delivery, Keepers, Observer};
 pub use error::advice;
@@ -58,7 +59,7 @@ pub struct Parts {
 /// The broker. Lives on one thread, within a [`LocalSet`](tokio::task::LocalSet).
 pub struct Broker {
     kernel: Arc<dyn Kernel>,
-    policy: Arc<Policy>,
+    policy: RefCell<Arc<Policy>>,
     observer: Rc<dyn Observer>,
     keepers: Box<dyn Keepers>,
     patience: Duration,
@@ -77,7 +78,7 @@ impl Broker {
         let Parts { kernel, policy, observer, keepers, patience, deadline } = parts;
         Rc::new(Self {
             kernel,
-            policy,
+            policy: RefCell::new(policy),
             observer,
             keepers,
             patience,
@@ -89,9 +90,9 @@ impl Broker {
         })
     }
 
-    /// The policy it goes by.
-    pub fn policy(&self) -> &Arc<Policy> {
-        &self.policy
+    /// The policy it goes by now.
+    pub fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&self.policy.borrow())
     }
 
     /// The kernel whose sysfs it reads.

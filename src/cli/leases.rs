@@ -20,7 +20,16 @@ pub(super) fn run(context: &Context, _: &Args) -> Result<(), Failure> {
     let head = ["LEASE", "VM", "TENANT", "UID", "PID", "HANDOUT", "CONTAINER", "DEVICES", "MAPPED"];
     let mut rows = vec![head.iter().chain(&["FOR"]).map(ToString::to_string).collect()];
     rows.extend(leases.iter().map(row));
-    Ok(print(&columns(&rows))?)
+    let mut text = columns(&rows);
+    for lease in &leases {
+        if let Some(why) = &lease.policy {
+            text += &format!(
+                "{} is no longer allowed, and goes on until it ends: {why}\n",
+                lease.lease
+            );
+        }
+    }
+    Ok(print(&text)?)
 }
 
 fn row(lease: &Lease) -> Vec<String> {

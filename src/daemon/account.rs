@@ -62,7 +62,6 @@ pub(super) struct Accounts {
 pub(super) struct Account {
     owner: Owner,
     connections: Cell<usize>,
-    most_connections: usize,
     /// Where everything that its peers sent is closed.
     pub(super) close_queue: CloseQueue,
     /// Where its connections end.
@@ -71,18 +70,26 @@ pub(super) struct Account {
     pub(super) receivers: Semaphore,
     /// Those that could not be ended.
     pub(super) unkillable: Unkillable,
-    /// Requests in flight that are not answered on the event loop.
-    pub(super) requests: Arc<Semaphore>,
-    pub(super) most_requests: usize,
     /// The longest message that is taken from it, and the room for replies that it leaves unread.
     pub(super) most_message: usize,
     pub(super) most_unread: usize,
-    /// Whether its calls can need open files: only MapDma's do.
-    pub(super) sends_fds: bool,
+    terms: RefCell<Rc<Terms>>,
     /// What is denied it and gets into the log.
     denials: RefCell<RateLimit>,
     /// The same of all strangers together, if it is one: a user can have very many uids.
     strangers_denials: Option<Rc<RefCell<RateLimit>>>,
+}
+
+/// What an account has by a policy.
+#[derive(Debug)]
+pub(super) struct Terms {
+    policy: Arc<Policy>,
+    most_connections: usize,
+    /// Requests in flight that are not answered on the event loop.
+    pub(super) requests: Arc<Semaphore>,
+    pub(super) most_requests: usize,
+    /// Whether its calls can need open files: only MapDma's do.
+    pub(super) sends_fds: bool,
     /// What a stranger gets for every call but the introspection.
     pub(super) denied: Option<Error>,
 }
@@ -140,12 +147,13 @@ impl Accounts {
         if account.socket_closer.is_overloaded() {
             return Err(over("connections of this client that can't be closed", 0));
         }
-        if account.connections.get() >= account.most_connections {
+        let most = account.terms().most_connections;
+        if account.connections.get() >= most {
             let what = match &account.owner {
                 Owner::Tenant(name) => format!("connections of tenant {name}"),
                 Owner::Stranger(uid) => format!("connections of uid {uid}, which has no tenant"),
             };
-            return Err(over(&what, account.most_connections));
+            return Err(over(&what, most));
         }
         account.connections.update(|count| count + 1);
         self.connections.update(|count| count + 1);
@@ -174,7 +182,7 @@ impl Accounts {
 
     /// The account of a peer. A tenant's stays; a stranger's goes some time after its last
     /// connection.
-    pub(super) fn account(&self, policy: &Policy, peer: &Peer) -> Rc<Account> {
+    pub(super) fn account(&self, policy: &Arc<Policy>, peer: &Peer) -> Rc<Account> {
         let tenant = policy.tenant(peer);
         let owner = match &tenant {
             Ok(tenant) => Owner::Tenant(tenant.name.clone()),
@@ -182,6 +190,7 @@ impl Accounts {
         };
         let mut by_owner = self.by_owner.borrow_mut();
         if let Some(account) = by_owner.get(&owner) {
+            account.renew(policy, tenant);
             return Rc::clone(account);
         }
         by_owner.retain(|_, account| !account.is_forgettable());
@@ -191,7 +200,8 @@ impl Accounts {
                 (self.strangers_close_queue.clone(), Rc::clone(&self.strangers_socket_closer))
             }
         };
-        let mut account = Account::new(owner.clone(), tenant, close_queue, socket_closer);
+        let terms = Terms::new(policy, tenant);
+        let mut account = Account::new(owner.clone(), terms, close_queue, socket_closer);
         account.strangers_denials =
             account.is_stranger().then(|| Rc::clone(&self.strangers_denials));
         let account = Rc::new(account);
@@ -203,32 +213,45 @@ impl Accounts {
 impl Account {
     fn new(
         owner: Owner,
-        tenant: Result<&Tenant, Refusal>,
+        terms: Terms,
         close_queue: CloseQueue,
         socket_closer: Rc<SocketCloser>,
     ) -> Self {
-        let (connections, requests) = match &tenant {
-            Ok(tenant) => (size(tenant.limits.connections), size(tenant.limits.requests)),
-            Err(_) => (STRANGER_CONNECTIONS, 0),
+        let (most_message, most_unread) = match owner {
+            Owner::Tenant(_) => (MAX_MESSAGE, TENANT_UNREAD),
+            Owner::Stranger(_) => (STRANGER_MESSAGE, STRANGER_UNREAD),
         };
-        let most_requests = requests.min(Semaphore::MAX_PERMITS);
         Self {
             owner,
             connections: Cell::new(0),
-            most_connections: connections,
+            most_message,
+            most_unread,
+            terms: RefCell::new(Rc::new(terms)),
             close_queue,
             socket_closer,
             receivers: Semaphore::new(MOST_OF_OWNER),
             unkillable: Unkillable::default(),
-            requests: Arc::new(Semaphore::new(most_requests)),
-            most_requests,
             denials: RefCell::new(RateLimit::new(DENIALS)),
             strangers_denials: None,
-            most_message: if tenant.is_ok() { MAX_MESSAGE } else { STRANGER_MESSAGE },
-            most_unread: if tenant.is_ok() { TENANT_UNREAD } else { STRANGER_UNREAD },
-            sends_fds: tenant.as_ref().is_ok_and(|tenant| may_map(tenant)),
-            denied: tenant.err().map(Error::from),
         }
+    }
+
+    /// What it has by the policy that it was last asked for with.
+    pub(super) fn terms(&self) -> Rc<Terms> {
+        Rc::clone(&self.terms.borrow())
+    }
+
+    /// Has it go by this policy. Requests that are in flight by another one are counted no more.
+    fn renew(&self, policy: &Arc<Policy>, tenant: Result<&Tenant, Refusal>) {
+        let before = self.terms();
+        if Arc::ptr_eq(&before.policy, policy) {
+            return;
+        }
+        let mut terms = Terms::new(policy, tenant);
+        if terms.most_requests == before.most_requests {
+            terms.requests = Arc::clone(&before.requests);
+        }
+        self.terms.replace(Rc::new(terms));
     }
 
     /// Whether a denial may be logged; if so, how many were held back before it.
@@ -246,6 +269,24 @@ impl Account {
 
     fn is_forgettable(&self) -> bool {
         self.is_stranger() && self.connections.get() == 0
+    }
+}
+
+impl Terms {
+    fn new(policy: &Arc<Policy>, tenant: Result<&Tenant, Refusal>) -> Self {
+        let (connections, requests) = match &tenant {
+            Ok(tenant) => (size(tenant.limits.connections), size(tenant.limits.requests)),
+            Err(_) => (STRANGER_CONNECTIONS, 0),
+        };
+        let most_requests = requests.min(Semaphore::MAX_PERMITS);
+        Self {
+            policy: Arc::clone(policy),
+            most_connections: connections,
+            requests: Arc::new(Semaphore::new(most_requests)),
+            most_requests,
+            sends_fds: tenant.as_ref().is_ok_and(|tenant| may_map(tenant)),
+            denied: tenant.err().map(Error::from),
+        }
     }
 }
 

@@ -54,10 +54,10 @@ impl Connection {
 
     /// Makes a call in one of its tenant's places; waits for one.
     async fn in_place<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        let account = &self.charge.account;
-        let place = Arc::clone(&account.requests).acquire_owned();
+        let terms = self.charge.account.terms();
+        let place = Arc::clone(&terms.requests).acquire_owned();
         let Ok(Ok(_place)) = timeout(self.daemon.deadlines.call, place).await else {
-            let most = account.most_requests as u64;
+            let most = terms.most_requests as u64;
             return Err(Error::OverLimit {
                 limit: "requests in flight of this tenant".into(),
                 most,

@@ -22,8 +22,10 @@ mod options;
 mod outgoing;
 mod peer;
 mod peer_socket;
+mod policy_file;
 mod rate_limit;
 mod receiver;
+mod reload;
 mod start;
 mod start_error;
 mod watch;
@@ -40,6 +42,7 @@ use account::{Account, Accounts};
 use closer::Closer;
 use observer::DaemonObserver;
 use open_files::OpenFiles;
+use policy_file::PolicyFile;
 use receiver::Receivers;
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -66,8 +69,7 @@ struct Daemon {
     receivers: Rc<Receivers>,
     open_files: OpenFiles,
     deadlines: Deadlines,
-    /// Whether the policy has tenants by unit.
-    names_units: bool,
+    policy_file: PolicyFile,
     /// What is received passes through here, so that idle connections have no buffers.
     buffer: RefCell<Box<[u8]>>,
 }
@@ -84,11 +86,11 @@ impl Daemon {
         broker: Rc<Broker>,
         observer: Rc<DaemonObserver>,
         open_files: OpenFiles,
+        policy_file: PolicyFile,
         options: &Options,
     ) -> std::io::Result<Self> {
-        let names_units = broker.policy().names_units();
         let most_connections = most_connections(&open_files);
-        warn_of_quotas(broker.policy(), &open_files);
+        warn_of_quotas(&broker.policy(), &open_files);
         Ok(Self {
             broker,
             observer,
@@ -100,7 +102,7 @@ impl Daemon {
                 read: options.read_deadline,
                 write: options.write_deadline,
             },
-            names_units,
+            policy_file,
             buffer: RefCell::new(vec![0; MAX_MESSAGE].into()),
         })
     }

@@ -18,6 +18,11 @@ impl PeerSocket {
     pub(super) fn new(socket: AsyncFd<OwnedFd>, charge: Rc<ConnectionCharge>) -> Self {
         Self { socket: Rc::new(socket), charge }
     }
+
+    /// Has it charged to another account.
+    pub(super) fn recharge(&mut self, charge: Rc<ConnectionCharge>) {
+        self.charge = charge;
+    }
 }
 
 impl Deref for PeerSocket {

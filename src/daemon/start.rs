@@ -5,22 +5,19 @@ use super::listen::{self, Listening};
 use super::observer::DaemonObserver;
 use super::open_files::OpenFiles;
 use super::options::Options;
+use super::policy_file::PolicyFile;
 use super::start_error::StartError;
-use super::{Daemon, accept, file_mode, log};
+use super::{Daemon, accept, log, reload};
 use crate::broker::{Broker, Parts};
-use crate::host::Host;
 use crate::keeper::{Machine, PATIENCE, Place};
 use crate::kernel::{Kernel, Linux};
-use crate::policy::{BUILT_IN, POLICY_PATH, Policy};
 use crate::protocol::Lease;
 use crate::sim::{Sim, Topology, Wire};
-use crate::users::SystemUsers;
 use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use sd_notify::NotifyState;
 use std::convert::Infallible;
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,7 +26,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::{JoinError, LocalSet, spawn_local};
 use tracing::{info, warn};
 
-/// Runs the daemon until SIGTERM, SIGINT or SIGHUP.
+/// Runs the daemon until SIGTERM or SIGINT; at SIGHUP it reads the policy again.
 ///
 /// # Errors
 /// It could not start.
@@ -39,7 +36,8 @@ pub fn run(options: &Options) -> Result<(), StartError> {
     let files = raise_file_limit().map_err(StartError::set_up("the limit of open files"))?;
     // The simulation ends when this does, and its keepers with it.
     let (kernel, machine, sim) = kernel(options)?;
-    let policy = Arc::new(policy(options, &*kernel)?);
+    let policy_file = PolicyFile::new(options, Arc::clone(&kernel));
+    let policy = Arc::new(policy_file.read()?);
     let activated = passed.is_some();
     let listening = Listening::new(passed, &options.socket)?;
     let place = keepers_place(options, sim.as_ref()).inspect_err(|_| listening.remove_file())?;
@@ -59,7 +57,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
         patience: PATIENCE.iter().sum(),
         deadline: options.call_deadline,
     });
-    let daemon = Daemon::new(broker, observer, OpenFiles::new(files), options)
+    let daemon = Daemon::new(broker, observer, OpenFiles::new(files), policy_file, options)
         .map_err(StartError::set_up("the closer thread"))?;
     let (tasks, accounts) = (LocalSet::new(), Rc::clone(&daemon.accounts));
     let served =
@@ -130,9 +128,7 @@ async fn serve(
         signal(SignalKind::terminate()).map_err(StartError::set_up("the SIGTERM handler"))?;
     let mut interrupt =
         signal(SignalKind::interrupt()).map_err(StartError::set_up("the SIGINT handler"))?;
-    // What closing the terminal sends; it would end us without a word.
-    let mut hang_up =
-        signal(SignalKind::hangup()).map_err(StartError::set_up("the SIGHUP handler"))?;
+    let hang_up = signal(SignalKind::hangup()).map_err(StartError::set_up("the SIGHUP handler"))?;
     let mut child =
         signal(SignalKind::child()).map_err(StartError::set_up("the SIGCHLD handler"))?;
     spawn_local(async move {
@@ -143,7 +139,11 @@ async fn serve(
     let broker = Rc::clone(&daemon.broker);
     broker.adopt().map_err(|error| StartError::Adopt(error.to_string()))?;
     let socket = listening.listener.try_clone().map_err(StartError::set_up("the socket"))?;
-    let connections = spawn_local(accept::serve(daemon, socket));
+    let connections = spawn_local(accept::serve(Rc::clone(&daemon), socket));
+    spawn_local(reload::at_each(hang_up, daemon));
+    let judged = Rc::clone(&broker);
+    // Of what was acquired by the policy of an earlier start.
+    spawn_local(async move { judged.judge_leases().await });
     notify(&[NotifyState::Ready]);
     if let Some(period) = sd_notify::watchdog_enabled() {
         spawn_local(feed_watchdog(period));
@@ -152,7 +152,6 @@ async fn serve(
         end = connections => return Err(ended("the wait for connections", end)),
         _ = terminate.recv() => "SIGTERM",
         _ = interrupt.recv() => "SIGINT",
-        _ = hang_up.recv() => "SIGHUP",
     };
     tell_the_end(&broker, signal, machine_ends);
     notify(&[NotifyState::Stopping]);
@@ -178,56 +177,10 @@ async fn feed_watchdog(period: Duration) {
     }
 }
 
-fn notify(state: &[NotifyState<'_>]) {
+pub(super) fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         warn!(%error, "can't tell the service manager");
     }
-}
-
-/// The policy of the options, or the default one for the kernel they name.
-fn policy(options: &Options, kernel: &dyn Kernel) -> Result<Policy, StartError> {
-    let parse = |name: &str, text: &str| {
-        let policy = Policy::parse(name, text, &SystemUsers).map_err(StartError::Policy)?;
-        for problem in policy.warnings().iter() {
-            warn!("{}:{}: {}", problem.file, problem.line, problem.message);
-        }
-        info!(policy = name, tenants = policy.tenants().len(), "policy read");
-        Ok(policy)
-    };
-    let beside = options.sim.as_ref().map(|sim| sim.with_extension("policy.toml"));
-    let path = match (&options.policy, beside) {
-        (Some(path), _) => path.clone(),
-        (None, Some(beside)) if beside.exists() => beside,
-        (None, Some(_)) => return parse(BUILT_IN, &sim_policy(kernel)?),
-        (None, None) => PathBuf::from(POLICY_PATH),
-    };
-    parse(&path.to_string_lossy(), &read_policy(&path)?)
-}
-
-/// The text of a policy that nobody but root and us has written.
-fn read_policy(path: &Path) -> Result<String, StartError> {
-    let unreadable = |source: std::io::Error| match source.kind() {
-        std::io::ErrorKind::NotFound => StartError::NoPolicy(path.to_owned()),
-        _ => StartError::UnreadablePolicy { path: path.to_owned(), source },
-    };
-    // What is looked at is what is read, whatever becomes of the path in between.
-    let file = File::open(path).map_err(unreadable)?;
-    if !file_mode::is_file_safe(&file.metadata().map_err(unreadable)?) {
-        return Err(StartError::UnsafePolicy(path.to_owned()));
-    }
-    std::io::read_to_string(file).map_err(unreadable)
-}
-
-/// Lets everybody have every device of a simulated host, each handout and each risk included.
-fn sim_policy(kernel: &dyn Kernel) -> Result<String, StartError> {
-    let host = Host::scan(kernel).map_err(|error| StartError::Sim(error.to_string()))?;
-    let devices: Vec<_> = host.devices().map(|(_, d)| format!("\"{}\"", d.facts.bdf)).collect();
-    Ok(format!(
-        "version = 1\n[[tenant]]\nname = \"everybody\"\nanyone = true\ndevices = [{}]\n\
-         handouts = [\"container\", \"group\", \"devices\", \"iommufd\"]\n\
-         accept = [\"unsafe-interrupts\", \"no-iommu\"]\n",
-        devices.join(", ")
-    ))
 }
 
 /// A kernel, where a keeper finds it, and the simulation if it is ours.

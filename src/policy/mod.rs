@@ -26,6 +26,9 @@ pub const POLICY_PATH: &str = "/etc/vfio-broker/policy.toml";
 /// What decisions call a policy that is in no file.
 pub const BUILT_IN: &str = "built-in policy";
 
+/// Between those whom a tenant is for and those who are another tenant before it.
+const NOT: &str = "; not ";
+
 /// A policy file that was read and found good.
 #[derive(Clone, Debug)]
 pub struct Policy {
@@ -63,7 +66,17 @@ impl Policy {
         // The first tenant that matches is it: who is meant by those before is not meant here.
         let each =
             self.tenants.iter().take(at + 1).rev().map(|tenant| tenant.principals.to_string());
-        Some(each.collect::<Vec<_>>().join("; not "))
+        Some(each.collect::<Vec<_>>().join(NOT))
+    }
+
+    /// Whether a tenant of this name means nobody who was not meant by these [words](Self::principals):
+    /// tenants that come before it now may have taken some away.
+    pub fn means(&self, tenant: &str, principals: &str) -> bool {
+        let Some(now) = self.principals(tenant) else { return false };
+        let (mut now, mut then) = (now.split(NOT), principals.split(NOT));
+        let is_same = now.next() == then.next();
+        let taken: Vec<&str> = now.collect();
+        is_same && then.all(|before| taken.contains(&before))
     }
 
     /// Whether any tenant is for a unit, so that it must be found out which one a peer runs in.

@@ -392,6 +392,9 @@ pub struct Lease {
     pub mapped_bytes: Option<u64>,
     /// When it was acquired.
     pub since: u64,
+    /// Why the policy would not give it any more, where it would not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
 }
 
 /// Asks for events of leases, as they happen.

@@ -10,6 +10,7 @@ mod iommufd;
 mod leases;
 mod lifecycle;
 mod limits;
+mod reload;
 mod restart;
 mod watching;
 
