@@ -50,6 +50,15 @@ pub trait Keepers {
     /// Whether one of this name has something to be known, living or dead.
     fn exists(&self, name: &str) -> bool;
 
+    /// The names of all that are there.
+    ///
+    /// # Errors
+    /// What reading their directory says.
+    fn names(&self) -> std::io::Result<Vec<String>>;
+
+    /// What one has written down last, where that can be read.
+    fn saved(&self, name: &str) -> Option<Saved>;
+
     /// Whether its process has its files still, whatever state it is in.
     fn has_files(&self, name: &str) -> bool;
 

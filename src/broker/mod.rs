@@ -17,6 +17,7 @@ mod form;
 mod keeper;
 mod key;
 mod memlock;
+mod oversight;
 mod plan;
 mod proof;
 mod queries;
@@ -24,6 +25,7 @@ mod reload;
 
 pub use api::{Caller, Delivery, Keepers, Observer};
 pub use error::advice;
+pub use oversight::Oversight;
 pub use queries::Tour;
 
 use crate::host::Survey;

@@ -53,7 +53,9 @@ impl Broker {
         caller: &Caller,
         after: &mut Option<LeaseId>,
     ) -> Result<Vec<Lease>, Error> {
-        self.tenant(caller)?;
+        if !self.administers(caller) {
+            self.tenant(caller)?;
+        }
         let books = self.books();
         let some: Vec<_> = books.ledger.leases_after(*after).take(STEP).collect();
         *after = some.last().filter(|_| some.len() == STEP).map(|lease| lease.id);

@@ -14,6 +14,7 @@ mod man;
 mod pci_names;
 mod policy;
 mod qemu;
+mod status;
 mod style;
 mod topology;
 mod watch;
@@ -55,6 +56,7 @@ enum Command {
     Leases(leases::Args),
     Topology(topology::Args),
     Watch(watch::Args),
+    Status(status::Args),
     Policy(policy::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -155,6 +157,7 @@ pub fn main() -> ExitCode {
         Command::Leases(args) => leases::run(&context, &args),
         Command::Topology(args) => topology::run(&context, &args),
         Command::Watch(args) => watch::run(&context, &args),
+        Command::Status(args) => status::run(&context, &args),
         Command::Policy(args) => match policy::run(&context, &args) {
             Ok(code) => return code,
             Err(failure) => Err(failure),

@@ -116,6 +116,11 @@ impl Accounts {
         }
     }
 
+    /// How many connections there are.
+    pub(super) fn connections(&self) -> usize {
+        self.connections.get()
+    }
+
     /// Where the connections of those end who belong to no tenant.
     pub(super) fn strangers_socket_closer(&self) -> &Rc<SocketCloser> {
         &self.strangers_socket_closer

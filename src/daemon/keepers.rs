@@ -61,6 +61,17 @@ impl Keepers for Processes {
         self.place.is_locked(name)
     }
 
+    fn names(&self) -> Result<Vec<String>> {
+        self.place.names().map_err(|error| std::io::Error::other(error.to_string()))
+    }
+
+    fn saved(&self, name: &str) -> Option<Saved> {
+        match self.place.read(name) {
+            Found::Saved(saved) => Some(saved),
+            Found::Unusable(_) | Found::Nothing => None,
+        }
+    }
+
     fn salvage(&self, name: &str) -> Result<()> {
         self.children.add(start_salvage(&self.machine, &self.place, name)?);
         Ok(())
@@ -68,7 +79,7 @@ impl Keepers for Processes {
 
     fn all(&self) -> Result<Vec<(String, std::result::Result<Saved, String>)>> {
         let mut all = Vec::new();
-        for name in self.place.names().map_err(|error| std::io::Error::other(error.to_string()))? {
+        for name in self.names()? {
             match self.place.read(&name) {
                 Found::Saved(saved) if saved.version > VERSION => {
                     let why = format!(

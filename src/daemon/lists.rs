@@ -1,4 +1,4 @@
-//! Topology and Leases: answers that grow with the machine. With `more` each group or lease is a
+//! Topology, Leases and their like: answers that grow with the machine. With `more` each group or lease is a
 //! reply, made when those before it have been taken; without, all of them are one, if it fits.
 
 use super::connection::{Connection, Lost};
@@ -45,7 +45,7 @@ impl Connection {
 }
 
 /// Why a list came to no last reply.
-enum End {
+pub(super) enum End {
     Refused(Error),
     Lost(Lost),
 }
@@ -63,7 +63,7 @@ impl From<Lost> for End {
 }
 
 impl End {
-    fn told_apart(result: Result<Answer, Self>) -> Result<Result<Answer, Error>, Lost> {
+    pub(super) fn told_apart(result: Result<Answer, Self>) -> Result<Result<Answer, Error>, Lost> {
         match result {
             Ok(answer) => Ok(Ok(answer)),
             Err(Self::Refused(error)) => Ok(Err(error)),
@@ -73,7 +73,7 @@ impl End {
 }
 
 /// A list on its way to a client.
-struct List<'a, T, R> {
+pub(super) struct List<'a, T, F> {
     connection: &'a Connection,
     /// It goes in many replies.
     many: bool,
@@ -81,16 +81,16 @@ struct List<'a, T, R> {
     items: Vec<T>,
     /// What all items take up as JSON.
     size: usize,
-    reply: fn(Vec<T>) -> R,
+    reply: F,
 }
 
-impl<'a, T: Serialize, R: Serialize> List<'a, T, R> {
-    fn new(connection: &'a Connection, flags: Flags, reply: fn(Vec<T>) -> R) -> Self {
+impl<'a, T: Serialize, R: Serialize, F: Fn(Vec<T>) -> R> List<'a, T, F> {
+    pub(super) fn new(connection: &'a Connection, flags: Flags, reply: F) -> Self {
         let many = flags.more && !flags.oneway;
         Self { connection, many, items: Vec::new(), size: 0, reply }
     }
 
-    async fn extend(&mut self, items: Vec<T>) -> Result<(), End> {
+    pub(super) async fn extend(&mut self, items: Vec<T>) -> Result<(), End> {
         for item in items {
             if self.many {
                 if let Some(before) = self.items.pop() {
@@ -109,7 +109,7 @@ impl<'a, T: Serialize, R: Serialize> List<'a, T, R> {
         Ok(())
     }
 
-    fn last(self) -> Result<Answer, End> {
+    pub(super) fn last(self) -> Result<Answer, End> {
         let many = self.many;
         let refused = |size| if many { too_long(size) } else { Error::ExpectedMore {} };
         Answer::if_it_fits((self.reply)(self.items), false).map_err(|size| refused(size).into())

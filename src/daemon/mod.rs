@@ -28,6 +28,7 @@ mod receiver;
 mod reload;
 mod start;
 mod start_error;
+mod status;
 mod watch;
 
 pub use log::LogFormat;
@@ -46,7 +47,7 @@ use policy_file::PolicyFile;
 use receiver::Receivers;
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tracing::{debug, info, warn};
 
 /// Does what one of the daemon's own processes is for, if this program was started as one: call it
@@ -70,6 +71,8 @@ struct Daemon {
     open_files: OpenFiles,
     deadlines: Deadlines,
     policy_file: PolicyFile,
+    /// When it was started, in seconds since 1970.
+    since: u64,
     /// What is received passes through here, so that idle connections have no buffers.
     buffer: RefCell<Box<[u8]>>,
 }
@@ -103,6 +106,7 @@ impl Daemon {
                 write: options.write_deadline,
             },
             policy_file,
+            since: now(),
             buffer: RefCell::new(vec![0; MAX_MESSAGE].into()),
         })
     }
@@ -133,6 +137,11 @@ impl Daemon {
             debug!(uid, pid, error = log::excerpt(&error.to_string()), "refused");
         }
     }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// How many connections there is room for beside the leases' files and those in flight.

@@ -1,6 +1,7 @@
 //! Where the policy is, reading it, and what came of that.
 
 use super::file_mode;
+use super::now;
 use super::options::Options;
 use super::start_error::StartError;
 use crate::host::Host;
@@ -11,7 +12,6 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 use tracing::{info, warn};
 
 /// The policy's file, and what is known of it.
@@ -55,7 +55,7 @@ impl PolicyFile {
 
     /// Takes down what came of reading it.
     pub(super) fn note(&self, read: Result<Policy, StartError>) -> Result<Policy, StartError> {
-        let at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let at = now();
         let mut status = self.status.borrow_mut();
         match &read {
             Ok(_) => *status = PolicyStatus { read: at, failed: None },

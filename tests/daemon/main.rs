@@ -12,6 +12,7 @@ mod lifecycle;
 mod limits;
 mod reload;
 mod restart;
+mod status;
 mod watching;
 
 /// The device that a test uses, beside the neighbour's.

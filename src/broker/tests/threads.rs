@@ -72,13 +72,24 @@ impl Keepers for Rc<Threads> {
         self.place.is_locked(name)
     }
 
+    fn names(&self) -> Result<Vec<String>> {
+        self.place.names().map_err(|error| std::io::Error::other(error.to_string()))
+    }
+
+    fn saved(&self, name: &str) -> Option<Saved> {
+        match self.place.read(name) {
+            Found::Saved(saved) => Some(saved),
+            Found::Unusable(_) | Found::Nothing => None,
+        }
+    }
+
     fn salvage(&self, name: &str) -> Result<()> {
         self.begin(name, Vec::new(), true);
         Ok(())
     }
 
     fn all(&self) -> Result<Vec<(String, std::result::Result<Saved, String>)>> {
-        let names = self.place.names().map_err(|error| std::io::Error::other(error.to_string()))?;
+        let names = self.names()?;
         let found = names.into_iter().map(|name| {
             let found = self.place.read(&name);
             (name, found)
