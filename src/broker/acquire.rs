@@ -146,6 +146,7 @@ impl Broker {
         tenant.policy.may(&tenant, Verb::Acquire).ok()?;
         let lease = match known {
             Some(entry) => {
+                self.check_not_revoked(entry)?;
                 // To what would not be given now nothing is added.
                 self.judge(entry.id)?;
                 let lease = self.books().ledger.live(entry.id).cloned();

@@ -84,6 +84,7 @@ impl Broker {
             entry.revision.set(state.revision);
         }
         *entry.call.borrow_mut() = state.call.clone();
+        self.resume_revocation(&entry, &state);
         let mut books = self.books();
         let Books { ledger, entries, shared, owners } = &mut *books;
         ledger.apply(Request::Adopt(adopted)).map_err(|why| bad(why.to_string()))?;

@@ -3,6 +3,7 @@
 use super::keeper::KeeperHandle;
 use super::key::Key;
 use super::reload::Owner;
+use super::revoke::Revoking;
 use crate::ledger::{Lease, LeaseId, Ledger};
 use crate::process::keeper::UnderWay;
 use std::cell::{Cell, RefCell};
@@ -35,6 +36,8 @@ pub(super) struct Entry {
     pub(super) call: RefCell<Option<UnderWay>>,
     /// Why the policy would not give it any more.
     pub(super) objection: RefCell<Option<String>>,
+    /// That it is being revoked.
+    pub(super) revoking: RefCell<Option<Revoking>>,
 }
 
 impl Entry {
@@ -50,6 +53,7 @@ impl Entry {
             lifelines,
             call: RefCell::default(),
             objection: RefCell::default(),
+            revoking: RefCell::default(),
         }
     }
 }

@@ -9,6 +9,7 @@ mod adopt;
 mod api;
 mod attend;
 mod books;
+mod confirm;
 mod dma;
 mod ending;
 pub(crate) mod error;
@@ -22,11 +23,13 @@ mod plan;
 mod proof;
 mod queries;
 mod reload;
+mod revoke;
 
 pub use api::{Caller, Delivery, Keepers, Observer};
 pub use error::advice;
 pub use oversight::Oversight;
 pub use queries::Tour;
+pub use revoke::Begun;
 
 use crate::host::Survey;
 use crate::kernel::Kernel;
@@ -39,7 +42,7 @@ use std::cell::{Cell, RefCell, RefMut};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, Notify};
 use tokio::time::{Instant, timeout_at};
 
 /// What a broker is made of.
@@ -72,6 +75,8 @@ pub struct Broker {
     /// Grows with each change of the books.
     generation: Cell<u64>,
     changed: Notify,
+    /// Whose turn it is to take a lease by force.
+    forcing: Mutex<()>,
 }
 
 impl Broker {
@@ -89,6 +94,7 @@ impl Broker {
             survey: RefCell::default(),
             generation: Cell::default(),
             changed: Notify::new(),
+            forcing: Mutex::default(),
         })
     }
 
@@ -142,6 +148,7 @@ fn event(kind: EventKind, lease: &Lease, devices: Vec<String>) -> Event {
         tenant: lease.tenant.clone(),
         devices,
         at: now(),
+        until: None,
     }
 }
 

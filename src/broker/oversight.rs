@@ -1,7 +1,7 @@
 //! What administrators see of the broker and its keepers.
 
 use super::{Broker, Caller, now};
-use crate::policy::{OVERFLOW_ID, Verb};
+use crate::policy::{Verb, administers};
 use crate::process::keeper::{LeaseState, Phase, Saved};
 use crate::protocol::{Error, Keeper, KeptLease};
 
@@ -30,10 +30,7 @@ impl Broker {
     /// Whether the caller is an administrator: root, or whoever the broker runs as, who could end it.
     /// An administrator has no devices by that, which is the policy's to give.
     pub fn administers(&self, caller: &Caller) -> bool {
-        let own = nix::unistd::geteuid().as_raw();
-        let uid = caller.peer.uid;
-        // That uid is anybody's whom this user namespace has no number for.
-        (uid == 0 || uid == own) && uid != OVERFLOW_ID
+        administers(caller.peer.uid, nix::unistd::geteuid().as_raw())
     }
 
     /// How much the caller sees. Never blocks.

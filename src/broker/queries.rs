@@ -1,7 +1,7 @@
 //! Leases and Topology: who has what, as far as the caller may know.
 
 use super::books::Books;
-use super::{Broker, Caller, container_name, devices};
+use super::{Broker, Caller, container_name, devices, revoke};
 use crate::host::{self, Survey, group_ids};
 use crate::kernel::Node;
 use crate::ledger::{self, GroupState as Stage, LeaseId, Ledger, Phase};
@@ -59,7 +59,10 @@ impl Broker {
         let books = self.books();
         let some: Vec<_> = books.ledger.leases_after(*after).take(STEP).collect();
         *after = some.last().filter(|_| some.len() == STEP).map(|lease| lease.id);
-        let live = some.into_iter().filter(|lease| lease.phase == Phase::Held);
+        let live = some.into_iter().filter(|lease| {
+            lease.phase == Phase::Held
+                || revoke::shown(&books, lease.id).is_some_and(|it| it.forced)
+        });
         let seen = live.filter(|lease| self.may_see(caller, &lease.tenant));
         Ok(seen.map(|lease| describe(&books, lease)).collect())
     }
@@ -202,5 +205,6 @@ fn describe(books: &Books, lease: &ledger::Lease) -> Lease {
         mapped_bytes: mapped.map(|(_, bytes)| bytes),
         since: lease.since,
         policy: entry.and_then(|entry| entry.objection.borrow().clone()),
+        revoked: revoke::shown(books, lease.id),
     }
 }

@@ -1,8 +1,8 @@
 //! `vfio-broker leases`: who has what.
 
-use super::style::{ago, all_printable, bytes, columns, print, print_json};
+use super::style::{ago, all_printable, bytes, clock, columns, print, print_json};
 use super::{Context, Failure};
-use crate::protocol::{Lease, LeaseList};
+use crate::protocol::{Lease, LeaseList, Revocation};
 
 /// List who has what
 #[derive(Debug, clap::Args)]
@@ -29,7 +29,19 @@ pub(super) fn run(context: &Context, _: &Args) -> Result<(), Failure> {
             );
         }
     }
+    text.extend(leases.iter().filter_map(revoked));
     Ok(print(&text)?)
+}
+
+/// What is to be known of one that is being revoked.
+fn revoked(lease: &Lease) -> Option<String> {
+    let Revocation { force, forced, left, .. } = lease.revoked.as_ref()?;
+    let name = &lease.lease;
+    if !forced {
+        return Some(format!("{name} is being revoked, and is taken at {} UTC\n", clock(*force)));
+    }
+    let lines = left.iter().map(|left| format!("  {}\n", super::revoke::in_words(left)));
+    Some(format!("{name} was revoked, and is not free yet:\n{}", lines.collect::<String>()))
 }
 
 fn row(lease: &Lease) -> Vec<String> {

@@ -3,9 +3,11 @@
 mod acquire;
 mod attach;
 mod completions;
+mod confirm;
 mod daemon;
 mod demo;
 mod detach;
+mod drain;
 mod exec;
 mod exec_memlock;
 mod failure;
@@ -14,6 +16,7 @@ mod man;
 mod pci_names;
 mod policy;
 mod qemu;
+mod revoke;
 mod status;
 mod style;
 mod topology;
@@ -57,6 +60,9 @@ enum Command {
     Topology(topology::Args),
     Watch(watch::Args),
     Status(status::Args),
+    Revoke(revoke::Args),
+    Drain(drain::Args),
+    Confirm(confirm::Args),
     Policy(policy::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -158,6 +164,15 @@ pub fn main() -> ExitCode {
         Command::Topology(args) => topology::run(&context, &args),
         Command::Watch(args) => watch::run(&context, &args),
         Command::Status(args) => status::run(&context, &args),
+        Command::Revoke(args) => match revoke::run(&context, &args) {
+            Ok(code) => return code,
+            Err(failure) => Err(failure),
+        },
+        Command::Drain(args) => match drain::run(&context, &args) {
+            Ok(code) => return code,
+            Err(failure) => Err(failure),
+        },
+        Command::Confirm(args) => confirm::run(&context, &args),
         Command::Policy(args) => match policy::run(&context, &args) {
             Ok(code) => return code,
             Err(failure) => Err(failure),

@@ -53,7 +53,8 @@ fn row(keeper: &Keeper) -> Vec<String> {
     let lease = |lease: &crate::protocol::KeptLease| {
         let ended = if lease.ended { " (ended)" } else { "" };
         // A keeper has the name of its first lease.
-        let name = if lease.lease == keeper.name { String::new() } else { format!("{} ", lease.lease) };
+        let name =
+            if lease.lease == keeper.name { String::new() } else { format!("{} ", lease.lease) };
         format!("{name}{} of {}{ended}", lease.vm, lease.tenant)
     };
     let leases: Vec<_> = keeper.leases.iter().map(lease).collect();
@@ -101,7 +102,13 @@ mod tests {
             object: Some("0f".into()),
             call_since: Some(0),
         };
-        let dead = Keeper { alive: false, call: None, memory: Some(4096), shared: Some(0), ..keeper.clone() };
+        let dead = Keeper {
+            alive: false,
+            call: None,
+            memory: Some(4096),
+            shared: Some(0),
+            ..keeper.clone()
+        };
         let status = BrokerStatus {
             version: "1".into(),
             pid: Some(1),
@@ -116,7 +123,13 @@ mod tests {
         assert!(row.contains("web1 of a, ff web1 of a (ended)"), "{text}");
         assert!(row.contains("VFIO_IOMMU_MAP_DMA on 0f, for "), "{text}");
         assert!(text.contains("dead  unknown  4 KiB, 0 B shared "), "{text}");
-        let stranger = BrokerStatus { pid: None, since: None, connections: None, keepers: Vec::new(), ..status };
+        let stranger = BrokerStatus {
+            pid: None,
+            since: None,
+            connections: None,
+            keepers: Vec::new(),
+            ..status
+        };
         assert_eq!(super::text(&stranger), "version  1\n");
     }
 }

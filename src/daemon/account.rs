@@ -4,7 +4,7 @@
 use super::closer::{CloseQueue, Closer};
 use super::rate_limit::RateLimit;
 use super::receiver::{MOST_OF_OWNER, SocketCloser, Unkillable};
-use crate::policy::{Peer, Policy, Refusal, Tenant};
+use crate::policy::{Peer, Policy, Refusal, Tenant, administers};
 use crate::protocol::{Error, Handout, MAX_MESSAGE};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -143,7 +143,9 @@ impl Accounts {
             return Err(over("connections of all clients together", self.most_connections));
         }
         let most_strangers = (self.most_connections / STRANGERS_PART).min(MOST_STRANGERS);
-        if account.is_stranger() && self.strangers.get() >= most_strangers {
+        // Strangers can't keep an administrator out.
+        let is_one_of_many = account.is_stranger() && !account.is_administrator();
+        if is_one_of_many && self.strangers.get() >= most_strangers {
             return Err(over("connections of all who have no tenant", most_strangers));
         }
         if account.close_queue.unclosed() >= MOST_UNCLOSED {
@@ -270,6 +272,11 @@ impl Account {
 
     fn is_stranger(&self) -> bool {
         matches!(self.owner, Owner::Stranger(_))
+    }
+
+    fn is_administrator(&self) -> bool {
+        let own = nix::unistd::geteuid().as_raw();
+        matches!(self.owner, Owner::Stranger(uid) if administers(uid, own))
     }
 
     fn is_forgettable(&self) -> bool {

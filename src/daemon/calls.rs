@@ -4,7 +4,7 @@ use super::connection::{Connection, Lost};
 use super::incoming::Sent;
 use super::outgoing::{Answer, has_room};
 use crate::broker::Delivery;
-use crate::protocol::{Acquire, Error, GetFds, MapDma, Release, UnmapDma};
+use crate::protocol::{Acquire, Confirm, Error, GetFds, MapDma, Release, Revoke, UnmapDma};
 use std::future::Future;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -50,6 +50,17 @@ impl Connection {
     pub(super) async fn unmap_dma(&self, request: UnmapDma) -> Result<Answer, Error> {
         let broker = &self.daemon.broker;
         self.in_place(broker.unmap_dma(&self.caller, &request)).await.map(Answer::reply)
+    }
+
+    /// Not in one of its tenant's places: what takes them up may be what is to be ended.
+    pub(super) async fn revoke(&self, request: Revoke) -> Result<Answer, Error> {
+        let broker = &self.daemon.broker;
+        let begun = broker.revoke(&self.caller, &request)?;
+        Ok(Answer::reply(broker.revoked(begun).await))
+    }
+
+    pub(super) async fn confirm(&self, request: Confirm) -> Result<Answer, Error> {
+        self.daemon.broker.confirm(&self.caller, &request).await.map(Answer::reply)
     }
 
     /// Makes a call in one of its tenant's places; waits for one.

@@ -152,6 +152,9 @@ impl Connection {
                 Ok(Request::Topology(_)) => Box::pin(self.topology(flags)).await?,
                 Ok(Request::Leases(_)) => Box::pin(self.leases(flags)).await?,
                 Ok(Request::Status(_)) => Box::pin(self.status(flags)).await?,
+                Ok(Request::Revoke(request)) => Box::pin(self.revoke(request)).await,
+                Ok(Request::Drain(request)) => Box::pin(self.drain(request, flags)).await?,
+                Ok(Request::Confirm(request)) => Box::pin(self.confirm(request)).await,
                 Ok(Request::Watch(watch)) => return Box::pin(self.watch(watch)).await,
             };
             let answer = answer.unwrap_or_else(|error| self.refuse(&error));

@@ -4,7 +4,9 @@
 use super::connection::{Connection, Lost};
 use super::incoming::Flags;
 use super::outgoing::Answer;
-use crate::protocol::{Error, Group, Groups, Lease, LeaseList, MAX_MESSAGE};
+use crate::protocol::{
+    Drain, Drained, Error, Group, Groups, Lease, LeaseList, MAX_MESSAGE, Revoked,
+};
 use serde::Serialize;
 use tokio::task::yield_now;
 
@@ -17,6 +19,15 @@ impl Connection {
     /// Sends all replies but the last one, which it returns.
     pub(super) async fn leases(&self, flags: Flags) -> Result<Result<Answer, Error>, Lost> {
         End::told_apart(self.list_leases(flags).await)
+    }
+
+    /// The same, each as soon as the lease is over.
+    pub(super) async fn drain(
+        &self,
+        request: Drain,
+        flags: Flags,
+    ) -> Result<Result<Answer, Error>, Lost> {
+        End::told_apart(self.end_all(request, flags).await)
     }
 
     async fn list_groups(&self, flags: Flags) -> Result<Answer, End> {
@@ -41,6 +52,17 @@ impl Connection {
             }
             yield_now().await;
         }
+    }
+}
+
+impl Connection {
+    async fn end_all(&self, request: Drain, flags: Flags) -> Result<Answer, End> {
+        let mut list = List::new(self, flags, |leases: Vec<Revoked>| Drained { leases });
+        let broker = &self.daemon.broker;
+        for begun in broker.drain(&self.caller, request.grace).await? {
+            list.extend(vec![broker.revoked(begun).await]).await?;
+        }
+        list.last()
     }
 }
 

@@ -58,8 +58,12 @@ fn log(event: &Event) {
         EventKind::Acquired => info!(lease, vm, tenant, devices, "lease begins"),
         EventKind::Extended => info!(lease, vm, tenant, devices, "lease grows"),
         EventKind::Released => info!(lease, vm, tenant, devices, "lease ends: released"),
-        EventKind::Gone => info!(lease, vm, tenant, devices, "lease ends: holder gone"),
+        EventKind::Gone => info!(lease, vm, tenant, devices, "lease ends: holder gone, or revoked"),
         EventKind::Reclaimed => debug!(lease, vm, tenant, devices, "devices are free again"),
+        EventKind::Pause => info!(lease, vm, tenant, devices, "lease is being revoked"),
+        EventKind::Force => {
+            warn!(lease, vm, tenant, devices, "lease is taken: not given back in time")
+        }
         EventKind::Quarantined => {
             warn!(lease, vm, tenant, devices, "devices are not known to be free: still in use");
         }

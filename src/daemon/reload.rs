@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use tokio::signal::unix::Signal;
 use tokio::task::spawn_blocking;
-use tracing::error;
+use tracing::{error, info};
 
 /// Reads the policy again at each SIGHUP.
 pub(super) async fn at_each(mut hang_up: Signal, daemon: Rc<Daemon>) {
@@ -31,6 +31,7 @@ async fn reload(daemon: &Daemon) {
             warn_of_quotas(&policy, &daemon.open_files);
             daemon.broker.replace_policy(policy);
             daemon.broker.judge_leases().await;
+            info!(policy = daemon.policy_file.name(), "another policy is in force");
         }
         Err(_) => {
             let why = daemon.policy_file.status().failed.map(|(_, why)| why).unwrap_or_default();

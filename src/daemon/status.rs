@@ -23,8 +23,10 @@ impl Connection {
         let broker = &self.daemon.broker;
         let oversight = broker.oversight(&self.caller);
         let daemon = self.daemon.describe(&oversight);
-        let mut list =
-            List::new(self, flags, |keepers: Vec<Keeper>| BrokerStatus { keepers, ..daemon.clone() });
+        let mut list = List::new(self, flags, |keepers: Vec<Keeper>| BrokerStatus {
+            keepers,
+            ..daemon.clone()
+        });
         let names = match oversight {
             Oversight::Version => Vec::new(),
             _ => broker.keepers()?,

@@ -14,6 +14,7 @@ mod process;
 mod serve;
 mod state_file;
 mod take_back;
+mod word;
 
 pub use process::{Machine, be_one_if_asked, start, start_salvage};
 pub use serve::{Links, run};

@@ -13,7 +13,7 @@ mod reader;
 mod tenant;
 
 pub use decide::{Decision, Refusal};
-pub use peer::{Names, OVERFLOW_ID, Peer};
+pub use peer::{Names, OVERFLOW_ID, Peer, administers};
 pub use problem::{Problem, Problems, Severity};
 pub use tenant::{Limits, Risk, SharedContainer, Tenant, Trust, Verb};
 

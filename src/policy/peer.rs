@@ -21,6 +21,12 @@ pub struct Peer {
     pub label: Option<String>,
 }
 
+/// Whether a uid is an administrator's: root's, or that which the broker runs as, who could end it. What
+/// is anybody's whom this user namespace has no number for is none.
+pub fn administers(uid: u32, brokers: u32) -> bool {
+    (uid == 0 || uid == brokers) && uid != OVERFLOW_ID
+}
+
 /// Finds the numbers of users and groups. Looking them up is I/O, and so the caller's.
 pub trait Names {
     /// The uid of the user with this name.

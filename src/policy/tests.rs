@@ -427,3 +427,13 @@ fn a_tenant_means_the_same_where_others_come_before_it() {
     assert!(!policy(&[&a]).means("b", &words), "there is none");
     assert!(!policy(&[&a, &tenant("b", 1003)]).means("b", &words));
 }
+
+#[test]
+fn root_and_the_broker_s_own_user_are_administrators() {
+    for (uid, brokers, is_one) in
+        [(0, 0, true), (0, 990, true), (990, 990, true), (1000, 990, false), (1000, 0, false)]
+    {
+        assert_eq!(administers(uid, brokers), is_one, "{uid} where it runs as {brokers}");
+    }
+    assert!(!administers(OVERFLOW_ID, OVERFLOW_ID));
+}

@@ -1,5 +1,6 @@
 //! The calls of administrators and what they return.
 
+use super::Until;
 use serde::{Deserialize, Serialize};
 
 /// Asks what the broker is at; with `more`, one keeper in each reply.
@@ -8,7 +9,7 @@ use serde::{Deserialize, Serialize};
 pub struct Status {}
 
 /// What the broker is at. Only the version is for everybody.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BrokerStatus {
     /// Its version.
     pub version: String,
@@ -87,4 +88,93 @@ pub struct KeptLease {
     pub tenant: String,
     /// It has ended, and not all of it is known to be free.
     pub ended: bool,
+}
+
+/// Ends a lease against its holder's will.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Revoke {
+    /// Which lease.
+    pub lease: String,
+    /// How long its holder has to give it back, in seconds.
+    pub grace: u64,
+}
+
+/// Ends all leases that the caller may end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drain {
+    /// How long their holders have to give them back, in seconds.
+    pub grace: u64,
+}
+
+/// Leases that have ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drained {
+    /// One in each reply; none where there was none.
+    pub leases: Vec<Revoked>,
+}
+
+/// What became of a lease that was revoked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revoked {
+    /// Its public name.
+    pub lease: String,
+    /// What its holder called the VM.
+    pub vm: String,
+    /// The tenant that it belonged to.
+    pub tenant: String,
+    /// It was taken; else its holder has given it back in time.
+    pub forced: bool,
+    /// The kernel has shown that nothing of it is in use.
+    pub proved: bool,
+    /// What can't be taken back.
+    pub left: Vec<Left>,
+}
+
+/// A device of an ended lease that is not known to be free.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// Its address.
+    pub device: String,
+    /// Why not.
+    pub reason: String,
+    /// Whom that waits for.
+    #[serde(default)]
+    pub until: Until,
+}
+
+/// That a lease is being revoked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revocation {
+    /// Since when.
+    pub since: u64,
+    /// When it is taken by force.
+    pub force: u64,
+    /// It was.
+    pub forced: bool,
+    /// What can't be taken back.
+    pub left: Vec<Left>,
+}
+
+impl Revoke {
+    /// The longest grace: a day.
+    pub const MAX_GRACE: u64 = 86_400;
+}
+
+/// An administrator's word that a device is not open anywhere, where the kernel can't show it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Confirm {
+    /// Its address.
+    pub device: String,
+}
+
+/// What the word was good for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Confirmed {
+    /// The device's group.
+    pub group: u32,
+    /// The devices that still keep that group from others than their last tenant.
+    pub left: Vec<String>,
 }

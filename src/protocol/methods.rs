@@ -20,6 +20,9 @@ macro_rules! with_methods {
             "org.vfiobroker.Broker" Leases -> LeaseList: repeatable for_administrators;
             "org.vfiobroker.Broker" Watch -> Event: needs_reply needs_more for_administrators;
             "org.vfiobroker.Broker" Status -> BrokerStatus: for_strangers repeatable;
+            "org.vfiobroker.Broker" Revoke -> Revoked: for_administrators;
+            "org.vfiobroker.Broker" Drain -> Drained: needs_reply needs_more for_administrators;
+            "org.vfiobroker.Broker" Confirm -> Confirmed: for_administrators;
             "org.varlink.service" GetInfo -> Info: for_strangers repeatable;
             "org.varlink.service" GetInterfaceDescription -> InterfaceDescription:
                 for_strangers repeatable;

@@ -28,7 +28,8 @@ fn resident(statm: &str, page: u64) -> Option<Memory> {
 
 /// When a process was started, in seconds since 1970; `None` where that can't be read.
 pub fn started(pid: u32) -> Option<u64> {
-    let ticks = u64::try_from(sysconf(SysconfVar::CLK_TCK).ok()??).ok().filter(|ticks| *ticks > 0)?;
+    let ticks =
+        u64::try_from(sysconf(SysconfVar::CLK_TCK).ok()??).ok().filter(|ticks| *ticks > 0)?;
     let stat = read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let uptime = read_to_string("/proc/uptime").ok()?;
     let uptime: u64 = uptime.split('.').next()?.parse().ok()?;

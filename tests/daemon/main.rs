@@ -12,6 +12,7 @@ mod lifecycle;
 mod limits;
 mod reload;
 mod restart;
+mod revoking;
 mod status;
 mod watching;
 

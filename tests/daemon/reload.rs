@@ -31,7 +31,7 @@ fn reload(daemon: &Daemon, policy: &str) -> String {
     let mut log = String::new();
     until("the policy has been read", || {
         log = daemon.log()[before..].to_owned();
-        log.contains("policy read") || log.contains("policy refused")
+        log.contains("is in force") || log.contains("policy refused")
     });
     log
 }

@@ -1,5 +1,6 @@
 //! The broker on the simulated kernel.
 
+mod confirm;
 mod dma;
 mod failing;
 mod flow;
@@ -11,6 +12,7 @@ mod rebind;
 mod reclaim;
 mod reload;
 mod restart;
+mod revoke;
 mod shared;
 mod threads;
 mod undo;
