@@ -1,6 +1,7 @@
 //! What a PCI function is, as sysfs shows it.
 
 use crate::bdf::Bdf;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// What sysfs says about a PCI function.
@@ -38,7 +39,7 @@ impl DeviceFacts {
 }
 
 /// Two ids as they are always written together: `8086:10d3`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Id(pub u16, pub u16);
 
 impl fmt::Display for Id {

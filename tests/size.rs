@@ -124,6 +124,13 @@ fn every_list_is_whole_with_a_thousand_leases() {
     let tree = printed(command(&daemon).arg("topology"));
     assert_eq!(tree.lines().filter(|line| line.starts_with("group ")).count(), GROUPS);
     assert_eq!(tree.matches("<- web of everybody, lease ").count(), LEASES);
+    let status = client.status().unwrap();
+    let of: BTreeSet<&str> =
+        status.keepers.iter().map(|keeper| keeper.leases[0].lease.as_str()).collect();
+    assert_eq!((status.keepers.len(), of.len()), (LEASES, LEASES));
+    assert!(status.keepers.iter().all(|keeper| keeper.alive && keeper.memory.is_some()));
+    let said = printed(command(&daemon).arg("status"));
+    assert_eq!(said.matches(" web of everybody ").count(), LEASES, "{said}");
     // With a line that says what the columns are.
     assert_eq!(printed(command(&daemon).arg("leases")).lines().count(), LEASES + 1);
 
@@ -152,6 +159,7 @@ fn without_more_a_list_that_is_too_long_says_so() {
     let mut client = Client::connect_to(&daemon.socket).unwrap();
     let _held: Vec<_> = (0..400).map(|number| acquire(&mut client, &device(number))).collect();
     raw.call("Leases", json!({})).error("org.varlink.service.ExpectedMore");
+    raw.call("Status", json!({})).error("org.varlink.service.ExpectedMore");
     assert_eq!(client.leases().unwrap().len(), 400);
 }
 

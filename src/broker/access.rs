@@ -3,14 +3,19 @@
 use super::books::{Books, Entry};
 use super::{Broker, Caller, error, said};
 use crate::ledger::{LeaseId, Quota};
-use crate::policy::{Limits, Tenant, Verb};
+use crate::policy::{Limits, Policy, Tenant, Verb};
 use crate::protocol::Error;
+use std::ops::Deref;
 use std::rc::Rc;
+use std::sync::Arc;
 
 impl Broker {
-    /// The tenant the caller is.
-    pub(super) fn tenant(&self, caller: &Caller) -> Result<&Tenant, Error> {
-        Ok(self.policy.tenant(&caller.peer)?)
+    /// The tenant the caller is by the policy of now.
+    pub(super) fn tenant(&self, caller: &Caller) -> Result<CallersTenant, Error> {
+        let policy = self.policy();
+        let found = policy.tenant(&caller.peer)?;
+        let at = policy.tenants().iter().position(|tenant| std::ptr::eq(tenant, found));
+        Ok(CallersTenant { at: at.unwrap_or_default(), policy })
     }
 
     /// The lease, if `key` is its key; or if it is empty, and the caller manages its tenant's leases.
@@ -29,30 +34,33 @@ impl Broker {
             books.ledger.live(id).and(books.entries.get(&id)).map(Rc::clone).ok_or_else(refused)?
         };
         let allowed = match key {
-            "" => self.manages(caller, &entry.tenant),
+            "" => self.manages(caller, &entry.tenant.borrow()),
             key => entry.key.is(key),
         };
         if allowed { Ok(entry) } else { Err(refused()) }
     }
 
     fn manages(&self, caller: &Caller, tenant: &str) -> bool {
-        let own = self.policy.tenant(&caller.peer).ok().filter(|own| own.name == tenant);
-        own.is_some_and(|own| self.policy.may(own, Verb::Manage).allowed)
+        let policy = self.policy();
+        let own = policy.tenant(&caller.peer).ok().filter(|own| own.name == tenant);
+        own.is_some_and(|own| policy.may(own, Verb::Manage).allowed)
     }
 
-    /// Whether the caller may see what leases of `tenant` do. Never blocks.
+    /// Whether the caller may see what leases of `tenant` do: an administrator sees all. Never blocks.
     pub fn may_see(&self, caller: &Caller, tenant: &str) -> bool {
-        self.policy.tenant(&caller.peer).is_ok_and(|own| self.sees(own, tenant))
+        self.administers(caller)
+            || self.policy().tenant(&caller.peer).is_ok_and(|own| self.sees(own, tenant))
     }
 
     /// Whether `own` may see what leases of `tenant` do.
     pub(super) fn sees(&self, own: &Tenant, tenant: &str) -> bool {
-        own.name == tenant || self.policy.may(own, Verb::Observe).allowed
+        own.name == tenant || self.policy().may(own, Verb::Observe).allowed
     }
 
     /// What the tenant of a lease may have, whoever calls.
     pub(super) fn limits_of(&self, tenant: &str) -> Limits {
-        let found = self.policy.tenants().iter().find(|known| known.name == tenant);
+        let policy = self.policy();
+        let found = policy.tenants().iter().find(|known| known.name == tenant);
         found.map(|known| known.limits.clone()).unwrap_or_default()
     }
 
@@ -64,6 +72,20 @@ impl Broker {
             return Ok(());
         }
         Err(error::over("fds", most, asked))
+    }
+}
+
+/// A tenant, and the policy that it is of: another one may be in force by the time that it is used.
+pub(super) struct CallersTenant {
+    pub(super) policy: Arc<Policy>,
+    at: usize,
+}
+
+impl Deref for CallersTenant {
+    type Target = Tenant;
+
+    fn deref(&self) -> &Tenant {
+        &self.policy.tenants()[self.at]
     }
 }
 

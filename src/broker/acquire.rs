@@ -1,13 +1,14 @@
 //! Acquire: the whole of it, or nothing.
 
-use super::access::quota;
+use super::access::{CallersTenant, quota};
 use super::books::{Books, Entry};
 use super::keeper::{KeeperHandle, NotDone, Turn};
 use super::key::{Key, new_lease_id};
 use super::plan::{Chosen, Plan};
+use super::reload::Owner;
 use super::{Broker, Caller, Delivery, container_name, devices, error, event, no_such_lease, now};
 use crate::ledger::{self, Effect, GroupState, LeaseId, Refusal, Request, Space, Trust};
-use crate::policy::{Tenant, Verb};
+use crate::policy::{Policy, Tenant, Verb};
 use crate::process::keeper::{
     Deliver, LeaseRecord, LeasedDevice, LeasedGroup, Open, Opened, SharedContainer, Step, Undo,
 };
@@ -15,6 +16,7 @@ use crate::protocol::{Acquire, Error, EventKind, Handout};
 use serde_json::{Map, Value, json};
 use std::os::fd::BorrowedFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use tokio::time::{Instant, timeout_at};
 use tracing::warn;
 
@@ -31,6 +33,20 @@ impl<E: Into<Error>> From<E> for Refused {
     fn from(error: E) -> Self {
         Self { error: Box::new(error.into()), holder: None, is_soon: false }
     }
+}
+
+/// What was planned and entered, and whose it is by which policy.
+struct Reserved {
+    tenant: CallersTenant,
+    plan: Plan,
+    chosen: Chosen,
+    effects: Vec<Effect>,
+}
+
+/// What is to be handed over, and the policy that it was planned by.
+struct Planned<'a> {
+    policy: &'a Arc<Policy>,
+    chosen: &'a Chosen,
 }
 
 /// What was opened for a lease, and the right to go on with its keeper.
@@ -52,22 +68,21 @@ impl Broker {
         request: &Acquire,
     ) -> Result<Delivery, Error> {
         let until = Instant::now() + self.deadline;
-        let tenant = self.tenant(caller)?;
-        self.policy.may(tenant, Verb::Acquire).ok()?;
         let known = match (&request.lease, &request.key) {
             (Some(lease), Some(key)) => {
                 let entry = self.authorize(caller, lease, key)?;
-                self.check_own(tenant, &entry)?;
+                self.check_own(&*self.tenant(caller)?, &entry)?;
                 Some(entry)
             }
             (None, None) => None,
             _ => return Err(Error::bad("lease", "lease and key come together")),
         };
         let id = known.as_ref().map_or_else(new_lease_id, |entry| Ok(entry.id))?;
-        let (plan, chosen, effects) = self.reserve(caller, tenant, request, id, &known).await?;
+        let Reserved { tenant, plan, chosen, effects } =
+            self.reserve(caller, request, id, &known).await?;
         let entry = match known {
             Some(entry) => Ok(entry),
-            None => timeout_at(until, self.new_entry(id, tenant, &plan))
+            None => timeout_at(until, self.new_entry(id, &tenant, &plan))
                 .await
                 .unwrap_or_else(|_| Err(error::no_answer("fork", "a keeper's process"))),
         };
@@ -75,11 +90,12 @@ impl Broker {
         let call =
             self.open_call(&entry, &plan, &chosen, effects).inspect_err(|_| self.abort(id))?;
         let ready = self.open(&entry, call, until).await?;
-        self.hand_over(&entry, ready, client, &chosen, request.lease.is_none()).await
+        let planned = Planned { policy: &tenant.policy, chosen: &chosen };
+        self.hand_over(&entry, ready, client, planned, request.lease.is_none()).await
     }
 
     fn check_own(&self, tenant: &Tenant, entry: &Entry) -> Result<(), Error> {
-        if tenant.name == entry.tenant {
+        if tenant.name == *entry.tenant.borrow() {
             return Ok(());
         }
         Err(error::another_tenants(entry.id))
@@ -90,17 +106,16 @@ impl Broker {
     async fn reserve(
         self: &Rc<Self>,
         caller: &Caller,
-        tenant: &Tenant,
         request: &Acquire,
         id: LeaseId,
         known: &Option<Rc<Entry>>,
-    ) -> Result<(Plan, Chosen, Vec<Effect>), Error> {
+    ) -> Result<Reserved, Error> {
         let until = Instant::now() + self.patience;
         let mut asked = None;
         loop {
             let seen = self.generation.get();
             let Refused { error, holder, is_soon } =
-                match self.try_reserve(caller, tenant, request, id, known) {
+                match self.try_reserve(caller, request, id, known) {
                     Ok(reserved) => return Ok(reserved),
                     Err(refused) => refused,
                 };
@@ -124,21 +139,26 @@ impl Broker {
     fn try_reserve(
         &self,
         caller: &Caller,
-        tenant: &Tenant,
         request: &Acquire,
         id: LeaseId,
         known: &Option<Rc<Entry>>,
-    ) -> Result<(Plan, Chosen, Vec<Effect>), Refused> {
+    ) -> Result<Reserved, Refused> {
+        // Each attempt is by the policy of its time.
+        let tenant = self.tenant(caller)?;
+        tenant.policy.may(&tenant, Verb::Acquire).ok()?;
         let lease = match known {
             Some(entry) => {
+                self.check_not_revoked(entry)?;
+                // To what would not be given now nothing is added.
+                self.judge(entry.id)?;
                 let lease = self.books().ledger.live(entry.id).cloned();
                 Some(lease.ok_or_else(|| no_such_lease(entry.id))?)
             }
             None => None,
         };
         let plan = self
-            .plan(tenant, request, lease.as_ref())
-            .map_err(|error| self.or_reclaiming(tenant, error))?;
+            .plan(&tenant, request, lease.as_ref())
+            .map_err(|error| self.or_reclaiming(&tenant, error))?;
         self.look_for_proof(&tenant.name, |group| plan.concerns(group));
         let mut books = self.books();
         let chosen = self.choose(caller, &books, &plan, id, &tenant.name)?;
@@ -164,7 +184,7 @@ impl Broker {
             }),
         };
         match books.ledger.apply(asked) {
-            Ok(effects) => Ok((plan, chosen, effects)),
+            Ok(effects) => Ok(Reserved { tenant, plan, chosen, effects }),
             Err(refusal) => {
                 let holder = match refusal {
                     Refusal::Busy { holder, .. } => Some(holder),
@@ -221,6 +241,7 @@ impl Broker {
         // One that has ended meanwhile may have waited for this alone.
         if books.ledger.lease(id).is_none() {
             books.entries.remove(&id);
+            books.owners.remove(&id);
         }
         drop(books);
         self.has_changed();
@@ -238,6 +259,8 @@ impl Broker {
             Space::Shared { name, .. } => self.shared_keeper(name).await?,
             Space::None | Space::Own => self.start_keeper().await?,
         };
+        let principals = self.policy().principals(&tenant.name).unwrap_or_default();
+        self.books().owners.insert(id, Owner { name: tenant.name.clone(), principals });
         Ok(Rc::new(Entry::new(id, &tenant.name, key, keeper)))
     }
 
@@ -264,7 +287,9 @@ impl Broker {
     ) -> Result<Open, Error> {
         let books = self.books();
         let lease = books.ledger.lease(entry.id).ok_or_else(|| no_such_lease(entry.id))?;
-        let tenant = self.policy.tenants().iter().find(|tenant| tenant.name == entry.tenant);
+        let owner = books.owners.get(&entry.id).cloned().unwrap_or_default();
+        let policy = self.policy();
+        let tenant = policy.tenants().iter().find(|tenant| tenant.name == owner.name);
         let device = |handed: &ledger::Handed| LeasedDevice {
             bdf: handed.bdf,
             group: handed.group,
@@ -280,8 +305,8 @@ impl Broker {
         let record = LeaseRecord {
             lease: entry.id.to_string(),
             key: entry.key.to_hex(),
-            tenant: entry.tenant.clone(),
-            principals: self.policy.principals(&entry.tenant).unwrap_or_default(),
+            tenant: owner.name,
+            principals: owner.principals,
             vm: lease.vm.clone(),
             uid: lease.uid,
             pid: lease.pid,
@@ -358,13 +383,19 @@ impl Broker {
         entry: &Rc<Entry>,
         ready: Ready,
         client: BorrowedFd<'_>,
-        chosen: &Chosen,
+        Planned { policy, chosen }: Planned<'_>,
         is_new: bool,
     ) -> Result<Delivery, Error> {
         let Ready { mut turn, opened } = ready;
+        let allowed = match Arc::ptr_eq(policy, &self.policy()) {
+            true => Ok(()),
+            // By the policy of now it may be another answer.
+            false => self.judge(entry.id),
+        };
         let committed = {
             let mut books = self.books();
-            self.check_kept(&books, &entry.tenant, 1).and_then(|()| {
+            let tenant = entry.tenant.borrow();
+            allowed.and_then(|()| self.check_kept(&books, &tenant, 1)).and_then(|()| {
                 let commit = Request::Commit { lease: entry.id };
                 books.ledger.apply(commit).map_err(|_| no_such_lease(entry.id))?;
                 books.entries.insert(entry.id, Rc::clone(entry));
@@ -438,6 +469,7 @@ impl Broker {
         let _ = books.ledger.apply(Request::Retract { lease: entry.id, devices, groups });
         if books.ledger.lease(entry.id).is_none() {
             books.entries.remove(&entry.id);
+            books.owners.remove(&entry.id);
         }
         drop(books);
         self.has_changed();

@@ -4,10 +4,11 @@ use super::attend::started;
 use super::books::{Books, Entry};
 use super::keeper::KeeperHandle;
 use super::key::Key;
+use super::reload::Owner;
 use super::{Broker, now};
 use crate::ledger::{Adopted, AdoptedGroup, Handed, LeaseId, Member, Request, Space, Trust};
 use crate::process::keeper::{LeaseState, Mappings, Phase, Stage};
-use crate::process::launcher::Standing;
+use crate::process::launcher::{Kept, Standing};
 use crate::protocol::{Error, EventKind};
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -20,13 +21,13 @@ impl Broker {
     /// # Errors
     /// What a dead keeper wrote can't be relied on, or two claim the same.
     pub async fn adopt(self: &Rc<Self>) -> Result<(), Error> {
-        let all =
-            self.keepers.all().await.map_err(|error| started("readdir", "keepers", &error))?;
-        for (name, leases) in all {
+        for name in self.keepers().await? {
             let keeper = Rc::new(KeeperHandle::new(name.clone()));
-            match leases {
-                Ok(leases) => {
-                    for state in leases {
+            let read = self.keepers.read(&name).await;
+            match read.map_err(|error| started("read", &name, &error))? {
+                Kept::Nothing => continue,
+                Kept::Saved(saved) => {
+                    for state in saved.leases {
                         let lease = &state.record.lease;
                         info!(
                             lease,
@@ -38,7 +39,7 @@ impl Broker {
                     }
                 }
                 // One that lives can be asked.
-                Err(why) => match self.keepers.find(&name).await {
+                Kept::Unusable(why) => match self.keepers.find(&name).await {
                     Ok((Standing::Alive, _)) => warn!(why, "asking its keeper instead"),
                     _ => return Err(Error::bad(format!("keeper {name}"), why)),
                 },
@@ -74,11 +75,8 @@ impl Broker {
         let record = &state.record;
         let id: LeaseId = record.lease.parse().map_err(|error| bad(format!("{error}")))?;
         let key = Key::from_hex(&record.key).ok_or_else(|| bad("its key is none".into()))?;
-        let tenant = match self.policy.principals(&record.tenant) {
-            Some(principals) if principals == record.principals => record.tenant.clone(),
-            // Nobody's: no tenant can have such a name.
-            _ => format!("{} (as it was before the restart)", record.tenant),
-        };
+        let owner = Owner::of(record);
+        let tenant = owner.tenant(&self.policy());
         keeper.has_seen(id);
         let adopted = adopted(id, &tenant, &state);
         let held = adopted.held;
@@ -88,9 +86,11 @@ impl Broker {
             entry.revision.set(state.revision);
         }
         *entry.call.borrow_mut() = state.call.clone();
+        self.resume_revocation(&entry, &state);
         let mut books = self.books();
-        let Books { ledger, entries, shared } = &mut *books;
+        let Books { ledger, entries, shared, owners } = &mut *books;
         ledger.apply(Request::Adopt(adopted)).map_err(|why| bad(why.to_string()))?;
+        owners.insert(id, owner);
         if let Some(container) = &record.container {
             shared.insert(container.name.clone(), Rc::downgrade(keeper));
         }
@@ -134,9 +134,7 @@ impl Broker {
                 let _ = books.ledger.apply(Request::Detached { group });
                 let _ = books.ledger.apply(Request::Freed { group });
             }
-            if books.ledger.lease(id).is_none() {
-                books.entries.remove(&id);
-            }
+            books.forget_closed();
             drop(books);
             self.has_changed();
         }

@@ -1,8 +1,7 @@
 //! What the broker takes from and gives to the daemon.
 
 use crate::policy::Peer;
-use crate::process::keeper::LeaseState;
-use crate::process::launcher::Standing;
+use crate::process::launcher::{Kept, Standing};
 use crate::protocol::Event;
 use std::future::Future;
 use std::os::fd::OwnedFd;
@@ -59,10 +58,15 @@ pub trait Keepers {
     /// What the start says.
     fn salvage<'a>(&'a self, name: &'a str) -> Waiting<'a, ()>;
 
-    /// The names of all that have something, each with the leases that it last wrote down; what can't
-    /// be relied on with the reason.
+    /// The names of all that may have something, in order.
     ///
     /// # Errors
     /// What reading their directory says.
-    fn all(&self) -> Waiting<'_, Vec<(String, Result<Vec<LeaseState>, String>)>>;
+    fn names(&self) -> Waiting<'_, Vec<String>>;
+
+    /// What one last wrote down.
+    ///
+    /// # Errors
+    /// It can't be told.
+    fn read<'a>(&'a self, name: &'a str) -> Waiting<'a, Kept>;
 }

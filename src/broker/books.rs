@@ -2,10 +2,12 @@
 
 use super::keeper::KeeperHandle;
 use super::key::Key;
+use super::reload::Owner;
+use super::revoke::Revoking;
 use crate::ledger::{Lease, LeaseId, Ledger};
 use crate::process::keeper::UnderWay;
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::{Rc, Weak};
 
 /// The ledger and what stands beside it.
@@ -15,13 +17,15 @@ pub(super) struct Books {
     pub(super) entries: HashMap<LeaseId, Rc<Entry>>,
     /// The keepers of shared containers, by the container's name.
     pub(super) shared: HashMap<String, Weak<KeeperHandle>>,
+    /// Whose each lease is, those among them that have only left nodes open.
+    pub(super) owners: HashMap<LeaseId, Owner>,
 }
 
 /// A lease's secret and its keeper.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) id: LeaseId,
-    pub(super) tenant: String,
+    pub(super) tenant: RefCell<String>,
     pub(super) key: Key,
     pub(super) keeper: Rc<KeeperHandle>,
     /// The newest that its keeper has told of it.
@@ -30,11 +34,15 @@ pub(super) struct Entry {
     pub(super) lifelines: Cell<u64>,
     /// What its keeper is at for it.
     pub(super) call: RefCell<Option<UnderWay>>,
+    /// Why the policy would not give it any more.
+    pub(super) objection: RefCell<Option<String>>,
+    /// That it is being revoked.
+    pub(super) revoking: RefCell<Option<Revoking>>,
 }
 
 impl Entry {
     pub(super) fn new(id: LeaseId, tenant: &str, key: Key, keeper: Rc<KeeperHandle>) -> Self {
-        let (tenant, lifelines) = (tenant.to_owned(), Cell::new(0));
+        let (tenant, lifelines) = (RefCell::new(tenant.to_owned()), Cell::new(0));
         keeper.has_seen(id);
         Self {
             id,
@@ -44,14 +52,24 @@ impl Entry {
             revision: Cell::new(0),
             lifelines,
             call: RefCell::default(),
+            objection: RefCell::default(),
+            revoking: RefCell::default(),
         }
     }
 }
 
 impl Books {
+    /// Forgets what stands beside the ledger of leases that it does not know any more.
+    pub(super) fn forget_closed(&mut self) {
+        let Self { ledger, entries, owners, .. } = self;
+        entries.retain(|id, _| ledger.lease(*id).is_some());
+        let left: HashSet<LeaseId> = ledger.unproved().map(|(_, left)| left.lease).collect();
+        owners.retain(|id, _| ledger.lease(*id).is_some() || left.contains(id));
+    }
+
     /// Open files that are kept for a tenant's leases: groups, containers and lease pipes.
     pub(super) fn kept_for(&self, tenant: &str) -> u64 {
-        let theirs = self.entries.values().filter(|entry| entry.tenant == tenant);
+        let theirs = self.entries.values().filter(|entry| *entry.tenant.borrow() == tenant);
         let lifelines: u64 = theirs.map(|entry| entry.lifelines.get()).sum();
         let lease = |id| self.ledger.lease(id).filter(|lease| lease.tenant == tenant);
         let groups = self.ledger.groups();

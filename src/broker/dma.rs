@@ -27,7 +27,7 @@ impl Broker {
         check_numbers(request)?;
         self.check_maps(&entry)?;
         let MapDma { iova, size, read, write, memory, offset, .. } = *request;
-        let quota = quota(&self.limits_of(&entry.tenant));
+        let quota = quota(&self.limits_of(&entry.tenant.borrow()));
         let mut turn = entry.keeper.turn_until("MapDma", until).await?;
         self.enter_mapping(caller, Request::Map { lease: entry.id, iova, size, quota })?;
         let (broker, id) = (Rc::clone(self), entry.id);

@@ -9,11 +9,12 @@ use crate::protocol::{Error, EventKind, Release, Released};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
+use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 use tokio::time::{Instant, sleep, timeout_at};
 
 /// How much longer than a take-back is patient its keeper may be silent.
-const SILENCE: Duration = Duration::from_secs(1);
+pub(super) const SILENCE: Duration = Duration::from_secs(1);
 
 impl Broker {
     /// Ends a lease and reclaims its devices.
@@ -30,18 +31,8 @@ impl Broker {
         if !self.end(entry.id, EventKind::Released) {
             return Err(no_such_lease(entry.id));
         }
-        let (broker, id) = (Rc::clone(self), entry.id);
-        let (sender, done) = tokio::sync::oneshot::channel();
-        // However long its keeper is at something else: it is told.
-        spawn_local(async move {
-            if let Some(mut turn) = entry.keeper.turn().await
-                && let Ok(told) = turn.ask(&End { lease: id.to_string() }, &[]).await
-            {
-                broker.learn(&entry.keeper, told.state);
-            }
-            let _ = sender.send(());
-        });
-        let _ = timeout_at(until, done).await;
+        let id = entry.id;
+        let _ = timeout_at(until, self.have_taken_back(&entry)).await;
         loop {
             let seen = self.generation.get();
             let is_over = self.books().ledger.groups_of(id).next().is_none();
@@ -55,7 +46,23 @@ impl Broker {
         Ok(Released { proved })
     }
 
-    fn is_reclaiming(&self, id: LeaseId) -> bool {
+    /// Has its keeper take a lease back that has ended, however long that is at something else; tells
+    /// when it has tried once.
+    pub(super) fn have_taken_back(self: &Rc<Self>, entry: &Rc<Entry>) -> oneshot::Receiver<()> {
+        let (broker, entry) = (Rc::clone(self), Rc::clone(entry));
+        let (sender, done) = oneshot::channel();
+        spawn_local(async move {
+            if let Some(mut turn) = entry.keeper.turn().await
+                && let Ok(told) = turn.ask(&End { lease: entry.id.to_string() }, &[]).await
+            {
+                broker.learn(&entry.keeper, told.state);
+            }
+            let _ = sender.send(());
+        });
+        done
+    }
+
+    pub(super) fn is_reclaiming(&self, id: LeaseId) -> bool {
         let books = self.books();
         books.ledger.groups_of(id).any(|(_, g)| matches!(g.state, GroupState::Reclaiming { .. }))
     }
@@ -136,6 +143,7 @@ impl Broker {
         entry.revision.set(state.revision);
         entry.lifelines.set(state.lifelines);
         *entry.call.borrow_mut() = state.call.clone();
+        self.resume_revocation(&entry, &state);
         if matches!(state.phase, Phase::Ending | Phase::Gone) {
             self.end(id, EventKind::Gone);
         }
@@ -152,8 +160,7 @@ impl Broker {
             let _ = books.ledger.apply(request);
         }
         // The last group to leave a shared container settles other members' mappings too.
-        let Books { ledger, entries, .. } = &mut *books;
-        entries.retain(|id, _| ledger.lease(*id).is_some());
+        books.forget_closed();
         drop(books);
         self.has_changed();
         self.tell_outcome(&before, &known);

@@ -147,7 +147,7 @@ impl From<keeper::NotFree> for NotFree {
 }
 
 /// What keeps a group, in words, and whom that waits for.
-fn told(why: &NotFree) -> (String, Until) {
+pub(super) fn told(why: &NotFree) -> (String, Until) {
     match why {
         NotFree::GroupOpen { node } => {
             (format!("some process still has {node} open"), Until::Holder)
@@ -175,6 +175,13 @@ fn told(why: &NotFree) -> (String, Until) {
         ),
         NotFree::Failed { error } => (error.clone(), Until::Kernel),
     }
+}
+
+/// Why a device is kept for its last tenant that was handed out by its own node.
+pub(super) fn unproved_reason() -> &'static str {
+    "its last holder was handed it by iommufd and may still have it open, which the kernel does not \
+     show: only that holder's tenant can have it again until an administrator has taken it off its \
+     driver and bound it again"
 }
 
 /// What is just being taken back is not to be had yet.
@@ -206,11 +213,7 @@ impl Broker {
                 Error::Quarantined {
                     device: device.to_string(),
                     since,
-                    reason: "its last holder was handed it by iommufd and may still have it open, \
-                             which the kernel does not show: only that holder's tenant can have it \
-                             again until an administrator has taken it off its driver and bound it \
-                             again"
-                        .into(),
+                    reason: unproved_reason().into(),
                     until: Until::Administrator,
                     holder: last.filter(|last| seen(&last.tenant)).map(last_holder),
                     unbind: left.iter().map(ToString::to_string).collect(),

@@ -42,7 +42,8 @@ impl Broker {
         }
         let lifeline = request.lifeline.unwrap_or(true);
         let kept = Some(wanted(request));
-        let room = self.check_kept(&self.books(), &entry.tenant, u64::from(lifeline));
+        let tenant = entry.tenant.borrow().clone();
+        let room = self.check_kept(&self.books(), &tenant, u64::from(lifeline));
         if let Err(error) = room {
             let _ = turn.ask(&Undo { lease: entry.id.to_string() }, &[]).await;
             return Err(error);

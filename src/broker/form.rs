@@ -25,7 +25,7 @@ impl Broker {
     ) -> Result<(Handout, Space), Error> {
         agree(request, given)?;
         if let Some(name) = &request.container {
-            self.policy.container(tenant, name)?;
+            self.policy().container(tenant, name)?;
         }
         let handout = self.new_handout(tenant, request, given)?;
         if handout == Handout::Iommufd {
@@ -33,7 +33,8 @@ impl Broker {
         }
         let space = match &request.container {
             Some(name) => {
-                let shared = self.policy.container(tenant, name)?;
+                let policy = self.policy();
+                let shared = policy.container(tenant, name)?;
                 let trust = match shared.trust {
                     policy::Trust::Enforced => Trust::Enforced,
                     policy::Trust::Mutual => Trust::Mutual,
@@ -54,15 +55,15 @@ impl Broker {
     ) -> Result<Handout, Error> {
         let only_devices = given.noiommu || request.container.is_some();
         if let Some(asked) = request.handout.or(only_devices.then_some(Handout::Devices)) {
-            self.policy.backend(tenant, Some(asked.backend()))?;
-            return Ok(self.policy.handout(tenant, Some(asked))?);
+            self.policy().backend(tenant, Some(asked.backend()))?;
+            return Ok(self.policy().handout(tenant, Some(asked))?);
         }
         let backend = match request.backend {
-            Some(asked) => self.policy.backend(tenant, Some(asked))?,
+            Some(asked) => self.policy().backend(tenant, Some(asked))?,
             None => self.first_possible(tenant, given)?,
         };
         // A policy has a handout for each of its backends.
-        Ok(self.policy.handout(tenant, tenant.handout_of(backend))?)
+        Ok(self.policy().handout(tenant, tenant.handout_of(backend))?)
     }
 
     /// The policy's first backend that the host can do.
@@ -81,7 +82,7 @@ impl Broker {
         }
         match why {
             Some(error) => Err(error),
-            None => Ok(self.policy.backend(tenant, None)?),
+            None => Ok(self.policy().backend(tenant, None)?),
         }
     }
 

@@ -21,10 +21,10 @@ impl Broker {
         let until = Instant::now() + self.deadline;
         let entry = self.authorize(caller, &request.lease, &request.key)?;
         let tenant = self.tenant(caller)?;
-        if tenant.name != entry.tenant {
+        if tenant.name != *entry.tenant.borrow() {
             return Err(error::another_tenants(entry.id));
         }
-        let most = self.policy.memlock(tenant)?;
+        let most = self.policy().memlock(&tenant)?;
         if request.bytes > most {
             return Err(error::over("memlock", most, request.bytes));
         }

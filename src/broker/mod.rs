@@ -9,6 +9,7 @@ mod adopt;
 mod api;
 mod attend;
 mod books;
+mod confirm;
 mod dma;
 mod ending;
 pub(crate) mod error;
@@ -17,13 +18,18 @@ mod form;
 mod keeper;
 mod key;
 mod memlock;
+mod oversight;
 mod plan;
 mod proof;
 mod queries;
+mod reload;
+mod revoke;
 
 pub use api::{Caller, Delivery, Keepers, Observer, Waiting};
 pub use error::advice;
+pub use oversight::Oversight;
 pub use queries::Tour;
+pub use revoke::Begun;
 
 use crate::host::Survey;
 use crate::kernel::Kernel;
@@ -36,7 +42,7 @@ use std::cell::{Cell, RefCell, RefMut};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, Notify};
 use tokio::time::{Instant, timeout_at};
 
 /// What a broker is made of.
@@ -58,7 +64,7 @@ pub struct Parts {
 /// The broker. Lives on one thread, within a [`LocalSet`](tokio::task::LocalSet).
 pub struct Broker {
     kernel: Arc<dyn Kernel>,
-    policy: Arc<Policy>,
+    policy: RefCell<Arc<Policy>>,
     observer: Rc<dyn Observer>,
     keepers: Box<dyn Keepers>,
     patience: Duration,
@@ -69,6 +75,8 @@ pub struct Broker {
     /// Grows with each change of the books.
     generation: Cell<u64>,
     changed: Notify,
+    /// Whose turn it is to take a lease by force.
+    forcing: Mutex<()>,
 }
 
 impl Broker {
@@ -77,7 +85,7 @@ impl Broker {
         let Parts { kernel, policy, observer, keepers, patience, deadline } = parts;
         Rc::new(Self {
             kernel,
-            policy,
+            policy: RefCell::new(policy),
             observer,
             keepers,
             patience,
@@ -86,12 +94,13 @@ impl Broker {
             survey: RefCell::default(),
             generation: Cell::default(),
             changed: Notify::new(),
+            forcing: Mutex::default(),
         })
     }
 
-    /// The policy it goes by.
-    pub fn policy(&self) -> &Arc<Policy> {
-        &self.policy
+    /// The policy it goes by now.
+    pub fn policy(&self) -> Arc<Policy> {
+        Arc::clone(&self.policy.borrow())
     }
 
     /// The kernel whose sysfs it reads.
@@ -139,6 +148,7 @@ fn event(kind: EventKind, lease: &Lease, devices: Vec<String>) -> Event {
         tenant: lease.tenant.clone(),
         devices,
         at: now(),
+        until: None,
     }
 }
 

@@ -5,7 +5,7 @@ use super::form::{Given, same_form};
 use super::{Broker, Caller, error};
 use crate::host::{self, Device, Group, Host, Place};
 use crate::ledger::{Lease, LeaseId, Member, Space, WantedGroup};
-use crate::policy::{Risk, Tenant};
+use crate::policy::{Policy, Risk, Tenant};
 use crate::protocol::{Acquire, Bdf, DeviceSpec, Error, Handout};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -73,7 +73,7 @@ impl Broker {
         // What was scanned for itself is newer than what was scanned with everything.
         let mut all = host.map_or(BTreeMap::new(), |host| host.groups);
         all.append(&mut groups);
-        if self.policy.names_serials() {
+        if self.policy().names_serials() {
             all.values_mut().try_for_each(|group| group.read_serials(&*self.kernel))?;
         }
         let (handout, space) = match lease {
@@ -99,7 +99,7 @@ impl Broker {
             Place::Nowhere => return Err(nowhere()),
             Place::NoGroup => {
                 let device = Device::scan(&*self.kernel, bdf)?.ok_or_else(nowhere)?;
-                self.policy.device(tenant, &device.facts).ok().map_err(Error::from)?;
+                self.policy().device(tenant, &device.facts).ok().map_err(Error::from)?;
                 return Err(Error::Unsupported {
                     what: bdf.to_string(),
                     why: format!(
@@ -165,24 +165,13 @@ impl Broker {
         unsafe_interrupts: bool,
         used: bool,
     ) -> Result<(), Error> {
-        self.policy.device(tenant, &device.facts).ok()?;
+        let policy = self.policy();
+        allows(&policy, tenant, group, device, handout, unsafe_interrupts)?;
         if used && device.is_bridge() {
             let why = "it is a bridge, which cannot be handed out".into();
             return Err(Error::Unsupported { what: device.bdf().to_string(), why });
         }
-        // Whoever has the group's open file can open each of its devices, named or not.
-        if matches!(handout, Handout::Container | Handout::Group) {
-            for other in group.devices.iter().filter(|other| other.on_vfio) {
-                let decided = self.policy.device(tenant, &other.facts).ok();
-                decided.map_err(|no| error::reaches_all(no, group.id, device.bdf()))?;
-            }
-        }
-        if group.noiommu {
-            self.policy.risk(tenant, Risk::NoIommu).ok()?;
-        } else if unsafe_interrupts {
-            self.policy.risk(tenant, Risk::UnsafeInterrupts).ok()?;
-        }
-        let mut blockers = group.blockers(|other| self.policy.device(tenant, &other.facts).allowed);
+        let mut blockers = group.blockers(|other| policy.device(tenant, &other.facts).allowed);
         if used && !device.on_vfio && blockers.iter().all(|b| b.bdf != device.bdf().to_string()) {
             blockers.insert(0, device.blocker(true));
         }
@@ -234,6 +223,31 @@ impl Broker {
         }
         Ok(plan.chosen(devices))
     }
+}
+
+/// Whether the policy lets a tenant have a device in this form.
+pub(super) fn allows(
+    policy: &Policy,
+    tenant: &Tenant,
+    group: &Group,
+    device: &Device,
+    handout: Handout,
+    unsafe_interrupts: bool,
+) -> Result<(), Error> {
+    policy.device(tenant, &device.facts).ok()?;
+    // Whoever has the group's open file can open each of its devices, named or not.
+    if matches!(handout, Handout::Container | Handout::Group) {
+        for other in group.devices.iter().filter(|other| other.on_vfio) {
+            let decided = policy.device(tenant, &other.facts).ok();
+            decided.map_err(|no| error::reaches_all(no, group.id, device.bdf()))?;
+        }
+    }
+    if group.noiommu {
+        policy.risk(tenant, Risk::NoIommu).ok()?;
+    } else if unsafe_interrupts {
+        policy.risk(tenant, Risk::UnsafeInterrupts).ok()?;
+    }
+    Ok(())
 }
 
 impl Plan {

@@ -21,7 +21,7 @@ pub(super) struct Failure {
 
 const FAILED: u8 = 1;
 pub(super) const DENIED: u8 = 3;
-const BUSY: u8 = 4;
+pub(super) const BUSY: u8 = 4;
 const NO_BROKER: u8 = 5;
 const SOME_DEVICE: &str = "--device ADDRESS";
 

@@ -1,8 +1,8 @@
 //! `vfio-broker leases`: who has what.
 
-use super::style::{ago, all_printable, bytes, columns, print, print_json};
+use super::style::{ago, all_printable, bytes, clock, columns, print, print_json};
 use super::{Context, Failure};
-use crate::protocol::{Lease, LeaseList};
+use crate::protocol::{Lease, LeaseList, Revocation};
 
 /// List who has what
 #[derive(Debug, clap::Args)]
@@ -20,7 +20,28 @@ pub(super) fn run(context: &Context, _: &Args) -> Result<(), Failure> {
     let head = ["LEASE", "VM", "TENANT", "UID", "PID", "HANDOUT", "CONTAINER", "DEVICES", "MAPPED"];
     let mut rows = vec![head.iter().chain(&["FOR"]).map(ToString::to_string).collect()];
     rows.extend(leases.iter().map(row));
-    Ok(print(&columns(&rows))?)
+    let mut text = columns(&rows);
+    for lease in &leases {
+        if let Some(why) = &lease.policy {
+            text += &format!(
+                "{} is no longer allowed, and goes on until it ends: {why}\n",
+                lease.lease
+            );
+        }
+    }
+    text.extend(leases.iter().filter_map(revoked));
+    Ok(print(&text)?)
+}
+
+/// What is to be known of one that is being revoked.
+fn revoked(lease: &Lease) -> Option<String> {
+    let Revocation { force, forced, left, .. } = lease.revoked.as_ref()?;
+    let name = &lease.lease;
+    if !forced {
+        return Some(format!("{name} is being revoked, and is taken at {} UTC\n", clock(*force)));
+    }
+    let lines = left.iter().map(|left| format!("  {}\n", super::revoke::in_words(left)));
+    Some(format!("{name} was revoked, and is not free yet:\n{}", lines.collect::<String>()))
 }
 
 fn row(lease: &Lease) -> Vec<String> {

@@ -3,9 +3,11 @@
 mod acquire;
 mod attach;
 mod completions;
+mod confirm;
 mod daemon;
 mod demo;
 mod detach;
+mod drain;
 mod exec;
 mod exec_memlock;
 mod failure;
@@ -14,6 +16,8 @@ mod man;
 mod pci_names;
 mod policy;
 mod qemu;
+mod revoke;
+mod status;
 mod style;
 mod topology;
 mod watch;
@@ -55,6 +59,10 @@ enum Command {
     Leases(leases::Args),
     Topology(topology::Args),
     Watch(watch::Args),
+    Status(status::Args),
+    Revoke(revoke::Args),
+    Drain(drain::Args),
+    Confirm(confirm::Args),
     Policy(policy::Args),
     Completions(completions::Args),
     Man(man::Args),
@@ -155,6 +163,16 @@ pub fn main() -> ExitCode {
         Command::Leases(args) => leases::run(&context, &args),
         Command::Topology(args) => topology::run(&context, &args),
         Command::Watch(args) => watch::run(&context, &args),
+        Command::Status(args) => status::run(&context, &args),
+        Command::Revoke(args) => match revoke::run(&context, &args) {
+            Ok(code) => return code,
+            Err(failure) => Err(failure),
+        },
+        Command::Drain(args) => match drain::run(&context, &args) {
+            Ok(code) => return code,
+            Err(failure) => Err(failure),
+        },
+        Command::Confirm(args) => confirm::run(&context, &args),
         Command::Policy(args) => match policy::run(&context, &args) {
             Ok(code) => return code,
             Err(failure) => Err(failure),

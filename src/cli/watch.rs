@@ -40,7 +40,11 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<(), Failure> {
                     return Ok(());
                 }
             }
-            EventKind::Acquired | EventKind::Extended | EventKind::Quarantined => {}
+            EventKind::Acquired
+            | EventKind::Extended
+            | EventKind::Quarantined
+            | EventKind::Pause
+            | EventKind::Force => {}
         }
     }
     Err(Failure::gone())
@@ -60,6 +64,10 @@ fn line(context: &Context, event: &Event) -> String {
         EventKind::Gone => style.yellow("gone       "),
         EventKind::Reclaimed => "reclaimed  ".to_owned(),
         EventKind::Quarantined => style.red("quarantined"),
+        EventKind::Pause => style.yellow("pause      "),
+        EventKind::Force => style.red("force      "),
     };
-    format!("{}  {what}  {lease}  {vm} of {tenant}  {}", clock(*at), devices.join(" "))
+    let until =
+        event.until.map_or(String::new(), |at| format!(", to be given back by {}", clock(at)));
+    format!("{}  {what}  {lease}  {vm} of {tenant}  {}{until}", clock(*at), devices.join(" "))
 }

@@ -23,6 +23,7 @@
 //! any lease whose key it has. [`tokio::Client`] is the same for tokio programs.
 
 mod acquire;
+mod administration;
 pub(crate) mod connection;
 mod error;
 mod files;

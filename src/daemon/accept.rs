@@ -15,7 +15,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
 use std::convert::Infallible;
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -72,8 +72,9 @@ fn gone_again(failure: &std::io::Error) -> bool {
 fn admit(daemon: &Rc<Daemon>, stream: UnixStream) {
     // Without it, urgent data (MSG_OOB) and the files that come with it are not seen by who looks
     // ahead, and closed here by the next read or the end.
+    let policy = daemon.broker.policy();
     let inline = setsockopt(&stream, sockopt::OobInline, &true);
-    let described = inline.and_then(|()| peer::describe(stream.as_fd(), daemon.names_units));
+    let described = inline.and_then(|()| peer::describe(stream.as_fd(), policy.names_units()));
     let peer = match described {
         Ok(peer) => peer,
         Err(errno) => {
@@ -82,7 +83,7 @@ fn admit(daemon: &Rc<Daemon>, stream: UnixStream) {
         }
     };
     let uid = peer.uid;
-    let account = daemon.accounts.account(daemon.broker.policy(), &peer);
+    let account = daemon.accounts.account(&policy, &peer);
     let socket_closer = Rc::clone(&account.socket_closer);
     if let Err((stream, reason)) = try_admit(daemon, stream, peer, account) {
         debug!(uid, %reason, "not let in");
@@ -104,10 +105,7 @@ fn try_admit(
             return Err((stream.into(), Box::new(Refused::Over(over))));
         }
     };
-    // Where the kernel can't refuse fds, those that come end the connection.
-    let _ = pass_fds(stream.as_fd(), charge.account.sends_fds);
-    // The kernel doubles what it is told. It can't fail: the least is taken for too little.
-    let _ = setsockopt(&stream, sockopt::SndBuf, &(charge.account.most_unread / 2));
+    set_up(stream.as_fd(), &charge.account);
     if let Err(error) = stream.set_nonblocking(true) {
         return Err((stream.into(), Box::new(Refused::Poll(error))));
     }
@@ -117,6 +115,14 @@ fn try_admit(
     let connection = Connection::new(Rc::clone(daemon), Caller { peer }, socket, charge);
     spawn_local(connection.serve());
     Ok(())
+}
+
+/// Lets a client's socket take what its account may send, and hold what that may leave unread.
+pub(super) fn set_up(socket: BorrowedFd<'_>, account: &Account) {
+    // Where the kernel can't refuse fds, those that come end the connection.
+    let _ = pass_fds(socket, account.terms().sends_fds);
+    // The kernel doubles what it is told. It can't fail: the least is taken for too little.
+    let _ = setsockopt(&socket, sockopt::SndBuf, &(account.most_unread / 2));
 }
 
 /// Why somebody was not let in.

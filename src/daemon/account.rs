@@ -4,7 +4,7 @@
 use super::launcher_link::LauncherLink;
 use super::rate_limit::RateLimit;
 use super::receiver::{MOST_OF_OWNER, SocketCloser, Unkillable};
-use crate::policy::{Peer, Policy, Refusal, Tenant};
+use crate::policy::{Peer, Policy, Refusal, Tenant, administers};
 use crate::protocol::{Error, Handout, MAX_MESSAGE};
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -59,27 +59,34 @@ pub(super) struct Accounts {
 pub(super) struct Account {
     owner: Owner,
     connections: Cell<usize>,
-    most_connections: usize,
     /// Where its connections end, and the files that it sent and nobody has taken.
     pub(super) socket_closer: Rc<SocketCloser>,
     /// Messages of its that receivers take, at a time.
     pub(super) receivers: Semaphore,
     /// Those that could not be ended.
     pub(super) unkillable: Unkillable,
-    /// Requests in flight that are not answered on the event loop.
-    pub(super) requests: Arc<Semaphore>,
-    pub(super) most_requests: usize,
     /// The longest message that is taken from it, and the room for replies that it leaves unread.
     pub(super) most_message: usize,
     pub(super) most_unread: usize,
-    /// Whether its calls can need open files: only MapDma's do.
-    pub(super) sends_fds: bool,
+    terms: RefCell<Rc<Terms>>,
     /// What is denied it and gets into the log.
     denials: RefCell<RateLimit>,
     /// The limits of its processes that were raised and get into the log.
     raises: RefCell<RateLimit>,
     /// The same of all strangers together, if it is one: a user can have very many uids.
     strangers_denials: Option<Rc<RefCell<RateLimit>>>,
+}
+
+/// What an account has by a policy.
+#[derive(Debug)]
+pub(super) struct Terms {
+    policy: Arc<Policy>,
+    most_connections: usize,
+    /// Requests in flight that are not answered on the event loop.
+    pub(super) requests: Arc<Semaphore>,
+    pub(super) most_requests: usize,
+    /// Whether its calls can need open files: only MapDma's do.
+    pub(super) sends_fds: bool,
     /// What a stranger gets for every call but the introspection.
     pub(super) denied: Option<Error>,
 }
@@ -104,6 +111,11 @@ impl Accounts {
         }
     }
 
+    /// How many connections there are.
+    pub(super) fn connections(&self) -> usize {
+        self.connections.get()
+    }
+
     /// Where the connections of those end who belong to no tenant.
     pub(super) fn strangers_socket_closer(&self) -> &Rc<SocketCloser> {
         &self.strangers_socket_closer
@@ -126,18 +138,21 @@ impl Accounts {
             return Err(over("connections of all clients together", self.most_connections));
         }
         let most_strangers = (self.most_connections / STRANGERS_PART).min(MOST_STRANGERS);
-        if account.is_stranger() && self.strangers.get() >= most_strangers {
+        // Strangers can't keep an administrator out.
+        let is_one_of_many = account.is_stranger() && !account.is_administrator();
+        if is_one_of_many && self.strangers.get() >= most_strangers {
             return Err(over("connections of all who have no tenant", most_strangers));
         }
         if account.socket_closer.is_overloaded() {
             return Err(over("connections of this client that can't be closed", 0));
         }
-        if account.connections.get() >= account.most_connections {
+        let most = account.terms().most_connections;
+        if account.connections.get() >= most {
             let what = match &account.owner {
                 Owner::Tenant(name) => format!("connections of tenant {name}"),
                 Owner::Stranger(uid) => format!("connections of uid {uid}, which has no tenant"),
             };
-            return Err(over(&what, account.most_connections));
+            return Err(over(&what, most));
         }
         account.connections.update(|count| count + 1);
         self.connections.update(|count| count + 1);
@@ -167,7 +182,7 @@ impl Accounts {
 
     /// The account of a peer. A tenant's stays; a stranger's goes some time after its last
     /// connection.
-    pub(super) fn account(&self, policy: &Policy, peer: &Peer) -> Rc<Account> {
+    pub(super) fn account(&self, policy: &Arc<Policy>, peer: &Peer) -> Rc<Account> {
         let tenant = policy.tenant(peer);
         let owner = match &tenant {
             Ok(tenant) => Owner::Tenant(tenant.name.clone()),
@@ -175,6 +190,7 @@ impl Accounts {
         };
         let mut by_owner = self.by_owner.borrow_mut();
         if let Some(account) = by_owner.get(&owner) {
+            account.renew(policy, tenant);
             return Rc::clone(account);
         }
         by_owner.retain(|_, account| !account.is_forgettable());
@@ -182,7 +198,7 @@ impl Accounts {
             Ok(_) => SocketCloser::new(Rc::clone(&self.launcher)),
             Err(_) => Rc::clone(&self.strangers_socket_closer),
         };
-        let mut account = Account::new(owner.clone(), tenant, socket_closer);
+        let mut account = Account::new(owner.clone(), Terms::new(policy, tenant), socket_closer);
         account.strangers_denials =
             account.is_stranger().then(|| Rc::clone(&self.strangers_denials));
         let account = Rc::new(account);
@@ -192,33 +208,42 @@ impl Accounts {
 }
 
 impl Account {
-    fn new(
-        owner: Owner,
-        tenant: Result<&Tenant, Refusal>,
-        socket_closer: Rc<SocketCloser>,
-    ) -> Self {
-        let (connections, requests) = match &tenant {
-            Ok(tenant) => (size(tenant.limits.connections), size(tenant.limits.requests)),
-            Err(_) => (STRANGER_CONNECTIONS, 0),
+    fn new(owner: Owner, terms: Terms, socket_closer: Rc<SocketCloser>) -> Self {
+        let (most_message, most_unread) = match owner {
+            Owner::Tenant(_) => (MAX_MESSAGE, TENANT_UNREAD),
+            Owner::Stranger(_) => (STRANGER_MESSAGE, STRANGER_UNREAD),
         };
-        let most_requests = requests.min(Semaphore::MAX_PERMITS);
         Self {
             owner,
             connections: Cell::new(0),
-            most_connections: connections,
+            most_message,
+            most_unread,
+            terms: RefCell::new(Rc::new(terms)),
             socket_closer,
             receivers: Semaphore::new(MOST_OF_OWNER),
             unkillable: Unkillable::default(),
-            requests: Arc::new(Semaphore::new(most_requests)),
-            most_requests,
             denials: RefCell::new(RateLimit::new(DENIALS)),
             raises: RefCell::new(RateLimit::new(RAISES)),
             strangers_denials: None,
-            most_message: if tenant.is_ok() { MAX_MESSAGE } else { STRANGER_MESSAGE },
-            most_unread: if tenant.is_ok() { TENANT_UNREAD } else { STRANGER_UNREAD },
-            sends_fds: tenant.as_ref().is_ok_and(|tenant| may_map(tenant)),
-            denied: tenant.err().map(Error::from),
         }
+    }
+
+    /// What it has by the policy that it was last asked for with.
+    pub(super) fn terms(&self) -> Rc<Terms> {
+        Rc::clone(&self.terms.borrow())
+    }
+
+    /// Has it go by this policy. Requests that are in flight by another one are counted no more.
+    fn renew(&self, policy: &Arc<Policy>, tenant: Result<&Tenant, Refusal>) {
+        let before = self.terms();
+        if Arc::ptr_eq(&before.policy, policy) {
+            return;
+        }
+        let mut terms = Terms::new(policy, tenant);
+        if terms.most_requests == before.most_requests {
+            terms.requests = Arc::clone(&before.requests);
+        }
+        self.terms.replace(Rc::new(terms));
     }
 
     /// Whether a denial may be logged; if so, how many were held back before it.
@@ -239,8 +264,31 @@ impl Account {
         matches!(self.owner, Owner::Stranger(_))
     }
 
+    fn is_administrator(&self) -> bool {
+        let own = nix::unistd::geteuid().as_raw();
+        matches!(self.owner, Owner::Stranger(uid) if administers(uid, own))
+    }
+
     fn is_forgettable(&self) -> bool {
         self.is_stranger() && self.connections.get() == 0
+    }
+}
+
+impl Terms {
+    fn new(policy: &Arc<Policy>, tenant: Result<&Tenant, Refusal>) -> Self {
+        let (connections, requests) = match &tenant {
+            Ok(tenant) => (size(tenant.limits.connections), size(tenant.limits.requests)),
+            Err(_) => (STRANGER_CONNECTIONS, 0),
+        };
+        let most_requests = requests.min(Semaphore::MAX_PERMITS);
+        Self {
+            policy: Arc::clone(policy),
+            most_connections: connections,
+            requests: Arc::new(Semaphore::new(most_requests)),
+            most_requests,
+            sends_fds: tenant.as_ref().is_ok_and(|tenant| may_map(tenant)),
+            denied: tenant.err().map(Error::from),
+        }
     }
 }
 

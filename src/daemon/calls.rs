@@ -5,7 +5,9 @@ use super::incoming::Sent;
 use super::outgoing::{Answer, has_room};
 use crate::broker::Delivery;
 use crate::policy::Peer;
-use crate::protocol::{Acquire, Error, GetFds, MapDma, Memlock, Release, SetMemlock, UnmapDma};
+use crate::protocol::{
+    Acquire, Confirm, Error, GetFds, MapDma, Memlock, Release, Revoke, SetMemlock, UnmapDma,
+};
 use std::future::Future;
 use std::os::fd::AsFd;
 use std::rc::Rc;
@@ -67,12 +69,23 @@ impl Connection {
         Ok(Answer::reply(Memlock::of(bytes)))
     }
 
+    /// Not in one of its tenant's places: what takes them up may be what is to be ended.
+    pub(super) async fn revoke(&self, request: Revoke) -> Result<Answer, Error> {
+        let broker = &self.daemon.broker;
+        let begun = broker.revoke(&self.caller, &request)?;
+        Ok(Answer::reply(broker.revoked(begun).await))
+    }
+
+    pub(super) async fn confirm(&self, request: Confirm) -> Result<Answer, Error> {
+        self.daemon.broker.confirm(&self.caller, &request).await.map(Answer::reply)
+    }
+
     /// Makes a call in one of its tenant's places; waits for one.
     async fn in_place<T>(&self, call: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-        let account = &self.charge.account;
-        let place = Arc::clone(&account.requests).acquire_owned();
+        let terms = self.charge.account.terms();
+        let place = Arc::clone(&terms.requests).acquire_owned();
         let Ok(Ok(_place)) = timeout(self.daemon.deadlines.call, place).await else {
-            let most = account.most_requests as u64;
+            let most = terms.most_requests as u64;
             return Err(Error::OverLimit {
                 limit: "requests in flight of this tenant".into(),
                 most,

@@ -1,12 +1,15 @@
 //! One connection: reads calls, has them carried out, answers them in order.
 
 use super::Daemon;
+use super::accept::set_up;
 use super::account::ConnectionCharge;
 use super::incoming::{Flags, Incoming, Message, NoMessage, Sent, StrayFds};
 use super::outgoing::{Answer, SendError};
+use super::peer;
 use super::peer_socket::PeerSocket;
 use super::receiver::NotTaken;
 use crate::broker::Caller;
+use crate::policy::Policy;
 use crate::protocol::{Error, Request};
 use crate::sys::fdpass::{self, ReceiveError};
 use crate::sys::peer::unread;
@@ -31,6 +34,8 @@ pub(super) struct Connection {
     pub(super) incoming: Incoming,
     /// The last read may have left something behind.
     more: bool,
+    /// By which the caller was found and charged.
+    policy: Arc<Policy>,
 }
 
 /// Why a connection ended, other than by being closed.
@@ -55,6 +60,10 @@ pub(super) enum Lost {
     #[error("sent something while it watches")]
     SpokeWhileWatching,
     #[error("{0}")]
+    OverLimit(Error),
+    #[error("getsockopt: {} ({_0:?})", _0.desc())]
+    Unknown(Errno),
+    #[error("{0}")]
     Send(#[from] SendError),
     #[error("recvmsg: {} ({_0:?})", _0.desc())]
     Receive(Errno),
@@ -73,7 +82,36 @@ impl Connection {
     ) -> Self {
         let socket = Rc::new(PeerSocket::new(socket, Rc::clone(&charge)));
         let incoming = Incoming::new(charge.account.most_message);
-        Self { daemon, caller: Arc::new(caller), socket, charge, incoming, more: false }
+        let policy = daemon.broker.policy();
+        Self { daemon, caller: Arc::new(caller), socket, charge, incoming, more: false, policy }
+    }
+
+    /// Finds out anew who the caller is and what it may, where the policy is another one than when that
+    /// was found out last.
+    pub(super) fn renew(&mut self) -> Result<(), Lost> {
+        let policy = self.daemon.broker.policy();
+        if Arc::ptr_eq(&policy, &self.policy) {
+            return Ok(());
+        }
+        // A unit that was found stays: its process may have passed the socket on, and ended.
+        if policy.names_units() && self.caller.peer.unit.is_none() {
+            let peer = peer::describe(self.socket.as_fd(), true).map_err(Lost::Unknown)?;
+            self.caller = Arc::new(Caller { peer });
+        }
+        let accounts = &self.daemon.accounts;
+        let account = accounts.account(&policy, &self.caller.peer);
+        if !Rc::ptr_eq(&account, &self.charge.account) {
+            let charge = accounts.charge(account).map_err(|error| {
+                Answer::error(&error).send_what_fits(self.socket.as_fd());
+                Lost::OverLimit(error)
+            })?;
+            self.socket.recharge(Rc::clone(&charge));
+            self.charge = charge;
+        }
+        self.incoming.limit(self.charge.account.most_message);
+        set_up(self.socket.as_fd(), &self.charge.account);
+        self.policy = policy;
+        Ok(())
     }
 
     /// Serves it until it ends.
@@ -93,6 +131,7 @@ impl Connection {
     /// idle connection stays small.
     async fn answer_calls(&mut self) -> Result<(), Lost> {
         while let Some(Message { request, flags, fds }) = self.next_message().await? {
+            self.renew()?;
             let answer = match self.check(request, flags, &fds) {
                 Err(error) => Err(error),
                 Ok(Request::GetInfo(_)) => Ok(Answer::reply(super::introspect::info())),
@@ -113,6 +152,10 @@ impl Connection {
                 Ok(Request::SetMemlock(request)) => Box::pin(self.set_memlock(request)).await,
                 Ok(Request::Topology(_)) => Box::pin(self.topology(flags)).await?,
                 Ok(Request::Leases(_)) => Box::pin(self.leases(flags)).await?,
+                Ok(Request::Status(_)) => Box::pin(self.status(flags)).await?,
+                Ok(Request::Revoke(request)) => Box::pin(self.revoke(request)).await,
+                Ok(Request::Drain(request)) => Box::pin(self.drain(request, flags)).await?,
+                Ok(Request::Confirm(request)) => Box::pin(self.confirm(request)).await,
                 Ok(Request::Watch(watch)) => return Box::pin(self.watch(watch)).await,
             };
             let answer = answer.unwrap_or_else(|error| self.refuse(&error));
@@ -136,8 +179,9 @@ impl Connection {
     ) -> Result<Request, Error> {
         let request = request?;
         let rules = request.rules();
-        if let Some(denied) = &self.charge.account.denied
+        if let Some(denied) = &self.charge.account.terms().denied
             && !rules.for_strangers
+            && !(rules.for_administrators && self.daemon.broker.administers(&self.caller))
         {
             return Err(denied.clone());
         }
@@ -191,7 +235,8 @@ impl Connection {
 
     /// Takes a message that has files with it.
     async fn take_files(&mut self) -> Result<(), Lost> {
-        if !self.charge.account.sends_fds {
+        self.renew()?;
+        if !self.charge.account.terms().sends_fds {
             return Err(Lost::FdsNotTaken);
         }
         let (receivers, uid) = (&self.daemon.receivers, self.caller.peer.uid);

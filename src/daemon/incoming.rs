@@ -90,6 +90,11 @@ impl Incoming {
         Self { most_bytes, frames: Frames::default(), fds: Vec::new() }
     }
 
+    /// Takes messages of another length from here on.
+    pub(super) fn limit(&mut self, most_bytes: usize) {
+        self.most_bytes = most_bytes;
+    }
+
     /// Adds what one read brought, at least a byte. Only when
     /// [`next_message`](Self::next_message) has nothing more.
     pub(super) fn push(&mut self, bytes: &[u8], fds: Sent) -> Result<(), StrayFds> {

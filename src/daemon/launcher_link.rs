@@ -1,7 +1,6 @@
 //! The link to the launcher, which starts every process that the broker needs.
 
 use crate::broker::{Keepers, Waiting};
-use crate::process::keeper::LeaseState;
 use crate::process::launcher::{
     FAILED, Failed, FindKeeper, Kept, ListKeepers, ReadKeeper, Salvage, Standing, StartKeeper,
     Told, Watch,
@@ -60,10 +59,12 @@ impl LauncherLink {
 }
 
 impl Orders {
-    /// The next that is told; `None` where there is no launcher any more.
-    pub(super) async fn next(&mut self) -> Option<Told> {
+    /// The next that is told, with what came with it; `None` where there is no launcher any more.
+    pub(super) async fn next(&mut self) -> Option<(Told, Vec<OwnedFd>)> {
         match self.0.next_answer().await {
-            Ok(Answer::Reply(parameters, _)) => serde_json::from_str(&parameters).ok(),
+            Ok(Answer::Reply(parameters, fds)) => {
+                serde_json::from_str(&parameters).ok().map(|told| (told, fds))
+            }
             _ => None,
         }
     }
@@ -119,39 +120,34 @@ impl Keepers for Rc<LauncherLink> {
         Box::pin(async move { self.ask(&Salvage { name: name.into() }).await.map(drop) })
     }
 
-    fn all(&self) -> Waiting<'_, Vec<(String, std::result::Result<Vec<LeaseState>, String>)>> {
+    fn names(&self) -> Waiting<'_, Vec<String>> {
         Box::pin(async move {
             let mut all = Vec::new();
-            let mut after = String::new();
             loop {
+                let after = all.last().cloned().unwrap_or_default();
                 let (page, _) = self.ask(&ListKeepers { after }).await?;
-                let Some(last) = page.names.last() else { return Ok(all) };
-                after = last.clone();
-                for name in page.names {
-                    if let Some(kept) = self.kept(&name).await? {
-                        all.push((name, kept));
-                    }
+                if page.names.is_empty() {
+                    return Ok(all);
                 }
+                all.extend(page.names);
             }
         })
     }
-}
 
-impl LauncherLink {
-    /// The leases that a keeper last wrote down; `None` where it has nothing.
-    async fn kept(
-        &self,
-        name: &str,
-    ) -> Result<Option<std::result::Result<Vec<LeaseState>, String>>> {
-        let mut leases = Vec::new();
-        loop {
-            let asked = ReadKeeper { name: name.into(), from: leases.len() };
-            match self.ask(&asked).await?.0 {
-                Kept::Nothing => return Ok(None),
-                Kept::Unusable(why) => return Ok(Some(Err(why))),
-                Kept::Leases(page) if page.is_empty() => return Ok(Some(Ok(leases))),
-                Kept::Leases(page) => leases.extend(page),
+    fn read<'a>(&'a self, name: &'a str) -> Waiting<'a, Kept> {
+        Box::pin(async move {
+            let mut all = Vec::new();
+            loop {
+                let asked = ReadKeeper { name: name.into(), from: all.len() };
+                match self.ask(&asked).await?.0 {
+                    Kept::Saved(mut saved) if saved.leases.is_empty() => {
+                        saved.leases = all;
+                        return Ok(Kept::Saved(saved));
+                    }
+                    Kept::Saved(saved) => all.extend(saved.leases),
+                    other => return Ok(other),
+                }
             }
-        }
+        })
     }
 }

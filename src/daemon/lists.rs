@@ -1,10 +1,12 @@
-//! Topology and Leases: answers that grow with the machine. With `more` each group or lease is a
+//! Topology, Leases and their like: answers that grow with the machine. With `more` each group or lease is a
 //! reply, made when those before it have been taken; without, all of them are one, if it fits.
 
 use super::connection::{Connection, Lost};
 use super::incoming::Flags;
 use super::outgoing::Answer;
-use crate::protocol::{Error, Group, Groups, Lease, LeaseList, MAX_MESSAGE};
+use crate::protocol::{
+    Drain, Drained, Error, Group, Groups, Lease, LeaseList, MAX_MESSAGE, Revoked,
+};
 use serde::Serialize;
 use tokio::task::yield_now;
 
@@ -17,6 +19,15 @@ impl Connection {
     /// Sends all replies but the last one, which it returns.
     pub(super) async fn leases(&self, flags: Flags) -> Result<Result<Answer, Error>, Lost> {
         End::told_apart(self.list_leases(flags).await)
+    }
+
+    /// The same, each as soon as the lease is over.
+    pub(super) async fn drain(
+        &self,
+        request: Drain,
+        flags: Flags,
+    ) -> Result<Result<Answer, Error>, Lost> {
+        End::told_apart(self.end_all(request, flags).await)
     }
 
     async fn list_groups(&self, flags: Flags) -> Result<Answer, End> {
@@ -44,8 +55,19 @@ impl Connection {
     }
 }
 
+impl Connection {
+    async fn end_all(&self, request: Drain, flags: Flags) -> Result<Answer, End> {
+        let mut list = List::new(self, flags, |leases: Vec<Revoked>| Drained { leases });
+        let broker = &self.daemon.broker;
+        for begun in broker.drain(&self.caller, request.grace).await? {
+            list.extend(vec![broker.revoked(begun).await]).await?;
+        }
+        list.last()
+    }
+}
+
 /// Why a list came to no last reply.
-enum End {
+pub(super) enum End {
     Refused(Error),
     Lost(Lost),
 }
@@ -63,7 +85,7 @@ impl From<Lost> for End {
 }
 
 impl End {
-    fn told_apart(result: Result<Answer, Self>) -> Result<Result<Answer, Error>, Lost> {
+    pub(super) fn told_apart(result: Result<Answer, Self>) -> Result<Result<Answer, Error>, Lost> {
         match result {
             Ok(answer) => Ok(Ok(answer)),
             Err(Self::Refused(error)) => Ok(Err(error)),
@@ -73,7 +95,7 @@ impl End {
 }
 
 /// A list on its way to a client.
-struct List<'a, T, R> {
+pub(super) struct List<'a, T, F> {
     connection: &'a Connection,
     /// It goes in many replies.
     many: bool,
@@ -81,16 +103,16 @@ struct List<'a, T, R> {
     items: Vec<T>,
     /// What all items take up as JSON.
     size: usize,
-    reply: fn(Vec<T>) -> R,
+    reply: F,
 }
 
-impl<'a, T: Serialize, R: Serialize> List<'a, T, R> {
-    fn new(connection: &'a Connection, flags: Flags, reply: fn(Vec<T>) -> R) -> Self {
+impl<'a, T: Serialize, R: Serialize, F: Fn(Vec<T>) -> R> List<'a, T, F> {
+    pub(super) fn new(connection: &'a Connection, flags: Flags, reply: F) -> Self {
         let many = flags.more && !flags.oneway;
         Self { connection, many, items: Vec::new(), size: 0, reply }
     }
 
-    async fn extend(&mut self, items: Vec<T>) -> Result<(), End> {
+    pub(super) async fn extend(&mut self, items: Vec<T>) -> Result<(), End> {
         for item in items {
             if self.many {
                 if let Some(before) = self.items.pop() {
@@ -109,7 +131,7 @@ impl<'a, T: Serialize, R: Serialize> List<'a, T, R> {
         Ok(())
     }
 
-    fn last(self) -> Result<Answer, End> {
+    pub(super) fn last(self) -> Result<Answer, End> {
         let many = self.many;
         let refused = |size| if many { too_long(size) } else { Error::ExpectedMore {} };
         Answer::if_it_fits((self.reply)(self.items), false).map_err(|size| refused(size).into())

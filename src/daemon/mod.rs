@@ -19,7 +19,9 @@ mod peer;
 mod peer_socket;
 mod rate_limit;
 mod receiver;
+mod reload;
 mod start;
+mod status;
 mod watch;
 
 pub(crate) use start::{Given, run};
@@ -28,6 +30,7 @@ use crate::broker::Broker;
 use crate::launcher::Options;
 use crate::log::excerpt;
 use crate::policy::{Peer, Policy};
+use crate::process::launcher::PolicyRead;
 use crate::protocol::{Error, MAX_MESSAGE};
 use account::{Account, Accounts};
 use launcher_link::LauncherLink;
@@ -36,7 +39,7 @@ use open_files::OpenFiles;
 use receiver::Receivers;
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tracing::{debug, info, warn};
 
 /// What all connections share; lives on the event loop.
@@ -47,8 +50,10 @@ struct Daemon {
     receivers: Rc<Receivers>,
     open_files: OpenFiles,
     deadlines: Deadlines,
-    /// Whether the policy has tenants by unit.
-    names_units: bool,
+    /// The policy's file, and what came of reading it.
+    policy: RefCell<PolicyRead>,
+    /// When it was started, in seconds since 1970.
+    since: u64,
     /// What is received passes through here, so that idle connections have no buffers.
     buffer: RefCell<Box<[u8]>>,
 }
@@ -66,11 +71,11 @@ impl Daemon {
         observer: Rc<DaemonObserver>,
         launcher: Rc<LauncherLink>,
         open_files: OpenFiles,
+        policy: PolicyRead,
         options: &Options,
     ) -> Self {
-        let names_units = broker.policy().names_units();
         let most_connections = most_connections(&open_files);
-        warn_of_quotas(broker.policy(), &open_files);
+        warn_of_quotas(&broker.policy(), &open_files);
         Self {
             broker,
             observer,
@@ -82,7 +87,8 @@ impl Daemon {
                 read: options.read_deadline,
                 write: options.write_deadline,
             },
-            names_units,
+            policy: RefCell::new(policy),
+            since: now(),
             buffer: RefCell::new(vec![0; MAX_MESSAGE].into()),
         }
     }
@@ -113,6 +119,11 @@ impl Daemon {
             debug!(uid, pid, error = excerpt(&error.to_string()), "refused");
         }
     }
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// How many connections there is room for beside the leases' files and those in flight.

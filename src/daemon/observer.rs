@@ -40,9 +40,15 @@ fn log(event: &Event) {
             info!(target: LEASES, lease, vm, tenant, devices, "lease ends: released")
         }
         EventKind::Gone => {
-            info!(target: LEASES, lease, vm, tenant, devices, "lease ends: holder gone")
+            info!(target: LEASES, lease, vm, tenant, devices, "lease ends: holder gone, or revoked")
         }
         EventKind::Reclaimed => debug!(lease, vm, tenant, devices, "devices are free again"),
+        EventKind::Pause => {
+            info!(target: LEASES, lease, vm, tenant, devices, "lease is being revoked")
+        }
+        EventKind::Force => {
+            warn!(target: LEASES, lease, vm, tenant, devices, "lease is taken: not given back in time")
+        }
         EventKind::Quarantined => {
             warn!(lease, vm, tenant, devices, "devices are not known to be free: still in use");
         }

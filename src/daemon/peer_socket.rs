@@ -1,6 +1,7 @@
 //! Sockets that have in their queue what a peer sent: this process never closes one with something in it.
 
 use super::account::ConnectionCharge;
+use std::cell::RefCell;
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
@@ -11,12 +12,17 @@ use tokio::io::unix::AsyncFd;
 #[derive(Debug)]
 pub(super) struct PeerSocket<S: AsFd + 'static = AsyncFd<OwnedFd>> {
     socket: Rc<S>,
-    charge: Rc<ConnectionCharge>,
+    charge: RefCell<Rc<ConnectionCharge>>,
 }
 
 impl<S: AsFd + 'static> PeerSocket<S> {
     pub(super) fn new(socket: S, charge: Rc<ConnectionCharge>) -> Self {
-        Self { socket: Rc::new(socket), charge }
+        Self { socket: Rc::new(socket), charge: RefCell::new(charge) }
+    }
+
+    /// Has it charged to another account.
+    pub(super) fn recharge(&self, charge: Rc<ConnectionCharge>) {
+        self.charge.replace(charge);
     }
 }
 
@@ -36,7 +42,7 @@ impl<S: AsFd + 'static> AsFd for PeerSocket<S> {
 
 impl<S: AsFd + 'static> Drop for PeerSocket<S> {
     fn drop(&mut self) {
-        let (socket, charge) = (Rc::clone(&self.socket), Rc::clone(&self.charge));
-        self.charge.account.socket_closer.close(socket, Some(charge));
+        let (socket, charge) = (Rc::clone(&self.socket), Rc::clone(&self.charge.borrow()));
+        Rc::clone(&charge.account.socket_closer).close(socket, Some(charge));
     }
 }

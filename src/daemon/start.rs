@@ -3,14 +3,14 @@
 use super::launcher_link::{LauncherLink, Orders};
 use super::observer::DaemonObserver;
 use super::open_files::OpenFiles;
-use super::{Daemon, accept};
+use super::{Daemon, accept, reload};
 use crate::broker::{Broker, Parts};
 use crate::keeper::PATIENCE;
 use crate::kernel::Kernel;
 use crate::launcher::{Options, StartError};
 use crate::log::{self, LEASES};
 use crate::policy::Policy;
-use crate::process::launcher::{Alive, Ready, Told};
+use crate::process::launcher::{Alive, PolicyRead, Ready, Told};
 use crate::protocol::Lease;
 use std::convert::Infallible;
 use std::os::fd::OwnedFd;
@@ -27,6 +27,8 @@ use tracing::info;
 pub(crate) struct Given {
     pub(crate) options: Options,
     pub(crate) policy: Arc<Policy>,
+    /// The file it was read from.
+    pub(crate) policy_read: PolicyRead,
     /// Whose sysfs it reads.
     pub(crate) kernel: Arc<dyn Kernel>,
     pub(crate) listener: UnixListener,
@@ -52,8 +54,16 @@ pub(crate) fn run(given: Given) -> Result<(), StartError> {
 }
 
 async fn serve(given: Given) -> Result<(), StartError> {
-    let Given { options, policy, kernel, listener, links: [ask, watch], files, machine_ends } =
-        given;
+    let Given {
+        options,
+        policy,
+        policy_read,
+        kernel,
+        listener,
+        links: [ask, watch],
+        files,
+        machine_ends,
+    } = given;
     let lost = StartError::set_up::<std::io::Error>;
     // It goes on when all other tasks have ended.
     let launcher = LauncherLink::new(ask).map_err(lost("the launcher's link"))?;
@@ -68,7 +78,8 @@ async fn serve(given: Given) -> Result<(), StartError> {
         deadline: options.call_deadline,
     });
     let open_files = OpenFiles::new(files);
-    let daemon = Daemon::new(broker, observer, Rc::clone(&launcher), open_files, &options);
+    let daemon =
+        Daemon::new(broker, observer, Rc::clone(&launcher), open_files, policy_read, &options);
     let accounts = Rc::clone(&daemon.accounts);
     let tasks = LocalSet::new();
     let served = tasks.run_until(serve_clients(Rc::new(daemon), listener, &launcher, orders)).await;
@@ -90,17 +101,32 @@ async fn serve_clients(
 ) -> Result<(Rc<Broker>, String), StartError> {
     let broker = Rc::clone(&daemon.broker);
     broker.adopt().await.map_err(|error| StartError::Adopt(error.to_string()))?;
-    let connections = spawn_local(accept::serve(daemon, listener));
-    launcher.ask(&Ready {}).await.map_err(StartError::set_up("the launcher's link"))?;
+    let lost = StartError::set_up::<std::io::Error>;
+    let connections = spawn_local(accept::serve(Rc::clone(&daemon), listener));
+    launcher.ask(&Ready {}).await.map_err(lost("the launcher's link"))?;
     if let Some(period) = sd_notify::watchdog_enabled() {
         spawn_local(feed_watchdog(Rc::clone(launcher), period));
     }
-    tokio::select! {
-        end = connections => Err(ended("the wait for connections", end)),
-        told = orders.next() => match told {
-            Some(Told::Stop(signal)) => Ok((broker, signal)),
-            None => Ok((broker, "none: the launcher is no more".into())),
-        },
+    let judged = Rc::clone(&broker);
+    // Of what was acquired by the policy of an earlier start.
+    spawn_local(async move { judged.judge_leases().await });
+    let mut connections = connections;
+    loop {
+        let (told, files) = tokio::select! {
+            end = &mut connections => return Err(ended("the wait for connections", end)),
+            told = orders.next() => match told {
+                Some(told) => told,
+                None => return Ok((broker, "none: the launcher is no more".into())),
+            },
+        };
+        match told {
+            Told::Stop(signal) => return Ok((broker, signal)),
+            Told::Policy(read) => {
+                reload::take(&daemon, read, files.into_iter().next()).await;
+                // What the service manager waits for.
+                launcher.ask(&Ready {}).await.map_err(lost("the launcher's link"))?;
+            }
+        }
     }
 }
 

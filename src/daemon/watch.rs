@@ -28,6 +28,7 @@ impl Connection {
                 Err(RecvError::Lagged(_)) => return Err(Lost::Lagging),
                 Err(RecvError::Closed) => return Ok(()),
             };
+            self.renew()?;
             let wanted = watch.lease.as_ref().is_none_or(|lease| *lease == event.lease);
             if wanted && self.daemon.broker.may_see(&self.caller, &event.tenant) {
                 self.send(Answer::one_of_many(&*event)).await?;

@@ -15,6 +15,7 @@ mod process;
 mod serve;
 mod state_file;
 mod take_back;
+mod word;
 
 pub use process::{Machine, keep, links};
 pub use serve::{Links, run};

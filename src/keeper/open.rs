@@ -323,7 +323,8 @@ impl KeptLease {
 
 fn new_state(record: LeaseRecord, groups: Vec<GroupState>) -> LeaseState {
     let (revision, phase) = (0, Phase::Opening);
-    LeaseState { revision, record, phase, lifelines: 0, mappings: 0, groups, call: None }
+    let (call, revoking) = (None, None);
+    LeaseState { revision, record, phase, lifelines: 0, mappings: 0, groups, call, revoking }
 }
 
 fn group_state(group: LeasedGroup) -> GroupState {

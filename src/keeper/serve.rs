@@ -4,8 +4,8 @@ use super::state_file::{Place, StateFile};
 use super::{Keeper, KeptLease};
 use crate::kernel::Kernel;
 use crate::process::keeper::{
-    Check, Deliver, End, FAILED, Failed, Failure, LeaseState, Map, Mappings, Memlock, Open, Phase,
-    Reopen, Told, Undo, Unmap, Watch,
+    Check, Confirm, Deliver, End, FAILED, Failed, Failure, LeaseState, Map, Mappings, Memlock,
+    Open, Phase, Reopen, Revoke, Told, Undo, Unmap, Watch,
 };
 use crate::process::link::{self, Answering, Call, Lost, Message};
 use nix::errno::Errno;
@@ -185,6 +185,8 @@ impl Keeper {
             Memlock::NAME => framed(self.raise_memlock(&link::parse(parameters)?, &file()?)),
             Check::NAME => framed(self.check(&link::parse(parameters)?)),
             End::NAME => framed(self.end(&link::parse(parameters)?)),
+            Revoke::NAME => framed(self.revoke(&link::parse(parameters)?)),
+            Confirm::NAME => framed(self.confirm(&link::parse(parameters)?)),
             Mappings::NAME => framed(self.mappings(&link::parse(parameters)?)),
             Watch::NAME => {
                 let all = self.leases.keys().cloned().collect();

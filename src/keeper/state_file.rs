@@ -7,7 +7,7 @@
 
 use crate::kernel::{Error, Result};
 use crate::process::keeper::{LeaseState, Saved, VERSION};
-use crate::process::launcher::{Kept, Standing};
+use crate::process::launcher::{Kept, SavedKeeper, Standing};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::libc::{O_NOFOLLOW, O_NONBLOCK};
@@ -88,10 +88,16 @@ impl Place {
             (Some(Err(error)), _) => unusable(error.to_string()),
             (_, Err(error)) => unusable(error.to_string()),
             (Some(Ok(saved)), Ok(boot)) if saved.boot == boot => match saved.version {
-                0..=VERSION => Kept::Leases(saved.leases),
+                0..=VERSION => Kept::Saved(SavedKeeper {
+                    pid: saved.pid,
+                    is_alive: self.is_locked(name),
+                    leases: saved.leases,
+                }),
                 newer => unusable(format!("of version {newer}; this daemon understands {VERSION}")),
             },
-            _ if self.is_locked(name) => Kept::Leases(Vec::new()),
+            _ if self.is_locked(name) => {
+                Kept::Saved(SavedKeeper { pid: 0, is_alive: true, leases: Vec::new() })
+            }
             // Of another start of the kernel, or of one that never had anything.
             _ => {
                 remove(&self.0.join(name));

@@ -92,7 +92,7 @@ impl World {
 
     fn written(&self) -> Option<Vec<LeaseState>> {
         match self.place.kept(NAME) {
-            Kept::Leases(leases) => Some(leases),
+            Kept::Saved(saved) => Some(saved.leases),
             _ => None,
         }
     }

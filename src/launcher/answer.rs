@@ -6,7 +6,7 @@ use crate::log;
 use crate::process::keeper::LeaseState;
 use crate::process::launcher::{
     Alive, Done, FAILED, Failed, FindKeeper, GiveUp, HelperStarted, KeeperFound, Kept, KillHelper,
-    ListKeepers, Names, ReadKeeper, Ready, Salvage, StartHelper, StartKeeper, Watch,
+    ListKeepers, Names, ReadKeeper, Ready, Salvage, SavedKeeper, StartHelper, StartKeeper, Watch,
 };
 use crate::process::link::{self, Call, Lost, Message};
 use crate::process::role::{Helper, Role};
@@ -127,17 +127,18 @@ impl Launcher {
     }
 
     fn read_keeper(&self, asked: &ReadKeeper) -> Kept {
-        let leases = match self.place.kept(&asked.name) {
-            Kept::Leases(leases) => leases,
-            other => return other,
-        };
-        let mut room = PAGE_OF_LEASES;
-        let fits = |lease: &LeaseState| {
-            let had_room = room > 0;
-            room = room.saturating_sub(serde_json::to_vec(lease).map_or(0, |bytes| bytes.len()));
-            had_room
-        };
-        Kept::Leases(leases.into_iter().skip(asked.from).take_while(fits).collect())
+        let mut kept = self.place.kept(&asked.name);
+        if let Kept::Saved(SavedKeeper { leases, .. }) = &mut kept {
+            let mut room = PAGE_OF_LEASES;
+            let fits = |lease: &LeaseState| {
+                let had_room = room > 0;
+                let size = serde_json::to_vec(lease).map_or(0, |bytes| bytes.len());
+                room = room.saturating_sub(size);
+                had_room
+            };
+            *leases = leases.drain(..).skip(asked.from).take_while(fits).collect();
+        }
+        kept
     }
 
     fn start_helper(&mut self, StartHelper { helper }: &StartHelper) -> Answer<HelperStarted> {

@@ -3,12 +3,13 @@
 use super::StartError;
 use super::confine::Users;
 use super::options::Options;
+use super::policy_file::{self, PolicyFile};
 use super::simulation;
 use crate::daemon::{self, Given};
 use crate::keeper::{Machine, links};
 use crate::log;
 use crate::policy::Policy;
-use crate::process::launcher::{GiveUp, Told};
+use crate::process::launcher::{GiveUp, PolicyRead, Told};
 use crate::process::link::{self, Answering};
 use crate::process::role::Role;
 use crate::sys::{child, fdpass};
@@ -20,12 +21,14 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
+use tracing::warn;
 
 /// What every broker of this launcher begins with.
 #[derive(Debug)]
 pub(super) struct Beginning {
     pub(super) options: Options,
     pub(super) policy: Arc<Policy>,
+    pub(super) policy_file: PolicyFile,
     pub(super) machine: Machine,
     pub(super) users: Users,
     /// The limit of open files.
@@ -70,13 +73,23 @@ impl Broker {
 
     /// Tells it to end, once it listens.
     pub(super) fn tell_to_stop(&self, signal: &str) {
-        if self.watches
-            && let Some(tells) = &self.tells
-        {
-            let told = Told::Stop(signal.into());
-            // Its end is seen on the other link.
-            let _ = tells.send(&link::reply(&told, true), &[]);
-        }
+        self.tell(&Told::Stop(signal.into()), &[]);
+    }
+
+    /// Tells it what came of reading the policy again. False where it does not hear it.
+    pub(super) fn tell_policy(&self, read: &PolicyRead, policy: Option<&Policy>) -> bool {
+        let file = policy.map(policy_file::in_memory).transpose();
+        let Ok(file) = file.inspect_err(|error| warn!(%error, "can't hand the policy on")) else {
+            return false;
+        };
+        let file = file.as_ref().map(AsFd::as_fd);
+        self.tell(&Told::Policy(read.clone()), file.as_slice())
+    }
+
+    fn tell(&self, told: &Told, files: &[BorrowedFd<'_>]) -> bool {
+        let Some(tells) = self.tells.as_ref().filter(|_| self.watches) else { return false };
+        // Its end is seen on the other link.
+        tells.send(&link::reply(told, true), files).is_ok()
     }
 
     /// Ends it whatever it is at.
@@ -89,10 +102,11 @@ impl Broker {
 fn serve(beginning: &Beginning, [ask, watch, listener, lock]: [OwnedFd; 4]) -> u8 {
     let Ok(says) = ask.try_clone() else { return 1 };
     let served = prepared(beginning, &lock).and_then(|kernel| {
-        let Beginning { options, policy, files, machine_ends, .. } = beginning;
+        let Beginning { options, policy, policy_file, files, machine_ends, .. } = beginning;
         daemon::run(Given {
             options: options.clone(),
             policy: Arc::clone(policy),
+            policy_read: policy_file.status().clone(),
             kernel,
             listener: listener.into(),
             links: [ask, watch],

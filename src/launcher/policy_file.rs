@@ -1,34 +1,108 @@
-//! The policy: from its file to what broker and keepers go by.
+//! Where the policy is, reading it, and what came of that.
 
-use super::StartError;
-use super::file_mode;
 use super::options::Options;
+use super::{StartError, file_mode, simulation};
 use crate::host::Host;
+use crate::keeper::Machine;
 use crate::kernel::Kernel;
 use crate::policy::{BUILT_IN, POLICY_PATH, Policy};
+use crate::process::launcher::PolicyRead;
 use crate::users::SystemUsers;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 use tracing::{info, warn};
 
-/// The policy of the options, or the default one for the kernel they name.
-pub(super) fn read(options: &Options, kernel: &dyn Kernel) -> Result<Policy, StartError> {
-    let parse = |name: &str, text: &str| {
-        let policy = Policy::parse(name, text, &SystemUsers).map_err(StartError::Policy)?;
+/// What a policy is read from.
+#[derive(Debug)]
+pub(super) struct PolicyFile {
+    path: Option<PathBuf>,
+    sim: Option<PathBuf>,
+    machine: Machine,
+    read: PolicyRead,
+}
+
+impl PolicyFile {
+    pub(super) fn new(options: &Options, machine: Machine) -> Self {
+        let read = PolicyRead::default();
+        Self { path: options.policy.clone(), sim: options.sim.clone(), machine, read }
+    }
+
+    /// Reads it, and takes down what came of that.
+    pub(super) fn read(&mut self) -> Result<Policy, StartError> {
+        let path = self.path();
+        self.read.name =
+            path.as_ref().map_or(BUILT_IN.into(), |path| path.to_string_lossy().into_owned());
+        let policy = self.parsed(path.as_deref());
+        match &policy {
+            Ok(_) => (self.read.read, self.read.refused) = (now(), None),
+            Err(error) => self.read.refused = Some((now(), in_a_line(error))),
+        }
+        policy
+    }
+
+    /// What came of reading it.
+    pub(super) fn status(&self) -> &PolicyRead {
+        &self.read
+    }
+
+    fn parsed(&self, path: Option<&Path>) -> Result<Policy, StartError> {
+        let text = match path {
+            Some(path) => text(path)?,
+            None => sim_policy(&*simulation::kernel(&self.machine)?)?,
+        };
+        let name = &self.read.name;
+        let policy = Policy::parse(name, &text, &SystemUsers).map_err(StartError::Policy)?;
         for problem in policy.warnings().iter() {
             warn!("{}:{}: {}", problem.file, problem.line, problem.message);
         }
         info!(policy = name, tenants = policy.tenants().len(), "policy read");
         Ok(policy)
+    }
+
+    /// The file of the options, or the default one for the kernel they name; none where all of a
+    /// simulated host is everybody's.
+    fn path(&self) -> Option<PathBuf> {
+        let beside = self.sim.as_ref().map(|sim| sim.with_extension("policy.toml"));
+        match (&self.path, beside) {
+            (Some(path), _) => Some(path.clone()),
+            (None, Some(beside)) => beside.exists().then_some(beside),
+            (None, None) => Some(PathBuf::from(POLICY_PATH)),
+        }
+    }
+}
+
+/// A compiled policy in a file of memory, for a process that can't read the other one.
+///
+/// # Errors
+/// See memfd_create(2) and write(2).
+pub(super) fn in_memory(policy: &Policy) -> std::io::Result<OwnedFd> {
+    let file = memfd_create(c"policy", MFdFlags::MFD_CLOEXEC)?;
+    let mut file = File::from(file);
+    serde_json::to_writer(&mut file, policy)?;
+    Ok(file.into())
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// What is wrong, with its place, without the lines of the file.
+fn in_a_line(error: &StartError) -> String {
+    let problems = match error {
+        StartError::Policy(problems) => problems,
+        // Without the example for those who begin.
+        StartError::NoPolicy(path) => return format!("there is no {} any more", path.display()),
+        error => return error.to_string(),
     };
-    let beside = options.sim.as_ref().map(|sim| sim.with_extension("policy.toml"));
-    let path = match (&options.policy, beside) {
-        (Some(path), _) => path.clone(),
-        (None, Some(beside)) if beside.exists() => beside,
-        (None, Some(_)) => return parse(BUILT_IN, &sim_policy(kernel)?),
-        (None, None) => PathBuf::from(POLICY_PATH),
-    };
-    parse(&path.to_string_lossy(), &text(&path)?)
+    let each = problems.iter().map(|it| {
+        let help = it.help.as_ref().map_or(String::new(), |help| format!(" ({help})"));
+        format!("{}:{}:{}: {}{help}", it.file, it.line, it.column, it.message)
+    });
+    each.collect::<Vec<_>>().join("; ")
 }
 
 /// The text of a policy that nobody but root and us has written.

@@ -16,6 +16,7 @@ use sd_notify::NotifyState;
 use std::collections::HashSet;
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::{error, warn};
 
@@ -134,7 +135,10 @@ impl Launcher {
             let signal = match Signal::try_from(signal.ssi_signo.cast_signed()) {
                 Ok(Signal::SIGTERM) => "SIGTERM",
                 Ok(Signal::SIGINT) => "SIGINT",
-                Ok(Signal::SIGHUP) => "SIGHUP",
+                Ok(Signal::SIGHUP) => {
+                    self.reload();
+                    continue;
+                }
                 // Whatever has ended is waited for anyway.
                 _ => continue,
             };
@@ -144,6 +148,22 @@ impl Launcher {
                 self.stop = Some(Stop { signal, until: Instant::now() + STOP_PATIENCE });
                 self.broker.tell_to_stop(signal);
             }
+        }
+    }
+
+    /// Reads the policy again. One that can't be used leaves the one that is in force, and brokers to
+    /// come begin with that.
+    fn reload(&mut self) {
+        let since = NotifyState::monotonic_usec_now().ok();
+        notify(&[Some(NotifyState::Reloading), since].into_iter().flatten().collect::<Vec<_>>());
+        let policy = self.beginning.policy_file.read().ok().map(Arc::new);
+        if let Some(policy) = &policy {
+            self.beginning.policy = Arc::clone(policy);
+        }
+        let read = self.beginning.policy_file.status();
+        if !self.broker.tell_policy(read, policy.as_deref()) {
+            // The next broker begins with it.
+            notify(&[NotifyState::Ready]);
         }
     }
 

@@ -4,8 +4,9 @@ use super::broker::Beginning;
 use super::confine::Users;
 use super::listen::{self, Listening};
 use super::options::Options;
+use super::policy_file::PolicyFile;
 use super::serve::{Launcher, take_signals};
-use super::{StartError, policy_file, simulation};
+use super::{StartError, simulation};
 use crate::keeper::{Machine, Place};
 use crate::log::{self, Log};
 use nix::errno::Errno;
@@ -15,7 +16,7 @@ use std::path::Path;
 use std::sync::Arc;
 use tracing::info;
 
-/// Runs the daemon until SIGTERM, SIGINT or SIGHUP. Only for a process with one thread.
+/// Runs the daemon until SIGTERM or SIGINT; at SIGHUP it reads the policy again. Only for a process with one thread.
 ///
 /// # Errors
 /// It could not start, or can't go on.
@@ -39,7 +40,8 @@ fn serve(
     let files = raise_file_limit().map_err(StartError::set_up("the limit of open files"))?;
     // The simulation ends when this does, and its keepers with it.
     let (machine, simulation) = simulation::machine(options)?;
-    let policy = policy_file::read(options, &*simulation::kernel(&machine)?)?;
+    let mut policy_file = PolicyFile::new(options, machine.clone());
+    let policy = policy_file.read()?;
     let activated = passed.is_some();
     let listening = Listening::new(passed, &options.socket)?;
     let place = keepers_place(options, simulation.is_some().then_some(&machine))?;
@@ -48,7 +50,7 @@ fn serve(
     tell_the_start(options, activated);
     let machine_ends = simulation.is_some();
     let (options, policy) = (options.clone(), Arc::new(policy));
-    let beginning = Beginning { options, policy, machine, users, files, machine_ends };
+    let beginning = Beginning { options, policy, policy_file, machine, users, files, machine_ends };
     Launcher::new(beginning, place, signals, simulation, lock, listening)?.serve(log)
 }
 

@@ -82,6 +82,17 @@ impl Ledger {
         Ok(Vec::new())
     }
 
+    /// Has a lease, and the nodes that it may have left open, belong to another tenant.
+    pub(super) fn rename(&mut self, id: LeaseId, tenant: &str) -> Result<Vec<Effect>, Refusal> {
+        if let Some(lease) = self.leases.get_mut(&id) {
+            tenant.clone_into(&mut lease.tenant);
+        }
+        for unproved in self.unproved.values_mut().filter(|unproved| unproved.lease == id) {
+            tenant.clone_into(&mut unproved.tenant);
+        }
+        Ok(Vec::new())
+    }
+
     /// Takes back what was committed and never reached its holder.
     pub(super) fn retract(
         &mut self,

@@ -75,6 +75,13 @@ pub enum Request {
         /// First addresses and bytes.
         mappings: Vec<(u64, u64)>,
     },
+    /// A lease, and what it left, is another tenant's than it was.
+    Rename {
+        /// Which lease.
+        lease: LeaseId,
+        /// Whose it is.
+        tenant: String,
+    },
     /// What was just committed has not reached its holder and is undone.
     Retract {
         /// Which lease.

@@ -113,6 +113,20 @@ impl Policy {
         self.refusal(default_deny(), None, format!("no tenant is for {gid}uid {uid}{overflow}"))
     }
 
+    /// That a lease is of a tenant that this policy has not, or means somebody else by.
+    pub fn no_such_tenant(&self, name: &str) -> Refusal {
+        let reason = format!("tenant {name:?} is not there any more, or is for others than it was");
+        self.refusal(default_deny(), None, reason)
+    }
+
+    /// That a lease is in a shared container which was of the other kind.
+    pub fn another_trust(&self, container: &SharedContainer) -> Refusal {
+        let SharedContainer { name, line, .. } = container;
+        let rule = Rule { name: format!("container {name:?} trust"), line: Some(*line) };
+        let reason = format!("shared container {name:?} had another trust when it was made");
+        self.refusal(rule, None, reason)
+    }
+
     /// Whether `tenant` has a right.
     pub fn may(&self, tenant: &Tenant, verb: Verb) -> Decision {
         self.listed(tenant, "rights", &tenant.rights, verb, "has the right", "lacks the right")

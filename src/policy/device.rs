@@ -2,10 +2,11 @@
 
 use crate::pci::{DeviceFacts, Id};
 use crate::protocol::Bdf;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// One entry of `devices` or `deny`. All that is given must match.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct DeviceRule {
     pub(super) line: usize,
     pub(super) bdf: Option<Bdf>,

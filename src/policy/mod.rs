@@ -13,11 +13,12 @@ mod reader;
 mod tenant;
 
 pub use decide::{Decision, Refusal};
-pub use peer::{Names, OVERFLOW_ID, Peer};
+pub use peer::{Names, OVERFLOW_ID, Peer, administers};
 pub use problem::{Problem, Problems, Severity};
 pub use tenant::{Limits, Risk, SharedContainer, Tenant, Trust, Verb};
 
 use device::DeviceRule;
+use serde::{Deserialize, Serialize};
 use tenant::{DenyAll, Listed};
 
 /// Where the policy is unless told otherwise.
@@ -26,14 +27,19 @@ pub const POLICY_PATH: &str = "/etc/vfio-broker/policy.toml";
 /// What decisions call a policy that is in no file.
 pub const BUILT_IN: &str = "built-in policy";
 
+/// Between those whom a tenant is for and those who are another tenant before it.
+const NOT: &str = "; not ";
+
 /// A policy file that was read and found good.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Policy {
     /// The file's name without its directories: as decisions call it.
     file: String,
     tenants: Vec<Tenant>,
     containers: Vec<SharedContainer>,
     deny: Vec<DenyAll>,
+    /// For whoever reads the file.
+    #[serde(skip)]
     warnings: Problems,
 }
 
@@ -63,7 +69,17 @@ impl Policy {
         // The first tenant that matches is it: who is meant by those before is not meant here.
         let each =
             self.tenants.iter().take(at + 1).rev().map(|tenant| tenant.principals.to_string());
-        Some(each.collect::<Vec<_>>().join("; not "))
+        Some(each.collect::<Vec<_>>().join(NOT))
+    }
+
+    /// Whether a tenant of this name means nobody who was not meant by these [words](Self::principals):
+    /// tenants that come before it now may have taken some away.
+    pub fn means(&self, tenant: &str, principals: &str) -> bool {
+        let Some(now) = self.principals(tenant) else { return false };
+        let (mut now, mut then) = (now.split(NOT), principals.split(NOT));
+        let is_same = now.next() == then.next();
+        let taken: Vec<&str> = now.collect();
+        is_same && then.all(|before| taken.contains(&before))
     }
 
     /// Whether any tenant is for a unit, so that it must be found out which one a peer runs in.

@@ -1,5 +1,6 @@
 //! Who asks, and whom a tenant is for.
 
+use serde::{Deserialize, Serialize};
 use std::fmt::{self, Display};
 
 /// What the kernel says about a process at the other end of a socket; nothing here is what the
@@ -21,6 +22,12 @@ pub struct Peer {
     pub label: Option<String>,
 }
 
+/// Whether a uid is an administrator's: root's, or that which the broker runs as, who could end it. What
+/// is anybody's whom this user namespace has no number for is none.
+pub fn administers(uid: u32, brokers: u32) -> bool {
+    (uid == 0 || uid == brokers) && uid != OVERFLOW_ID
+}
+
 /// Finds the numbers of users and groups. Looking them up is I/O, and so the caller's.
 pub trait Names {
     /// The uid of the user with this name.
@@ -37,7 +44,7 @@ pub(super) const NO_ID: u32 = u32::MAX;
 
 /// Whom a tenant is for. What is `None` was not asked for; all that was asked for must match, each
 /// list with any one of its entries.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Principals {
     pub(super) anyone: bool,
     pub(super) users: Option<Vec<u32>>,

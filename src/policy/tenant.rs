@@ -3,11 +3,11 @@
 use super::device::DeviceRule;
 use super::peer::{Peer, Principals};
 use crate::protocol::{Backend, Handout};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// What one may do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verb {
     /// Have devices.
@@ -32,7 +32,7 @@ impl fmt::Display for Verb {
 }
 
 /// What a tenant must accept by name before it gets a device that way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Risk {
     /// The IOMMU does not remap interrupts: the device can raise any interrupt of the host.
@@ -51,7 +51,7 @@ impl fmt::Display for Risk {
 }
 
 /// How much one tenant may have at a time. All of it is finite unless the policy says more.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// Open connections.
     pub connections: u64,
@@ -84,7 +84,7 @@ impl Default for Limits {
 }
 
 /// A list of the file, and where it is; no line where the default stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Listed<T> {
     pub(super) values: Vec<T>,
     pub(super) line: Option<usize>,
@@ -97,7 +97,7 @@ impl<T> Default for Listed<T> {
 }
 
 /// One who may have something.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tenant {
     /// Its name.
     pub name: String,
@@ -163,7 +163,7 @@ impl Tenant {
 }
 
 /// What the members of a shared container can do to each other.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Trust {
     /// Only the broker has the container; each member's mappings are its own.
@@ -174,7 +174,7 @@ pub enum Trust {
 }
 
 /// A container that more than one lease may be in.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SharedContainer {
     /// Its name.
     pub name: String,
@@ -186,7 +186,7 @@ pub struct SharedContainer {
 }
 
 /// A `[[deny]]` for everybody.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct DenyAll {
     pub(super) devices: Vec<DeviceRule>,
     pub(super) reason: String,

@@ -407,3 +407,33 @@ fn a_refusal_says_in_fields_where_the_rule_is_and_which_device_it_is_about() {
     assert_eq!((nobody.device, nobody.line), (None, None));
     assert_eq!(decide(&policy, &device(NIC, "8086:10d3")).ok(), Ok(()));
 }
+
+#[test]
+fn a_tenant_means_the_same_where_others_come_before_it() {
+    let tenant = |name: &str, user: u32| {
+        format!("[[tenant]]\nname = \"{name}\"\nuser = {user}\ndevices = [\"8086:10d3\"]\n")
+    };
+    let (a, b, c) = (tenant("a", 1000), tenant("b", 1001), tenant("c", 1002));
+    let policy = |tenants: &[&String]| {
+        let all: String = tenants.iter().map(|tenant| tenant.as_str()).collect();
+        parse(&format!("version = 1\n{all}")).unwrap()
+    };
+    let words = policy(&[&a, &b]).principals("b").unwrap();
+    assert!(policy(&[&a, &b]).means("b", &words));
+    assert!(policy(&[&c, &a, &b]).means("b", &words), "some were taken away");
+    assert!(policy(&[&a, &c, &b]).means("b", &words));
+    assert!(!policy(&[&b]).means("b", &words), "it means those of \"a\" too");
+    assert!(!policy(&[&c, &b]).means("b", &words));
+    assert!(!policy(&[&a]).means("b", &words), "there is none");
+    assert!(!policy(&[&a, &tenant("b", 1003)]).means("b", &words));
+}
+
+#[test]
+fn root_and_the_broker_s_own_user_are_administrators() {
+    for (uid, brokers, is_one) in
+        [(0, 0, true), (0, 990, true), (990, 990, true), (1000, 990, false), (1000, 0, false)]
+    {
+        assert_eq!(administers(uid, brokers), is_one, "{uid} where it runs as {brokers}");
+    }
+    assert!(!administers(OVERFLOW_ID, OVERFLOW_ID));
+}

@@ -34,6 +34,8 @@ calls! {
     End -> Changed,
     Mappings -> MappingsPage,
     Watch -> Told,
+    Revoke -> Changed,
+    Confirm -> Changed,
 }
 
 /// A shared container of the policy.
@@ -285,6 +287,28 @@ pub struct End {
     pub lease: String,
 }
 
+/// Notes that a lease is being revoked, for the next broker.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Revoke {
+    /// Which lease.
+    pub lease: String,
+    /// Since when, in seconds since 1970.
+    pub since: u64,
+    /// When it is taken by force, in seconds since 1970.
+    pub force: u64,
+}
+
+/// Forgets that a device of an ended lease may be open.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Confirm {
+    /// Which lease.
+    pub lease: String,
+    /// Its group.
+    pub group: u32,
+    /// Which device.
+    pub device: Bdf,
+}
+
 /// The lease as it is; none where nothing is left of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Changed {
@@ -350,6 +374,18 @@ pub struct LeaseState {
     pub groups: Vec<GroupState>,
     /// What the keeper is at for it, which may take as long as the kernel likes.
     pub call: Option<UnderWay>,
+    /// That it is being revoked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revoking: Option<Revoking>,
+}
+
+/// That a lease is to end against its holder's will.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Revoking {
+    /// Since when, in seconds since 1970.
+    pub since: u64,
+    /// When it is taken by force, in seconds since 1970.
+    pub force: u64,
 }
 
 /// A call that has begun.

@@ -123,10 +123,21 @@ pub struct ReadKeeper {
 pub enum Kept {
     /// There is no such keeper, or it has never had anything.
     Nothing,
-    /// Some of its leases; none where that is all.
-    Leases(Vec<LeaseState>),
+    /// What it wrote.
+    Saved(SavedKeeper),
     /// It can't be relied on; why.
     Unusable(String),
+}
+
+/// A keeper by what it wrote down.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SavedKeeper {
+    /// Its process.
+    pub pid: u32,
+    /// That process has its files still, whatever else is the matter with it.
+    pub is_alive: bool,
+    /// Its leases; in one message some of them, and none where that is all.
+    pub leases: Vec<LeaseState>,
 }
 
 /// Starts a process that receives or closes what peers sent. A SOCK_SEQPACKET link to it and its pidfd
@@ -176,4 +187,17 @@ pub struct Watch {}
 pub enum Told {
     /// End: the launcher was sent this signal.
     Stop(String),
+    /// The policy was read again. The compiled one comes with it in a file, unless it was refused.
+    Policy(PolicyRead),
+}
+
+/// What came of reading the policy.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct PolicyRead {
+    /// What it is called.
+    pub name: String,
+    /// When the one in force was read, in seconds since 1970.
+    pub read: u64,
+    /// When a later one was refused, and why; none where the last that was read is in force.
+    pub refused: Option<(u64, String)>,
 }

@@ -1,6 +1,7 @@
 //! The calls of the interface and what they return. `org.vfiobroker.Broker.varlink` says the same to
 //! clients in other languages; a test compares the two.
 
+use super::administration::Revocation;
 use super::{Blocker, DeviceSpec, Error};
 use serde::{Deserialize, Serialize};
 
@@ -392,6 +393,12 @@ pub struct Lease {
     pub mapped_bytes: Option<u64>,
     /// When it was acquired.
     pub since: u64,
+    /// Why the policy would not give it any more, where it would not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy: Option<String>,
+    /// That it is being revoked, or was and is not known to be free.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revoked: Option<Revocation>,
 }
 
 /// Asks for events of leases, as they happen.
@@ -419,6 +426,10 @@ pub enum EventKind {
     Reclaimed,
     /// Devices are not known to be free yet.
     Quarantined,
+    /// The lease is being revoked, and its holder is to give it back.
+    Pause,
+    /// The time for that is over: it is taken.
+    Force,
 }
 
 /// Something that happened to a lease.
@@ -436,6 +447,9 @@ pub struct Event {
     pub devices: Vec<String>,
     /// When.
     pub at: u64,
+    /// Until when its holder has time to give it back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub until: Option<u64>,
 }
 
 /// The most devices in one call, and in one lease; with the lease fd, a container and groups their fds

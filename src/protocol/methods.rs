@@ -1,5 +1,6 @@
 //! The methods: one line each, from which their names, their parser and the rules for them are made.
 
+use super::administration::*;
 use super::messages::*;
 use super::varlink::{Call, GetInfo, GetInterfaceDescription, Info, InterfaceDescription};
 use super::{Error, INTERFACE, SERVICE};
@@ -16,8 +17,12 @@ macro_rules! with_methods {
             "org.vfiobroker.Broker" UnmapDma -> Unmapped:;
             "org.vfiobroker.Broker" SetMemlock -> Memlock:;
             "org.vfiobroker.Broker" Topology -> Groups: repeatable;
-            "org.vfiobroker.Broker" Leases -> LeaseList: repeatable;
-            "org.vfiobroker.Broker" Watch -> Event: needs_reply needs_more;
+            "org.vfiobroker.Broker" Leases -> LeaseList: repeatable for_administrators;
+            "org.vfiobroker.Broker" Watch -> Event: needs_reply needs_more for_administrators;
+            "org.vfiobroker.Broker" Status -> BrokerStatus: for_strangers repeatable;
+            "org.vfiobroker.Broker" Revoke -> Revoked: for_administrators;
+            "org.vfiobroker.Broker" Drain -> Drained: needs_reply needs_more for_administrators;
+            "org.vfiobroker.Broker" Confirm -> Confirmed: for_administrators;
             "org.varlink.service" GetInfo -> Info: for_strangers repeatable;
             "org.varlink.service" GetInterfaceDescription -> InterfaceDescription:
                 for_strangers repeatable;
@@ -38,6 +43,8 @@ pub struct Rules {
     pub needs_more: bool,
     /// A peer that belongs to no tenant may call it.
     pub for_strangers: bool,
+    /// An administrator that belongs to no tenant may call it.
+    pub for_administrators: bool,
 }
 
 /// A method: its name and its types.
@@ -99,6 +106,7 @@ const NO_RULES: Rules = Rules {
     takes_files: false,
     needs_more: false,
     for_strangers: false,
+    for_administrators: false,
 };
 
 with_methods!(define);

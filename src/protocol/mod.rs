@@ -1,6 +1,7 @@
 //! The Varlink interface `org.vfiobroker.Broker`: message types, errors and framing, shared by the
 //! daemon and the client. No I/O happens here.
 
+mod administration;
 mod device_spec;
 mod error;
 mod frame;
@@ -14,6 +15,7 @@ mod interface_tests;
 mod varlink;
 
 pub use crate::bdf::Bdf;
+pub use administration::*;
 pub use device_spec::DeviceSpec;
 pub use error::{Blocker, Error, Holder, Until};
 pub use frame::{Frames, MAX_MESSAGE, Oversize};

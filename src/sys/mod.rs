@@ -8,6 +8,7 @@ pub mod fdpass;
 pub mod inherited;
 pub mod memlock;
 pub mod peer;
+pub mod process;
 #[cfg(feature = "async")]
 pub mod readiness;
 #[cfg(feature = "sim")]

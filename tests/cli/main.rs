@@ -365,7 +365,7 @@ fn nothing_is_left_of_a_demonstration_or_a_broker_that_is_ended() {
         demo.wait().unwrap();
         until("the demonstration's directory is gone", || left() == 0);
     }
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let directory = tempfile::tempdir().unwrap();
         let mut broker = Broker::start_in("workstation.toml", directory.path());
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
@@ -399,6 +399,24 @@ fn wrong_usage_is_exit_code_2() {
 }
 
 #[test]
+fn what_the_broker_is_at_and_the_end_of_all_leases() {
+    let broker = Broker::start("workstation.toml");
+    let said = printed(Some(&broker), &["status"]);
+    for name in ["version", "daemon", "connections", "policy", "keepers"] {
+        assert!(said.lines().any(|line| line.starts_with(&format!("{name}  "))), "{said}");
+    }
+    assert_eq!(json(&broker, &["status"])["keepers"], serde_json::json!([]));
+    let drained = printed(Some(&broker), &["drain"]);
+    assert_eq!(drained, "no leases that you may take back\n");
+    let (code, said) = failed(Some(&broker), &["revoke", "0000000000000000"]);
+    assert!(code == 1 && said.contains("no lease 0000000000000000"), "{said}");
+    let (code, said) = failed(Some(&broker), &["revoke", "0000000000000000", "--grace", "2d"]);
+    assert!(code == 2 && said.contains("90s"), "{said}");
+    let (code, said) = failed(Some(&broker), &["confirm", "65:00.0"]);
+    assert!(code == 1 && said.contains("nothing to confirm"), "{said}");
+}
+
+#[test]
 fn the_policies_beside_the_topologies_pass_the_check() {
     printed(None, &["policy", "check", "tests/topologies/workstation.policy.toml"]);
     let (code, said) = failed(None, &["policy", "check", "/nonexistent/policy.toml"]);
@@ -417,6 +435,12 @@ fn completions_and_manual_pages_come_from_the_one_command_line() {
     assert!(!page.contains("demo\\-agent"), "what is hidden is in the manual: {page}");
     assert!(page.contains(".SH \"EXIT STATUS\"") && !page.contains("EXTRA"), "{page}");
     assert!(printed(None, &["man", "acquire"]).contains("withhold"));
+    for command in ["status", "revoke", "drain", "confirm"] {
+        assert!(page.contains(command), "{command}: {page}");
+        let page = printed(None, &["man", command]);
+        assert!(page.contains(&format!(".TH vfio-broker-{command} 1")), "{page}");
+    }
+    assert!(printed(None, &["man", "revoke"]).contains("grace"));
     for check in [&["man", "policy", "check"][..], &["man", "policy-check"]] {
         let page = printed(None, check);
         assert!(page.contains(".TH vfio-broker-policy-check 1"), "{page}");

@@ -12,7 +12,10 @@ mod leases;
 mod lifecycle;
 mod limits;
 mod log;
+mod reload;
 mod restart;
+mod revoking;
+mod status;
 mod watching;
 
 /// The device that a test uses, beside the neighbour's.

@@ -1,5 +1,6 @@
 //! The broker on the simulated kernel.
 
+mod confirm;
 mod dma;
 mod failing;
 mod flow;
@@ -9,7 +10,9 @@ mod race;
 mod random;
 mod rebind;
 mod reclaim;
+mod reload;
 mod restart;
+mod revoke;
 mod shared;
 mod threads;
 mod undo;
@@ -207,8 +210,7 @@ impl World {
         patience: Duration,
         kernel: Arc<dyn Kernel>,
     ) -> Self {
-        let policy = Policy::parse("policy.toml", policy, &NoNames);
-        let policy = policy.unwrap_or_else(|problems| panic!("{problems}"));
+        let policy = parsed(policy);
         let witness = Rc::new(Witness::default());
         let broker = Broker::new(Parts {
             kernel,
@@ -220,6 +222,12 @@ impl World {
         });
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         Self { local: LocalSet::new(), broker, witness, keepers, sim, runtime }
+    }
+
+    /// Has the broker go by another policy, and say which leases that would not give.
+    fn reload(&self, policy: &str) {
+        self.broker.replace_policy(Arc::new(parsed(policy)));
+        self.run(self.broker.judge_leases());
     }
 
     fn run<T>(&self, future: impl Future<Output = T>) -> T {
@@ -329,6 +337,11 @@ impl World {
     fn unmap(&self, uid: u32, held: &Acquired, iova: u64, size: u64) -> Result<u64, Error> {
         self.run(unmap(&self.broker, uid, held, iova, size))
     }
+}
+
+fn parsed(policy: &str) -> Policy {
+    let policy = Policy::parse("policy.toml", policy, &NoNames);
+    policy.unwrap_or_else(|problems| panic!("{problems}"))
 }
 
 fn simulation(machine: &str) -> Sim {

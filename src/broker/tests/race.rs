@@ -7,7 +7,7 @@ use tokio::task::JoinHandle;
 
 impl World {
     /// Begins an Acquire, which goes on whenever the world runs.
-    fn begin(&self, uid: u32, request: &Acquire) -> JoinHandle<Result<Grant, Error>> {
+    pub(super) fn begin(&self, uid: u32, request: &Acquire) -> JoinHandle<Result<Grant, Error>> {
         let (broker, request) = (Rc::clone(&self.broker), request.clone());
         self.local.spawn_local(async move { acquire(&broker, uid, &request).await })
     }
@@ -158,7 +158,7 @@ fn what_is_opened_too_late_is_undone() {
     let request = want_as(Handout::Devices, &["0000:02:00.0"]);
     let broker = Broker::new(Parts {
         kernel: world.sim.kernel(),
-        policy: Arc::clone(world.broker.policy()),
+        policy: world.broker.policy(),
         observer: Rc::clone(&world.witness) as Rc<dyn Observer>,
         keepers: Box::new(Rc::clone(&world.keepers)),
         patience: Duration::ZERO,

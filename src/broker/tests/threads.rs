@@ -43,7 +43,7 @@ impl Threads {
             (name, kept)
         });
         let told = found.filter_map(|(name, kept)| match kept {
-            Kept::Leases(leases) => Some((name, Ok(leases))),
+            Kept::Saved(saved) => Some((name, Ok(saved.leases))),
             Kept::Unusable(why) => Some((name, Err(why))),
             Kept::Nothing => None,
         });
@@ -85,7 +85,11 @@ impl Keepers for Rc<Threads> {
         Box::pin(ready(Ok(())))
     }
 
-    fn all(&self) -> Waiting<'_, Vec<(String, Result<Vec<LeaseState>, String>)>> {
-        Box::pin(ready(Ok(self.kept())))
+    fn names(&self) -> Waiting<'_, Vec<String>> {
+        Box::pin(ready(Ok(self.place.names().unwrap())))
+    }
+
+    fn read<'a>(&'a self, name: &'a str) -> Waiting<'a, Kept> {
+        Box::pin(ready(Ok(self.place.kept(name))))
     }
 }

@@ -189,3 +189,37 @@ fn what_is_mapped_for_an_adopted_lease_counts() {
     let unmap = Request::Unmap { lease, iova: 0, size: 0x3000 };
     assert_eq!(ledger.apply(unmap).unwrap().len(), 2);
 }
+
+#[test]
+fn a_lease_that_is_another_tenant_s_now_counts_against_that_one() {
+    let mut ledger = Ledger::default();
+    let one = |id, tenant| {
+        let request = acquire(id, tenant, vec![group(id as u32, 1)]);
+        let quota = Quota { leases: 1, ..request.quota };
+        Request::Acquire(super::super::Acquire {
+            quota,
+            handout: Handout::Iommufd,
+            space: Space::None,
+            ..request
+        })
+    };
+    ledger.apply(one(1, "a")).unwrap();
+    let over = |refused| matches!(refused, Err(Refusal::OverLimit { limit: "leases", .. }));
+    assert!(over(ledger.apply(one(2, "a"))));
+    let rename = Request::Rename { lease: LeaseId(1), tenant: "b".into() };
+    ledger.apply(rename).unwrap();
+    assert!(over(ledger.apply(one(3, "b"))));
+    ledger.apply(one(2, "a")).unwrap();
+    ledger.apply(Request::Commit { lease: LeaseId(1) }).unwrap();
+    ledger.apply(Request::End { lease: LeaseId(1), at: 8 }).unwrap();
+    // What it leaves is kept for whom it is by then.
+    let left = [(model::bdf(1, 0), 7)].into();
+    ledger.apply(Request::Unbound { group: 1, at: 9, left }).unwrap();
+    assert!(ledger.is_open_to(1, "b") && !ledger.is_open_to(1, "a"));
+    ledger.apply(Request::Rename { lease: LeaseId(1), tenant: "a".into() }).unwrap();
+    assert!(ledger.is_open_to(1, "a") && !ledger.is_open_to(1, "b"));
+    // One that is not there is no reason to refuse.
+    let before = ledger.clone();
+    ledger.apply(Request::Rename { lease: LeaseId(9), tenant: "c".into() }).unwrap();
+    assert_eq!(ledger, before);
+}

@@ -1,0 +1,133 @@
+//! `vfio-broker revoke`: takes a lease back from its holder.
+
+use super::style::{complain, print, print_json, printable};
+use super::{Context, EXIT_CODES, Failure};
+use crate::protocol::{Left, Revoke, Revoked, Until};
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// Take a lease back from its holder
+///
+/// The holder is told through `watch`, and has the grace to give the lease back. Then it gets nothing more
+/// of it: what the broker mapped is undone, and the devices go to nobody else until the holder has closed
+/// what it has open, which nobody can take from it. Root can revoke any lease, and who has the right
+/// "manage" those of its tenant. Interrupting this command does not stop it.
+#[derive(Debug, clap::Args)]
+#[command(after_help = format!("{EXAMPLE}\n\n{EXIT_CODES}"))]
+pub(super) struct Args {
+    /// The lease, as `vfio-broker leases` shows it
+    lease: String,
+    #[command(flatten)]
+    grace: Grace,
+}
+
+const EXAMPLE: &str = "\
+Examples:
+  vfio-broker revoke 6f2c91d04ab7e358
+  vfio-broker revoke 6f2c91d04ab7e358 --grace 0";
+
+/// How long holders have.
+#[derive(Debug, clap::Args)]
+pub(super) struct Grace {
+    /// How long the holder has to give it back: in seconds, or as in 90s, 5min, 1h
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = grace)]
+    pub(super) grace: Duration,
+}
+
+fn grace(text: &str) -> Result<Duration, String> {
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let (number, unit) = text.split_at(digits);
+    let factor = match unit.trim() {
+        "" | "s" => 1,
+        "m" | "min" => 60,
+        "h" => 3600,
+        _ => return Err("a time is a number of seconds, or as in 90s, 5min, 1h".into()),
+    };
+    let number: u64 = number.parse().map_err(|_| "it begins with a number")?;
+    let seconds = number.saturating_mul(factor);
+    if seconds > Revoke::MAX_GRACE {
+        return Err("at most a day".into());
+    }
+    Ok(Duration::from_secs(seconds))
+}
+
+/// Exits as for a device that is busy where something of the lease is still in use.
+pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
+    let grace = args.grace.grace;
+    if !context.json && !grace.is_zero() {
+        let seconds = grace.as_secs();
+        complain(&format!("the holder has {seconds} s; Ctrl-C does not stop the revocation\n"));
+    }
+    let revoked = context.connect()?.revoke(&args.lease, grace)?;
+    if context.json {
+        print_json(&revoked)?;
+    } else {
+        print(&text(&revoked))?;
+    }
+    Ok(code(&[revoked]))
+}
+
+pub(super) fn code(all: &[Revoked]) -> ExitCode {
+    let is_left = all.iter().any(|revoked| !revoked.proved);
+    ExitCode::from(if is_left { super::failure::BUSY } else { 0 })
+}
+
+/// What became of a lease: a line, and one for each device that can't be taken back.
+pub(super) fn text(revoked: &Revoked) -> String {
+    let Revoked { lease, vm, tenant, forced, proved, left } = revoked;
+    let how = if *forced { "was taken" } else { "was given back" };
+    let free = if *proved { ", and all of it is free" } else { "; not free yet:" };
+    let mut text = printable(&format!("{lease} ({vm} of {tenant}) {how}{free}")) + "\n";
+    text.extend(left.iter().map(|left| format!("  {}\n", printable(&in_words(left)))));
+    text
+}
+
+pub(super) fn in_words(left: &Left) -> String {
+    let Left { device, reason, until } = left;
+    let next = match until {
+        Until::Holder => "nobody else gets it until that is closed: end the program that has it",
+        Until::Administrator => "or `vfio-broker confirm` says that nobody has it open any more",
+        Until::Kernel => "the broker asks again by itself",
+    };
+    format!("{device}: {reason}; {next}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_read_in_what_people_write() {
+        for (text, seconds) in [("0", 0), ("30s", 30), ("5min", 300), ("2m", 120), ("1 h", 3600)] {
+            assert_eq!(grace(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for text in ["", "s", "-1", "1d", "25h", "99999999999999999999", "1.5h", "1e3"] {
+            assert!(grace(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_can_not_be_taken_back_is_said() {
+        let left = Left {
+            device: "0000:65:00.0".into(),
+            reason: "some process still has a device of /dev/vfio/26 open".into(),
+            until: Until::Holder,
+        };
+        let revoked = Revoked {
+            lease: "l".into(),
+            vm: "web1".into(),
+            tenant: "a".into(),
+            forced: true,
+            proved: false,
+            left: vec![left],
+        };
+        let text = text(&revoked);
+        assert!(
+            text.starts_with("l (web1 of a) was taken; not free yet:\n  0000:65:00.0: "),
+            "{text}"
+        );
+        assert!(text.contains("end the program that has it"), "{text}");
+        let proved = Revoked { forced: false, proved: true, left: Vec::new(), ..revoked };
+        assert_eq!(super::text(&proved), "l (web1 of a) was given back, and all of it is free\n");
+    }
+}

@@ -1,0 +1,38 @@
+//! Another policy while everything goes on.
+
+use super::{Daemon, warn_of_quotas};
+use crate::policy::Policy;
+use crate::process::launcher::PolicyRead;
+use std::fs::File;
+use std::io::{Result, Seek};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use tracing::{error, info};
+
+/// Takes what came of reading the policy again; without a compiled one the one before stays in force.
+pub(super) async fn take(daemon: &Daemon, read: PolicyRead, compiled: Option<OwnedFd>) {
+    let name = read.name.clone();
+    let refused = read.refused.as_ref().map(|(_, why)| why.clone());
+    daemon.policy.replace(read);
+    let Some(file) = compiled else {
+        let why = refused.unwrap_or_default();
+        return error!(why, "policy refused; the one before stays in force");
+    };
+    match policy(file) {
+        Ok(policy) => {
+            let policy = Arc::new(policy);
+            warn_of_quotas(&policy, &daemon.open_files);
+            daemon.broker.replace_policy(policy);
+            daemon.broker.judge_leases().await;
+            info!(policy = name, "another policy is in force");
+        }
+        Err(error) => error!(%error, "policy lost; the one before stays in force"),
+    }
+}
+
+/// The policy in a file of memory.
+fn policy(file: OwnedFd) -> Result<Policy> {
+    let mut file = File::from(file);
+    file.rewind()?;
+    Ok(serde_json::from_str(&std::io::read_to_string(file)?)?)
+}

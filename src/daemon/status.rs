@@ -1,0 +1,86 @@
+//! Status: what the daemon and its keepers are at.
+
+use super::Daemon;
+use super::connection::{Connection, Lost};
+use super::incoming::Flags;
+use super::lists::{End, List};
+use super::outgoing::Answer;
+use crate::broker::Oversight;
+use crate::process::launcher::PolicyRead;
+use crate::protocol::{BrokerStatus, Error, Keeper, PolicyStatus};
+use crate::sys::process::{memory, started};
+use tokio::task::yield_now;
+
+/// How many keepers are looked at in one step.
+const STEP: usize = 32;
+
+impl Connection {
+    /// Sends all replies but the last one, which it returns.
+    pub(super) async fn status(&self, flags: Flags) -> Result<Result<Answer, Error>, Lost> {
+        End::told_apart(self.list_keepers(flags).await)
+    }
+
+    async fn list_keepers(&self, flags: Flags) -> Result<Answer, End> {
+        let broker = &self.daemon.broker;
+        let oversight = broker.oversight(&self.caller);
+        let daemon = self.daemon.describe(&oversight);
+        let mut list = List::new(self, flags, |keepers: Vec<Keeper>| BrokerStatus {
+            keepers,
+            ..daemon.clone()
+        });
+        let names = match oversight {
+            Oversight::Version => Vec::new(),
+            _ => broker.keepers().await?,
+        };
+        for some in names.chunks(STEP) {
+            let mut keepers = Vec::new();
+            for name in some {
+                keepers.extend(broker.keeper(&oversight, name).await.map(with_process));
+            }
+            list.extend(keepers).await?;
+            // A step of it, and others have their turn.
+            yield_now().await;
+        }
+        list.last()
+    }
+}
+
+/// A keeper with what its process shows.
+fn with_process(keeper: Keeper) -> Keeper {
+    if !keeper.alive {
+        return keeper;
+    }
+    let memory = memory(keeper.pid);
+    Keeper {
+        since: started(keeper.pid),
+        memory: memory.map(|memory| memory.resident),
+        shared: memory.map(|memory| memory.shared),
+        ..keeper
+    }
+}
+
+impl Daemon {
+    /// Itself, without its keepers.
+    fn describe(&self, oversight: &Oversight) -> BrokerStatus {
+        let is_seen = *oversight != Oversight::Version;
+        BrokerStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: is_seen.then(std::process::id),
+            since: is_seen.then_some(self.since),
+            connections: is_seen.then(|| self.accounts.connections() as u64),
+            policy: is_seen.then(|| self.describe_policy()),
+            keepers: Vec::new(),
+        }
+    }
+
+    fn describe_policy(&self) -> PolicyStatus {
+        let PolicyRead { name, read, refused } = self.policy.borrow().clone();
+        PolicyStatus {
+            file: name,
+            read,
+            tenants: self.broker.policy().tenants().len() as u64,
+            refused_at: refused.as_ref().map(|(at, _)| *at),
+            refused: refused.map(|(_, why)| why),
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! SIGHUP: the policy is read again while connections and leases are there.
+
+use crate::DEVICE;
+use crate::common::raw::{Raw, call};
+use crate::common::{Daemon, Held, SOON, Setup, command, policy, until};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
+use vfio_broker::kernel::Mapped;
+
+const OTHER_DEVICE: &str = "0000:66:00.0";
+
+fn own(rest: &str) -> String {
+    let uid = nix::unistd::geteuid();
+    format!(
+        "version = 1\n[[tenant]]\nname = \"mine\"\nuser = {uid}\ndevices = [\"8086:10d3\"]\n{rest}\n"
+    )
+}
+
+/// A policy by which the test is nobody.
+fn others() -> String {
+    own("").replace(&format!("user = {}", nix::unistd::geteuid()), "user = 12345")
+}
+
+/// Has the daemon read this policy; what it has logged since.
+fn reload(daemon: &Daemon, policy: &str) -> String {
+    std::fs::write(daemon.directory().join("host.policy.toml"), policy).unwrap();
+    let before = daemon.log().len();
+    daemon.signal(Signal::SIGHUP);
+    let mut log = String::new();
+    until("the policy has been read", || {
+        log = daemon.log()[before..].to_owned();
+        log.contains("is in force") || log.contains("policy refused")
+    });
+    log
+}
+
+fn acquire(client: &mut Raw, device: &str) -> crate::common::raw::Reply {
+    client.call("Acquire", json!({ "vm": "v", "devices": [device] }))
+}
+
+#[test]
+fn connections_that_are_open_go_by_the_policy_of_now() {
+    let daemon = Daemon::with(Setup::policy(others()));
+    let mut client = daemon.connect();
+    let denied = |client: &mut Raw| {
+        client.call("Leases", json!({}));
+        acquire(client, DEVICE).error("Denied");
+    };
+    denied(&mut client);
+    let handouts = "handouts = [\"devices\", \"container\"]";
+    reload(&daemon, &own(handouts));
+    let held = Held::acquire(&mut client, DEVICE, "devices");
+    // Who may map may send files too.
+    let memory = Mapped::memfd(8192).unwrap().0;
+    let map = json!({ "iova": 0x1000, "size": 4096, "read": true, "write": true, "memory": 0, "offset": 0 });
+    client.send_with(&call("MapDma", &held.with(map)), &[memory.as_fd()]).unwrap();
+    client.reply().ok();
+    reload(&daemon, &own("handouts = [\"container\"]"));
+    client
+        .call("Acquire", json!({ "vm": "v", "devices": [OTHER_DEVICE], "handout": "devices" }))
+        .error("Denied");
+    reload(&daemon, &others());
+    denied(&mut client);
+    reload(&daemon, &own(handouts));
+    client.call("Release", held.key()).ok();
+}
+
+#[test]
+fn a_policy_that_can_not_be_used_is_refused_and_said_where() {
+    let daemon = Daemon::start();
+    let mut client = daemon.connect();
+    let broken = own("handouts = [\"container\"]\n").replace("user =", "\n  usr =");
+    let log = reload(&daemon, &broken);
+    assert!(log.contains("host.policy.toml:5:3: "), "{log}");
+    drop(Held::acquire(&mut client, DEVICE, "group"));
+    // No file is no policy, and neither is one that others can write to.
+    std::fs::set_permissions(
+        daemon.directory().join("host.policy.toml"),
+        std::os::unix::fs::PermissionsExt::from_mode(0o666),
+    )
+    .unwrap();
+    let log = reload(&daemon, &own(""));
+    assert!(log.contains("chmod go-w"), "{log}");
+    acquire(&mut client, OTHER_DEVICE).ok();
+}
+
+#[test]
+fn a_lease_that_would_not_be_given_any_more_is_shown() {
+    let daemon = Daemon::with(Setup::policy(own("")));
+    let mut client = daemon.connect();
+    let held = Held::acquire(&mut client, DEVICE, "container");
+    let said = |client: &mut Raw| -> Value {
+        let (leases, _) = client.call("Leases", json!({})).ok();
+        leases["leases"][0]["policy"].clone()
+    };
+    assert_eq!(said(&mut client), Value::Null);
+    let log = reload(&daemon, &own("deny = [\"0000:65:00.0\"]"));
+    until("it has been looked at", || said(&mut client).is_string());
+    let why = said(&mut client);
+    assert!(why.as_str().unwrap().contains("0000:65:00.0"), "{why}");
+    until("it is logged", || daemon.log().contains("no longer allowed"));
+    drop(log);
+    client.call("GetFds", held.key()).ok();
+    reload(&daemon, &own(""));
+    until("it is allowed again", || said(&mut client).is_null());
+    client.call("Release", held.key()).ok();
+}
+
+#[test]
+fn limits_are_those_of_now() {
+    let daemon = Daemon::with(Setup::policy(policy("connections = 3")));
+    let mut clients = [daemon.connect(), daemon.connect(), daemon.connect()];
+    clients.iter_mut().for_each(|client| drop(client.call("Leases", json!({})).ok()));
+    daemon.connect().call("Leases", json!({})).error("OverLimit");
+    reload(&daemon, &policy("connections = 4\nleases = 1\nrequests = 1"));
+    clients[0].call("Leases", json!({})).ok();
+    let mut fourth = daemon.connect();
+    let _held = Held::acquire(&mut fourth, DEVICE, "container");
+    acquire(&mut clients[1], OTHER_DEVICE).error("OverLimit");
+    reload(&daemon, &policy("connections = 2"));
+    // Those that are there stay.
+    clients.iter_mut().for_each(|client| drop(client.call("Leases", json!({})).ok()));
+    acquire(&mut clients[1], OTHER_DEVICE).ok();
+    daemon.connect().call("Leases", json!({})).error("OverLimit");
+    drop(clients);
+    until("there is room again", || {
+        matches!(daemon.connect().call("Leases", json!({})), crate::common::raw::Reply::Ok(..))
+    });
+}
+
+#[test]
+fn units_are_looked_for_once_the_policy_names_some() {
+    let daemon = Daemon::with(Setup::policy(own("")));
+    let mut client = daemon.connect();
+    client.call("Leases", json!({})).ok();
+    let first = "[[tenant]]\nname = \"unit\"\nunit = \"no-such.service\"\ndevices = [\"8086:10d3\"]\n[[tenant]]";
+    reload(&daemon, &own("").replacen("[[tenant]]", first, 1));
+    let (reply, _) = acquire(&mut client, DEVICE).ok();
+    assert_eq!(reply["tenant"], "mine");
+}
+
+#[test]
+fn the_service_manager_is_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let notify = directory.path().join("manager");
+    let manager = UnixDatagram::bind(&notify).unwrap();
+    manager.set_read_timeout(Some(SOON)).unwrap();
+    let mut command = command(directory.path(), &Setup::default());
+    command.arg("--socket").arg(directory.path().join("broker.sock")).env("NOTIFY_SOCKET", &notify);
+    let mut child = command.spawn().unwrap();
+    let next = || {
+        let mut text = [0; 256];
+        let len = manager.recv(&mut text).unwrap();
+        String::from_utf8_lossy(&text[..len]).into_owned()
+    };
+    assert!(next().starts_with("READY=1"));
+    let pid = nix::unistd::Pid::from_raw(child.id() as i32);
+    for policy in [own(""), "garbage".to_owned()] {
+        std::fs::write(directory.path().join("host.policy.toml"), policy).unwrap();
+        nix::sys::signal::kill(pid, Signal::SIGHUP).unwrap();
+        let said = next();
+        assert!(said.starts_with("RELOADING=1") && said.contains("MONOTONIC_USEC="), "{said}");
+        assert!(next().starts_with("READY=1"));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
