@@ -118,11 +118,13 @@ impl Ledger {
     pub(super) fn abort(&mut self, id: LeaseId) -> Result<Vec<Effect>, Refusal> {
         let lease = self.any_mut(id)?;
         let adding = lease.adding.take().ok_or(Refusal::NoSuchLease(id))?;
-        if lease.phase == Phase::Acquiring {
-            self.leases.remove(&id);
-        }
+        let is_new = lease.phase == Phase::Acquiring;
         for group in adding.groups {
             self.groups.remove(&group);
+        }
+        self.emptied(id);
+        if is_new {
+            self.leases.remove(&id);
         }
         // It may have ended meanwhile, and only this was left of it.
         self.close(id);

@@ -93,6 +93,7 @@ impl Ledger {
         lease.devices.retain(|handed| !devices.contains(&handed.bdf));
         let is_empty = lease.devices.is_empty();
         self.groups.retain(|number, group| group.lease != id || !groups.contains(number));
+        self.emptied(id);
         if is_empty && self.groups_of(id).next().is_none() {
             self.leases.remove(&id);
         }

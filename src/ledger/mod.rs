@@ -31,7 +31,7 @@ use std::ops::Bound;
 mod tests;
 
 /// Everything that is held, is being acquired, or is not known to be free again.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Ledger {
     leases: BTreeMap<LeaseId, Lease>,
     groups: BTreeMap<u32, Group>,

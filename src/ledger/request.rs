@@ -223,7 +223,7 @@ pub struct WantedGroup {
 }
 
 /// What a tenant may have in all, what waits to be reclaimed included.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Quota {
     /// Leases.
     pub leases: u64,

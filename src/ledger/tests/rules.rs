@@ -189,3 +189,48 @@ fn what_is_mapped_for_an_adopted_lease_counts() {
     let unmap = Request::Unmap { lease, iova: 0, size: 0x3000 };
     assert_eq!(ledger.apply(unmap).unwrap().len(), 2);
 }
+
+#[test]
+fn a_group_that_is_not_handed_over_after_all_can_be_the_last_to_leave_a_container() {
+    let space = Space::Shared { name: "dpdk".into(), trust: Trust::Enforced };
+    let member = |id: u64| super::super::Acquire {
+        space: space.clone(),
+        ..acquire(id, "a", vec![group(id as u32, 1)])
+    };
+    let (first, second) = (LeaseId(1), LeaseId(2));
+    let (devices, groups) = (vec![model::bdf(2, 0)], vec![2]);
+    let ways = [
+        vec![Request::Abort { lease: second }],
+        vec![
+            Request::Commit { lease: second },
+            Request::Retract { lease: second, devices, groups },
+        ],
+    ];
+    for undone in ways {
+        let mut ledger = Ledger::default();
+        let quota = member(1).quota;
+        let before = [
+            Request::Acquire(member(1)),
+            Request::Commit { lease: first },
+            Request::Map { lease: first, iova: 0, size: 0x1000, quota },
+            Request::MapDone { lease: first, iova: 0, made: true },
+            Request::Acquire(member(2)),
+            Request::End { lease: first, at: 5 },
+            Request::UnmapDone { lease: first, iova: 0, gone: false },
+            Request::Detached { group: 1 },
+            Request::Freed { group: 1 },
+        ];
+        for request in before {
+            ledger.apply(request).unwrap();
+        }
+        assert_eq!(ledger.lease(first).unwrap().mapped(), Some((1, 0x1000)));
+        for request in undone {
+            ledger.apply(request).unwrap();
+        }
+        assert_eq!(
+            ledger,
+            Ledger::default(),
+            "the kernel has forgotten the mapping with the group"
+        );
+    }
+}
