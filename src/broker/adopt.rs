@@ -4,7 +4,7 @@ use super::attend::started;
 use super::books::{Books, Entry};
 use super::keeper::KeeperHandle;
 use super::key::Key;
-use super::{Broker, now};
+use super::{Broker, error, now};
 use crate::ledger::{Adopted, AdoptedGroup, Handed, LeaseId, Member, Request, Space, Trust};
 use crate::process::keeper::{LeaseState, Mappings, Phase, Stage};
 use crate::protocol::{Error, EventKind};
@@ -88,7 +88,7 @@ impl Broker {
         *entry.call.borrow_mut() = state.call.clone();
         let mut books = self.books();
         let Books { ledger, entries, shared } = &mut *books;
-        ledger.apply(Request::Adopt(adopted)).map_err(|why| bad(why.to_string()))?;
+        ledger.apply(Request::Adopt(adopted)).map_err(|refusal| bad(error::claimed(refusal)))?;
         if let Some(container) = &record.container {
             shared.insert(container.name.clone(), Rc::downgrade(keeper));
         }

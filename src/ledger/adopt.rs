@@ -1,8 +1,8 @@
 //! Leases that were there before this ledger, and what was granted and not delivered.
 
 use super::{
-    Adopted, AdoptedGroup, Effect, Group, GroupState, Lease, LeaseId, Ledger, Mapping, Phase,
-    Refusal, Unproved,
+    Adopted, AdoptedGroup, Conflict, Effect, Group, GroupState, Lease, LeaseId, Ledger, Mapping,
+    Phase, Refusal, Unproved,
 };
 use crate::protocol::Bdf;
 
@@ -11,13 +11,12 @@ impl Ledger {
     pub(super) fn adopt(&mut self, adopted: Adopted) -> Result<Vec<Effect>, Refusal> {
         let Adopted { lease: id, held, at, groups, mut devices, .. } = adopted;
         if self.leases.contains_key(&id) {
-            return Err(Refusal::Conflict { what: id.to_string(), why: "is in use".into() });
+            return Err(Conflict::LeaseInUse(id).into());
         }
         let (unbound, kept): (Vec<_>, Vec<_>) =
             groups.into_iter().partition(|group| group.unbound.is_some() && !held);
         if let Some(taken) = kept.iter().find(|group| self.groups.contains_key(&group.id)) {
-            let what = format!("group {}", taken.id);
-            return Err(Refusal::Conflict { what, why: "is another lease's".into() });
+            return Err(Conflict::GroupInUse(taken.id).into());
         }
         devices.retain(|device| unbound.iter().all(|group| group.id != device.group));
         let lease = Lease {

@@ -12,6 +12,7 @@ mod adopt;
 mod lease;
 mod mapping;
 mod reclaim;
+mod refusal;
 mod request;
 mod unproved;
 
@@ -19,9 +20,8 @@ pub use lease::{
     Group, GroupState, Handed, Lease, LeaseId, Mapping, Member, NotALeaseId, NotFree, Phase, Space,
     Trust,
 };
-pub use request::{
-    Acquire, Adopted, AdoptedGroup, Effect, Extend, Quota, Refusal, Request, WantedGroup,
-};
+pub use refusal::{Bad, Conflict, IovaRange, Reclaimed, Refusal};
+pub use request::{Acquire, Adopted, AdoptedGroup, Effect, Extend, Quota, Request, WantedGroup};
 pub use unproved::Unproved;
 
 use std::collections::BTreeMap;
