@@ -128,6 +128,7 @@ impl Broker {
             self.end(id, EventKind::Gone);
             let mut books = self.books();
             let groups: Vec<u32> = books.ledger.groups_of(id).map(|(id, _)| id).collect();
+            let _ = books.ledger.apply(Request::NothingMapped { lease: id });
             for group in groups {
                 let _ = books.ledger.apply(Request::Detached { group });
                 let _ = books.ledger.apply(Request::Freed { group });
@@ -214,5 +215,6 @@ fn adopted(id: LeaseId, tenant: &str, state: &LeaseState) -> Adopted {
         at: now(),
         devices: record.devices.iter().map(device).filter(there).collect(),
         groups: state.groups.iter().map(group).collect(),
+        is_mapped: state.mappings > 0,
     }
 }

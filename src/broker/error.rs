@@ -265,8 +265,14 @@ impl Broker {
         Error::Busy { device, holder: seen.map(holder), since: seen.map(|lease| lease.since) }
     }
 
-    /// Why a keeper did not do what was asked of it for these devices.
-    pub(super) fn not_done(&self, why: NotDone, devices: &[LeasedDevice], call: &str) -> Error {
+    /// Why a keeper did not do what was asked of it for a lease and these devices.
+    pub(super) fn not_done(
+        &self,
+        why: NotDone,
+        lease: LeaseId,
+        devices: &[LeasedDevice],
+        call: &str,
+    ) -> Error {
         let failure = match why {
             NotDone::Failed(failure) => failure,
             NotDone::Lost(lost) => {
@@ -307,10 +313,8 @@ impl Broker {
             Failure::NotDelivered(errno) => {
                 failed("sendmsg", "the client's socket".into(), Errno::from_raw(errno), None)
             }
-            Failure::NoSuchLease => Error::Conflict {
-                what: call.into(),
-                why: "its lease has just ended, or another call on it is under way".into(),
-            },
+            // It has just ended.
+            Failure::NoSuchLease => no_such_lease(lease),
         }
     }
 

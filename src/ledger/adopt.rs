@@ -9,7 +9,7 @@ use crate::protocol::Bdf;
 impl Ledger {
     /// Enters a lease as its keeper has it. What is known already of another lease stays.
     pub(super) fn adopt(&mut self, adopted: Adopted) -> Result<Vec<Effect>, Refusal> {
-        let Adopted { lease: id, held, at, groups, mut devices, .. } = adopted;
+        let Adopted { lease: id, held, at, groups, mut devices, is_mapped, .. } = adopted;
         if self.leases.contains_key(&id) {
             return Err(Conflict::LeaseInUse(id).into());
         }
@@ -45,7 +45,10 @@ impl Ledger {
             self.groups.insert(number, Group { lease: id, state, attached, members });
         }
         self.leases.insert(id, lease);
-        self.close(id);
+        // What could not be undone in a shared container keeps its range when the groups are free.
+        if !is_mapped {
+            self.close(id);
+        }
         Ok(Vec::new())
     }
 
@@ -77,6 +80,16 @@ impl Ledger {
         let lease = self.any_mut(id)?;
         for (iova, size) in mappings {
             lease.mappings.entry(iova).or_insert(Mapping { size, busy: false });
+        }
+        Ok(Vec::new())
+    }
+
+    /// Forgets what was mapped for an ended lease, and the lease where that was the last of it.
+    pub(super) fn nothing_mapped(&mut self, id: LeaseId) -> Result<Vec<Effect>, Refusal> {
+        let lease = self.any_mut(id)?;
+        if lease.phase == Phase::Ending {
+            lease.mappings.clear();
+            self.close(id);
         }
         Ok(Vec::new())
     }

@@ -56,6 +56,7 @@ impl Ledger {
             Request::End { lease, at } => self.end(lease, at),
             Request::Adopt(adopted) => self.adopt(adopted),
             Request::Mapped { lease, mappings } => self.mapped(lease, mappings),
+            Request::NothingMapped { lease } => self.nothing_mapped(lease),
             Request::Retract { lease, devices, groups } => self.retract(lease, &devices, &groups),
             Request::Detached { group } => self.detached(group),
             Request::Freed { group } => self.freed(group),

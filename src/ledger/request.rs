@@ -75,6 +75,11 @@ pub enum Request {
         /// First addresses and bytes.
         mappings: Vec<(u64, u64)>,
     },
+    /// Nothing is mapped for an ended lease any more.
+    NothingMapped {
+        /// Which lease.
+        lease: LeaseId,
+    },
     /// What was just committed has not reached its holder and is undone.
     Retract {
         /// Which lease.
@@ -180,6 +185,8 @@ pub struct Adopted {
     pub devices: Vec<Handed>,
     /// Its groups.
     pub groups: Vec<AdoptedGroup>,
+    /// Something is mapped for it. `Mapped` or `NothingMapped` follows.
+    pub is_mapped: bool,
 }
 
 /// A group of such a lease.

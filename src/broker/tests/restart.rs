@@ -1,6 +1,7 @@
 //! A broker that ends while its keepers go on, and the next one.
 
 use super::*;
+use crate::broker::keeper::NotDone;
 use crate::process::keeper::{LeaseState, Phase, Saved, VERSION};
 use crate::protocol::GroupState;
 use nix::errno::Errno;
@@ -337,4 +338,27 @@ fn a_lease_of_another_form_leaves_no_node_to_prove() {
     }
     let groups = world.broker.topology(&caller(1000)).unwrap().groups;
     assert!(groups.iter().all(|group| group.state == GroupState::Free));
+}
+
+#[test]
+fn a_lease_of_which_only_a_mapping_is_left_is_known_until_that_is_gone() {
+    let (world, mut state) = killed(Handout::Devices);
+    (state.phase, state.mappings) = (Phase::Ending, 1);
+    state.groups.clear();
+    write_down(&world, "0123456789abcdef", vec![state.clone()]);
+    let world = restarted(world);
+    assert!(world.broker.shows(&caller(1000), &state.record.lease));
+    // Its keeper's process is no more: the kernel has undone what it had mapped.
+    world.until(|| world.ledger() == crate::ledger::Ledger::default());
+    world.assert_idle();
+}
+
+#[test]
+fn what_a_keeper_has_no_lease_for_is_no_lease_to_the_client_either() {
+    let world = World::new();
+    let grant = world.acquire(1000, &want(&[NIC])).unwrap();
+    let lease = grant.reply.lease.parse().unwrap();
+    let why = || NotDone::Failed(crate::process::keeper::Failure::NoSuchLease);
+    let error = world.broker.not_done(why(), lease, &[], "GetFds");
+    assert_eq!(error, Error::NoSuchLease { lease: grant.reply.lease.clone() });
 }

@@ -30,6 +30,7 @@ fn adopted(ledger: &Ledger, lease: &Lease) -> Adopted {
         at: LATER,
         devices: lease.devices.iter().chain(lease.adding()).copied().collect(),
         groups: groups.collect(),
+        is_mapped: !lease.mappings.is_empty(),
     }
 }
 
@@ -49,11 +50,12 @@ fn forgotten(left: &Unproved) -> Adopted {
         at: LATER,
         devices: Vec::new(),
         groups: Vec::new(),
+        is_mapped: false,
     }
 }
 
 /// What the next ledger knows of what this one knew: everything, but why and since when something is
-/// not free, and what is mapped for leases that have no group any more.
+/// not free.
 fn as_adopted(mut ledger: Ledger) -> Ledger {
     for lease in ledger.leases.values_mut().filter(|lease| lease.phase == Phase::Acquiring) {
         lease.devices = lease.adding.take().map_or(Vec::new(), |adding| adding.devices);
@@ -63,9 +65,6 @@ fn as_adopted(mut ledger: Ledger) -> Ledger {
         group.state = GroupState::Reclaiming { since: LATER };
     }
     ledger.unproved.values_mut().for_each(|left| left.since = LATER);
-    let of = |id, groups: &BTreeMap<u32, Group>| groups.values().any(|group| group.lease == id);
-    let Ledger { leases, groups, .. } = &mut ledger;
-    leases.retain(|id, _| of(*id, groups));
     ledger
 }
 
@@ -108,11 +107,6 @@ impl Model {
         }
         let expected = as_adopted(old);
         assert_eq!(self.ledger, expected);
-        // Of what is not in any group any more nobody can tell; the kernel keeps the range.
-        let Self { mapped, ledger, .. } = self;
-        for there in mapped.values_mut() {
-            there.retain(|m| !m.by_broker || ledger.leases.contains_key(&m.lease));
-        }
         self.forget();
     }
     /// A keeper is killed, and another one takes over what it had. Its calls have failed, its leases have
@@ -139,11 +133,10 @@ impl Model {
                 self.end_lease(lease, keeps);
             }
         }
-        for mapped in self.mapped.remove(&key).unwrap_or_default() {
-            if mapped.by_broker {
-                let (lease, iova) = (mapped.lease, mapped.iova);
-                self.report(Request::UnmapDone { lease, iova, gone: true });
-            }
+        self.mapped.remove(&key);
+        for lease in self.holders.keys().copied().filter(|id| is_its(id, self)).collect::<Vec<_>>()
+        {
+            self.report(Request::NothingMapped { lease });
         }
         let attached = self.attached.iter().filter(|(_, space)| **space == key);
         for group in attached.map(|(id, _)| *id).collect::<Vec<_>>() {

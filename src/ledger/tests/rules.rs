@@ -107,6 +107,7 @@ fn adopted(request: &super::super::Acquire, held: bool) -> Adopted {
         at: 9,
         devices: request.groups.iter().flat_map(devices).collect(),
         groups: request.groups.iter().map(group).collect(),
+        is_mapped: false,
     }
 }
 
@@ -233,4 +234,35 @@ fn a_group_that_is_not_handed_over_after_all_can_be_the_last_to_leave_a_containe
             "the kernel has forgotten the mapping with the group"
         );
     }
+}
+
+#[test]
+fn an_ended_lease_of_which_only_a_mapping_is_left_is_adopted_with_it() {
+    let request = super::super::Acquire {
+        space: Space::Shared { name: "dpdk".into(), trust: Trust::Enforced },
+        ..acquire(1, "a", Vec::new())
+    };
+    let lease = request.lease;
+    let ended = Adopted { is_mapped: true, ..adopted(&request, false) };
+    let mut ledger = Ledger::default();
+    ledger.apply(Request::Adopt(ended.clone())).unwrap();
+    ledger.apply(Request::Mapped { lease, mappings: vec![(0, 0x1000)] }).unwrap();
+    // It counts, and nobody else gets the range.
+    let member = super::super::Acquire {
+        groups: vec![group(2, 1)],
+        space: request.space.clone(),
+        ..acquire(2, "a", Vec::new())
+    };
+    let quota = member.quota;
+    ledger.apply(Request::Adopt(Adopted { lease: LeaseId(2), ..adopted(&member, true) })).unwrap();
+    let map = Request::Map { lease: LeaseId(2), iova: 0, size: 0x1000, quota };
+    let overlap = ledger.apply(map).unwrap_err();
+    assert!(matches!(overlap, Refusal::Conflict(Conflict::Overlap { is_foreign: true, .. })));
+    ledger.apply(Request::UnmapDone { lease, iova: 0, gone: true }).unwrap();
+    assert!(ledger.lease(lease).is_none());
+    // As it is where its keeper has undone it by now.
+    let mut ledger = Ledger::default();
+    ledger.apply(Request::Adopt(ended)).unwrap();
+    ledger.apply(Request::NothingMapped { lease }).unwrap();
+    assert_eq!(ledger, Ledger::default());
 }
