@@ -360,7 +360,7 @@ impl Broker {
             match done {
                 Ok((turn, opened)) => Ok(Ready { turn, opened }),
                 Err(why) => {
-                    let error = broker.not_done(why, &devices, "Acquire");
+                    let error = broker.not_done(why, id, &devices, "Acquire");
                     broker.abort(id);
                     Err(error)
                 }
@@ -442,7 +442,7 @@ impl Broker {
                     self.tell(&event(EventKind::Gone, &lease, devices(&lease, false)));
                 }
                 self.tell(&event(EventKind::Reclaimed, &lease, named));
-                Err(self.not_done(why, &[], "Acquire"))
+                Err(self.not_done(why, entry.id, &[], "Acquire"))
             }
         }
     }

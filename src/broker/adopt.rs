@@ -5,7 +5,7 @@ use super::books::{Books, Entry};
 use super::keeper::KeeperHandle;
 use super::key::Key;
 use super::reload::Owner;
-use super::{Broker, now};
+use super::{Broker, error, now};
 use crate::ledger::{Adopted, AdoptedGroup, Handed, LeaseId, Member, Request, Space, Trust};
 use crate::process::keeper::{LeaseState, Mappings, Phase, Stage};
 use crate::process::launcher::{Kept, Standing};
@@ -89,7 +89,7 @@ impl Broker {
         self.resume_revocation(&entry, &state);
         let mut books = self.books();
         let Books { ledger, entries, shared, owners } = &mut *books;
-        ledger.apply(Request::Adopt(adopted)).map_err(|why| bad(why.to_string()))?;
+        ledger.apply(Request::Adopt(adopted)).map_err(|refusal| bad(error::claimed(refusal)))?;
         owners.insert(id, owner);
         if let Some(container) = &record.container {
             shared.insert(container.name.clone(), Rc::downgrade(keeper));
@@ -130,6 +130,7 @@ impl Broker {
             self.end(id, EventKind::Gone);
             let mut books = self.books();
             let groups: Vec<u32> = books.ledger.groups_of(id).map(|(id, _)| id).collect();
+            let _ = books.ledger.apply(Request::NothingMapped { lease: id });
             for group in groups {
                 let _ = books.ledger.apply(Request::Detached { group });
                 let _ = books.ledger.apply(Request::Freed { group });
@@ -214,5 +215,6 @@ fn adopted(id: LeaseId, tenant: &str, state: &LeaseState) -> Adopted {
         at: now(),
         devices: record.devices.iter().map(device).filter(there).collect(),
         groups: state.groups.iter().map(group).collect(),
+        is_mapped: state.mappings > 0,
     }
 }

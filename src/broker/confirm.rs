@@ -121,7 +121,11 @@ impl Broker {
         let asked = timeout_at(until, turn.ask(&call, &[])).await;
         match asked.map_err(|_| super::error::no_answer("Confirm", name))? {
             Ok(_) => Ok(()),
-            Err(why) => Err(self.not_done(why, &[], "Confirm")),
+            Err(why) => {
+                let id =
+                    call.lease.parse().map_err(|_| super::error::no_answer("Confirm", name))?;
+                Err(self.not_done(why, id, &[], "Confirm"))
+            }
         }
     }
 }

@@ -36,7 +36,7 @@ impl Broker {
         let work = async move {
             let done = turn.ask(&call, &[files.as_fd()]).await;
             broker.report(Request::MapDone { lease: id, iova, made: done.is_ok() });
-            done.map_err(|why| broker.not_done(why, &[], "MapDma"))?;
+            done.map_err(|why| broker.not_done(why, id, &[], "MapDma"))?;
             Ok(turn)
         };
         let broker = Rc::clone(self);
@@ -99,7 +99,7 @@ impl Broker {
         }
         match failed {
             None => Ok(unmapped),
-            Some(why) => Err(self.not_done(why, &[], "UnmapDma")),
+            Some(why) => Err(self.not_done(why, id, &[], "UnmapDma")),
         }
     }
 

@@ -213,10 +213,10 @@ fn reports(books: &Books, lease: &Lease, state: &LeaseState) -> Vec<Request> {
         }
     }
     let is_ended = matches!(state.phase, Phase::Ending | Phase::Gone);
-    if is_ended && state.mappings == 0 {
-        let gone = |iova: &u64| Request::UnmapDone { lease: lease.id, iova: *iova, gone: true };
+    let has_more = !lease.mappings.is_empty() || books.ledger.groups_of(lease.id).next().is_none();
+    if is_ended && state.mappings == 0 && has_more {
         // Before the groups: with the last of them the lease is forgotten.
-        reports.splice(0..0, lease.mappings.keys().map(gone));
+        reports.insert(0, Request::NothingMapped { lease: lease.id });
     }
     reports
 }

@@ -2,6 +2,7 @@
 //! ledger say. They are data; what to do about them is [`advice`]'s.
 
 mod advice;
+mod refused;
 
 pub use advice::advice;
 
@@ -10,7 +11,7 @@ use super::keeper::NotDone;
 use super::{Broker, Caller};
 use crate::host;
 use crate::kernel;
-use crate::ledger::{GroupState, Lease, LeaseId, NotFree, Refusal, Unproved};
+use crate::ledger::{GroupState, Lease, LeaseId, NotFree, Reclaimed, Refusal, Unproved};
 use crate::policy::{self, Tenant};
 use crate::process::keeper::{self, Failure, LeasedDevice};
 use crate::protocol::{Bdf, Error, Holder, Until};
@@ -89,6 +90,14 @@ pub(super) fn another_tenants(lease: LeaseId) -> Error {
 /// The error for a lease that is not there, and for one whose key is another.
 pub(super) fn no_such_lease(lease: LeaseId) -> Error {
     Error::NoSuchLease { lease: lease.to_string() }
+}
+
+/// Why a lease that a keeper has can't be entered, in words.
+pub(super) fn claimed(refusal: Refusal) -> String {
+    match refusal {
+        Refusal::Conflict(conflict) => Error::from(conflict).to_string(),
+        other => other.to_string(),
+    }
 }
 
 /// A quota would be passed.
@@ -219,10 +228,16 @@ impl Broker {
                     unbind: left.iter().map(ToString::to_string).collect(),
                 }
             }
-            Refusal::NotYet { what, since } => not_yet(what, since, None),
-            Refusal::Conflict { what, why } => Error::Conflict { what, why },
+            Refusal::NotYet { what, since } => {
+                let what = match what {
+                    Reclaimed::Device(device) => device.to_string(),
+                    Reclaimed::Container(name) => format!("container {name:?}"),
+                };
+                not_yet(what, since, None)
+            }
+            Refusal::Conflict(conflict) => conflict.into(),
             Refusal::OverLimit { limit, most, asked } => over(limit, most, asked),
-            Refusal::Bad { field, reason } => Error::bad(field, reason),
+            Refusal::Bad(bad) => bad.into(),
         }
     }
 
@@ -253,8 +268,14 @@ impl Broker {
         Error::Busy { device, holder: seen.map(holder), since: seen.map(|lease| lease.since) }
     }
 
-    /// Why a keeper did not do what was asked of it for these devices.
-    pub(super) fn not_done(&self, why: NotDone, devices: &[LeasedDevice], call: &str) -> Error {
+    /// Why a keeper did not do what was asked of it for a lease and these devices.
+    pub(super) fn not_done(
+        &self,
+        why: NotDone,
+        lease: LeaseId,
+        devices: &[LeasedDevice],
+        call: &str,
+    ) -> Error {
         let failure = match why {
             NotDone::Failed(failure) => failure,
             NotDone::Lost(lost) => {
@@ -301,10 +322,8 @@ impl Broker {
             Failure::NotDelivered(errno) => {
                 failed("sendmsg", "the client's socket".into(), Errno::from_raw(errno), None)
             }
-            Failure::NoSuchLease => Error::Conflict {
-                what: call.into(),
-                why: "its lease has just ended, or another call on it is under way".into(),
-            },
+            // It has just ended.
+            Failure::NoSuchLease => no_such_lease(lease),
         }
     }
 

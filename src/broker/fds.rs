@@ -57,7 +57,7 @@ impl Broker {
             }
             // It may have been delivered.
             Err(NotDone::Lost(_)) => Ok(Delivery::Part),
-            Err(why) => Err(self.not_done(why, &[], "GetFds")),
+            Err(why) => Err(self.not_done(why, entry.id, &[], "GetFds")),
         }
     }
 
@@ -68,7 +68,7 @@ impl Broker {
         request: &GetFds,
         until: Instant,
     ) -> Result<Turn, Error> {
-        let (broker, lease) = (Rc::clone(self), entry.id.to_string());
+        let (broker, id, lease) = (Rc::clone(self), entry.id, entry.id.to_string());
         let call = Reopen { lease: lease.clone(), wanted: wanted(request) };
         let work = async move {
             let mut turn = turn;
@@ -81,7 +81,7 @@ impl Broker {
                 tokio::time::sleep(Duration::from_millis(wait)).await;
                 result = turn.ask(&call, &[]).await;
             }
-            result.map(|_| turn).map_err(|why| broker.not_done(why, &[], "GetFds"))
+            result.map(|_| turn).map_err(|why| broker.not_done(why, id, &[], "GetFds"))
         };
         let undo = Undo { lease: lease.clone() };
         let late = move |mut turn: Turn| async move {

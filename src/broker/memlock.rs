@@ -29,11 +29,11 @@ impl Broker {
             return Err(error::over("memlock", most, request.bytes));
         }
         let mut turn = entry.keeper.turn_until("SetMemlock", until).await?;
-        let broker = Rc::clone(self);
+        let (broker, id) = (Rc::clone(self), entry.id);
         let call = keeper::Memlock { lease: entry.id.to_string(), bytes: request.bytes };
         let work = async move {
             let raised = turn.ask(&call, &[client.as_fd()]).await;
-            raised.map_err(|why| broker.not_done(why, &[], "SetMemlock"))
+            raised.map_err(|why| broker.not_done(why, id, &[], "SetMemlock"))
         };
         // A limit stays raised, however late that was.
         let late = |_| async {};

@@ -7,8 +7,8 @@ use crate::host::{self, Device, Group, Host, Place};
 use crate::ledger::{Lease, LeaseId, Member, Space, WantedGroup};
 use crate::policy::{Policy, Risk, Tenant};
 use crate::protocol::{Acquire, Bdf, DeviceSpec, Error, Handout};
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What an Acquire comes to. Which device stands for "any of that kind" is decided last, together
 /// with entering it into the ledger.
@@ -83,6 +83,7 @@ impl Broker {
         let vf_token = check_token(request.vf_token.as_deref(), handout)?;
         let mut plan = Plan { handout, space, groups: all, slots, withhold, vf_token };
         self.check(tenant, &mut plan)?;
+        Self::check_companions(&mut plan, lease)?;
         Ok(plan)
     }
 
@@ -151,6 +152,43 @@ impl Broker {
         }
         for (bdf, id) in &plan.withhold {
             check(*bdf, *id, &plan.groups, false)?;
+        }
+        Ok(())
+    }
+
+    /// Each companion of a group that is given must be named, whatever driver it is on: that can be
+    /// VFIO's later. A bridge never leaves its own. Of those that only might be taken, what brings one
+    /// with it that nobody names is left out.
+    fn check_companions(plan: &mut Plan, lease: Option<&Lease>) -> Result<(), Error> {
+        if !gives_group(plan.handout) {
+            return Ok(());
+        }
+        let mut named: BTreeSet<Bdf> = plan.withhold.iter().map(|(bdf, _)| *bdf).collect();
+        named.extend(lease.iter().flat_map(|lease| &lease.devices).map(|handed| handed.bdf));
+        for slot in &plan.slots {
+            match slot {
+                Slot::This(bdf, _) => drop(named.insert(*bdf)),
+                Slot::AnyOf(..) => {}
+            }
+        }
+        let unnamed = |chosen: Bdf, id: u32| {
+            let group = plan.groups.get(&id)?;
+            let rest = group.devices.iter().filter(|device| !device.is_bridge());
+            let rest = rest.map(Device::bdf).filter(|bdf| *bdf != chosen && !named.contains(bdf));
+            let companions: Vec<_> = rest.map(|bdf| bdf.to_string()).collect();
+            (!companions.is_empty()).then_some(Error::Unnamed { group: id, companions })
+        };
+        for slot in &mut plan.slots {
+            match slot {
+                Slot::This(bdf, id) => unnamed(*bdf, *id).map_or(Ok(()), Err)?,
+                Slot::AnyOf(_, those) => {
+                    let why = those.first().and_then(|(bdf, id)| unnamed(*bdf, *id));
+                    those.retain(|(bdf, id)| unnamed(*bdf, *id).is_none());
+                    if let Some(why) = why.filter(|_| those.is_empty()) {
+                        return Err(why);
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -235,9 +273,10 @@ pub(super) fn allows(
     unsafe_interrupts: bool,
 ) -> Result<(), Error> {
     policy.device(tenant, &device.facts).ok()?;
-    // Whoever has the group's open file can open each of its devices, named or not.
-    if matches!(handout, Handout::Container | Handout::Group) {
-        for other in group.devices.iter().filter(|other| other.on_vfio) {
+    // Whoever has the group's open file can open each of its devices, named or not, that is on a VFIO
+    // driver then, whatever it is on now.
+    if gives_group(handout) {
+        for other in group.devices.iter().filter(|other| !other.is_bridge()) {
             let decided = policy.device(tenant, &other.facts).ok();
             decided.map_err(|no| error::reaches_all(no, group.id, device.bdf()))?;
         }
@@ -287,6 +326,11 @@ impl Plan {
         }
         Chosen { groups: wanted.into_values().collect(), devices, names }
     }
+}
+
+/// Whether a lease's holder gets the open file of each group.
+fn gives_group(handout: Handout) -> bool {
+    matches!(handout, Handout::Container | Handout::Group)
 }
 
 /// What the devices have to do with the form of the lease. Of "any of a kind" one that fits is

@@ -196,6 +196,11 @@ fn own_advice(error: &Error) -> Option<String> {
     match error {
         Error::Denied { file: Some(file), device, .. } => Some(explain(file, device.as_deref())),
         Error::NotViable { blockers, .. } => withhold(blockers),
+        Error::Unnamed { companions, .. } => {
+            let each = companions.iter().map(|bdf| format!("--withhold {bdf}"));
+            let each = each.collect::<Vec<_>>().join(" ");
+            Some(format!("{each} keeps it from everybody meanwhile; --device in its place uses it"))
+        }
         _ => None,
     }
 }
@@ -308,6 +313,9 @@ mod tests {
             driver: driver.map(str::to_owned),
             fix: None,
         };
+        let companions = vec!["0000:05:00.1".into(), "0000:05:00.2".into()];
+        let unnamed = text(Error::Unnamed { group: 17, companions });
+        assert!(unnamed.contains("--withhold 0000:05:00.1 --withhold 0000:05:00.2 "), "{unnamed}");
         let says = |blockers| text(Error::NotViable { group: 17, blockers });
         assert!(says(vec![blocker(None)]).contains("--withhold 0000:05:00.1"));
         assert!(!says(vec![blocker(None), blocker(Some("ahci"))]).contains("--withhold"));

@@ -2,8 +2,8 @@
 
 use super::lease::Adding;
 use super::{
-    Acquire, Effect, Extend, Group, GroupState, Handed, Lease, LeaseId, Ledger, Phase, Quota,
-    Refusal, Space, WantedGroup,
+    Acquire, Bad, Conflict, Effect, Extend, Group, GroupState, Handed, Lease, LeaseId, Ledger,
+    Phase, Quota, Reclaimed, Refusal, Space, WantedGroup,
 };
 use crate::protocol::{Bdf, Handout, MAX_DEVICES};
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,7 +31,7 @@ impl Ledger {
             adding,
         };
         if self.leases.contains_key(&id) {
-            return Err(Refusal::Conflict { what: id.to_string(), why: "is in use".into() });
+            return Err(Conflict::LeaseInUse(id).into());
         }
         check_form(&lease)?;
         self.check_groups(&lease, &groups)?;
@@ -118,11 +118,13 @@ impl Ledger {
     pub(super) fn abort(&mut self, id: LeaseId) -> Result<Vec<Effect>, Refusal> {
         let lease = self.any_mut(id)?;
         let adding = lease.adding.take().ok_or(Refusal::NoSuchLease(id))?;
-        if lease.phase == Phase::Acquiring {
-            self.leases.remove(&id);
-        }
+        let is_new = lease.phase == Phase::Acquiring;
         for group in adding.groups {
             self.groups.remove(&group);
+        }
+        self.emptied(id);
+        if is_new {
+            self.leases.remove(&id);
         }
         // It may have ended meanwhile, and only this was left of it.
         self.close(id);
@@ -131,31 +133,24 @@ impl Ledger {
 
     fn check_groups(&self, lease: &Lease, wanted: &[WantedGroup]) -> Result<(), Refusal> {
         if wanted.is_empty() {
-            return Err(bad("devices", "at least one is needed".into()));
+            return Err(Bad::NoDevice.into());
         }
         let mut named = BTreeSet::new();
         for group in wanted {
             for bdf in group.devices.iter().chain(&group.withhold) {
                 if !named.insert(*bdf) {
-                    return Err(bad("devices", format!("{bdf} is named twice")));
+                    return Err(Bad::NamedTwice(*bdf).into());
                 }
                 self.check_free(lease, group.id, *bdf)?;
             }
             if group.noiommu != lease.noiommu {
-                return Err(Refusal::Conflict {
-                    what: format!("group {}", group.id),
-                    why: "groups with and without an IOMMU can't be in one lease".into(),
-                });
+                return Err(Conflict::MixedLease { group: group.id }.into());
             }
             // Withholding more of a group that one has is fine, taking one to use nothing of it is
             // not.
             let has = self.groups.contains_key(&group.id) && !group.withhold.is_empty();
             if group.devices.is_empty() && !has {
-                let why = format!(
-                    "of group {} all is withheld: a device of it to be used must be named too",
-                    group.id
-                );
-                return Err(bad("withhold", why));
+                return Err(Bad::AllWithheld { group: group.id }.into());
             }
             self.check_functions(lease, group)?;
         }
@@ -173,7 +168,7 @@ impl Ledger {
                 Err(Refusal::Quarantined { device, group: id, since, why })
             }
             GroupState::Reclaiming { since } => {
-                Err(Refusal::NotYet { what: device.to_string(), since: *since })
+                Err(Refusal::NotYet { what: Reclaimed::Device(device), since: *since })
             }
             _ if group.lease != lease.id => {
                 Err(Refusal::Busy { device, group: id, holder: group.lease })
@@ -181,9 +176,7 @@ impl Ledger {
             _ => match lease.devices.iter().find(|handed| handed.bdf == device) {
                 None => Ok(()),
                 Some(handed) => {
-                    let how = if handed.withheld { "withheld for" } else { "in" };
-                    let why = format!("is {how} this lease already");
-                    Err(Refusal::Conflict { what: device.to_string(), why })
+                    Err(Conflict::AlreadyIn { device, withheld: handed.withheld }.into())
                 }
             },
         }
@@ -201,12 +194,10 @@ impl Ledger {
             for theirs in members.iter().filter(|_| *tenant != lease.tenant) {
                 let above = wanted.members.iter().find(|mine| mine.physfn == Some(theirs.bdf));
                 if let Some(vf) = above {
-                    let why = format!("another tenant has {}, its PF", theirs.bdf);
-                    return Err(Refusal::Conflict { what: vf.bdf.to_string(), why });
+                    return Err(Conflict::PfElsewhere { vf: vf.bdf, pf: theirs.bdf }.into());
                 }
                 if let Some(pf) = theirs.physfn.filter(|pf| mine(*pf)) {
-                    let why = format!("another tenant has {}, a VF of it", theirs.bdf);
-                    return Err(Refusal::Conflict { what: pf.to_string(), why });
+                    return Err(Conflict::VfElsewhere { pf, vf: theirs.bdf }.into());
                 }
             }
         }
@@ -216,19 +207,16 @@ impl Ledger {
     /// Members of a shared container fit together.
     fn check_space(&self, lease: &Lease) -> Result<(), Refusal> {
         let Space::Shared { name, trust } = &lease.space else { return Ok(()) };
-        let conflict = |why: &str| {
-            let what = format!("container {name:?}");
-            Err(Refusal::Conflict { what, why: why.into() })
-        };
+        let container = || name.clone();
         let mut live = false;
         let mut ending = false;
         for member in self.members(lease) {
             match &member.space {
                 Space::Shared { trust: theirs, .. } if theirs != trust => {
-                    return conflict("its members have another kind of trust");
+                    return Err(Conflict::OtherTrust { container: container() }.into());
                 }
                 _ if member.noiommu != lease.noiommu => {
-                    return conflict("groups with and without an IOMMU can't be in one container");
+                    return Err(Conflict::MixedContainer { container: container() }.into());
                 }
                 _ => {}
             }
@@ -248,8 +236,8 @@ impl Ledger {
             _ => None,
         });
         match soon.min() {
-            Some(since) => Err(Refusal::NotYet { what: format!("container {name:?}"), since }),
-            None => conflict("its last member has ended and can't be reclaimed yet"),
+            Some(since) => Err(Refusal::NotYet { what: Reclaimed::Container(container()), since }),
+            None => Err(Conflict::LeftAlone { container: container() }.into()),
         }
     }
 
@@ -276,39 +264,21 @@ impl Ledger {
 }
 
 /// Handouts and address spaces that go together.
-fn check_form(lease: &Lease) -> Result<(), Refusal> {
-    let conflict =
-        |what: &str, why: &str| Err(Refusal::Conflict { what: what.into(), why: why.into() });
+fn check_form(lease: &Lease) -> Result<(), Conflict> {
     match (&lease.space, lease.handout) {
-        (Space::None, Handout::Iommufd) => no_iommu_form(lease),
-        (_, Handout::Iommufd) => conflict("handout iommufd", "it has no type1 container"),
-        (Space::Shared { .. }, Handout::Container | Handout::Group) => conflict(
-            "container",
-            "members of a shared container get handout devices: with its group a member could \
-             leave it",
-        ),
-        (Space::None, Handout::Group) | (Space::Own, Handout::Container | Handout::Devices) => {
-            no_iommu_form(lease)
+        (Space::None, Handout::Iommufd | Handout::Group)
+        | (Space::Own, Handout::Container | Handout::Devices)
+        | (Space::Shared { .. }, Handout::Devices) => {}
+        (_, Handout::Iommufd) => return Err(Conflict::IommufdInContainer),
+        (Space::Shared { .. }, Handout::Container | Handout::Group) => {
+            return Err(Conflict::GroupOfSharedContainer);
         }
-        (Space::Shared { .. }, Handout::Devices) => no_iommu_form(lease),
-        _ => conflict("handout", "it does not go with this address space"),
+        _ => return Err(Conflict::OtherSpace),
     }
-}
-
-fn no_iommu_form(lease: &Lease) -> Result<(), Refusal> {
-    if lease.noiommu && lease.handout != Handout::Devices {
-        return Err(Refusal::Conflict {
-            what: "handout".into(),
-            why: "a group without an IOMMU is handed out as devices only: the kernel lets nobody \
-                  without CAP_SYS_RAWIO use its group"
-                .into(),
-        });
+    match lease.noiommu && lease.handout != Handout::Devices {
+        true => Err(Conflict::NoIommuAsGroup),
+        false => Ok(()),
     }
-    Ok(())
-}
-
-fn bad(field: &'static str, reason: String) -> Refusal {
-    Refusal::Bad { field, reason }
 }
 
 /// Whether `asked` is within `most`.

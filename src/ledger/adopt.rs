@@ -1,23 +1,22 @@
 //! Leases that were there before this ledger, and what was granted and not delivered.
 
 use super::{
-    Adopted, AdoptedGroup, Effect, Group, GroupState, Lease, LeaseId, Ledger, Mapping, Phase,
-    Refusal, Unproved,
+    Adopted, AdoptedGroup, Conflict, Effect, Group, GroupState, Lease, LeaseId, Ledger, Mapping,
+    Phase, Refusal, Unproved,
 };
 use crate::protocol::Bdf;
 
 impl Ledger {
     /// Enters a lease as its keeper has it. What is known already of another lease stays.
     pub(super) fn adopt(&mut self, adopted: Adopted) -> Result<Vec<Effect>, Refusal> {
-        let Adopted { lease: id, held, at, groups, mut devices, .. } = adopted;
+        let Adopted { lease: id, held, at, groups, mut devices, is_mapped, .. } = adopted;
         if self.leases.contains_key(&id) {
-            return Err(Refusal::Conflict { what: id.to_string(), why: "is in use".into() });
+            return Err(Conflict::LeaseInUse(id).into());
         }
         let (unbound, kept): (Vec<_>, Vec<_>) =
             groups.into_iter().partition(|group| group.unbound.is_some() && !held);
         if let Some(taken) = kept.iter().find(|group| self.groups.contains_key(&group.id)) {
-            let what = format!("group {}", taken.id);
-            return Err(Refusal::Conflict { what, why: "is another lease's".into() });
+            return Err(Conflict::GroupInUse(taken.id).into());
         }
         devices.retain(|device| unbound.iter().all(|group| group.id != device.group));
         let lease = Lease {
@@ -46,7 +45,10 @@ impl Ledger {
             self.groups.insert(number, Group { lease: id, state, attached, members });
         }
         self.leases.insert(id, lease);
-        self.close(id);
+        // What could not be undone in a shared container keeps its range when the groups are free.
+        if !is_mapped {
+            self.close(id);
+        }
         Ok(Vec::new())
     }
 
@@ -93,6 +95,16 @@ impl Ledger {
         Ok(Vec::new())
     }
 
+    /// Forgets what was mapped for an ended lease, and the lease where that was the last of it.
+    pub(super) fn nothing_mapped(&mut self, id: LeaseId) -> Result<Vec<Effect>, Refusal> {
+        let lease = self.any_mut(id)?;
+        if lease.phase == Phase::Ending {
+            lease.mappings.clear();
+            self.close(id);
+        }
+        Ok(Vec::new())
+    }
+
     /// Takes back what was committed and never reached its holder.
     pub(super) fn retract(
         &mut self,
@@ -104,6 +116,7 @@ impl Ledger {
         lease.devices.retain(|handed| !devices.contains(&handed.bdf));
         let is_empty = lease.devices.is_empty();
         self.groups.retain(|number, group| group.lease != id || !groups.contains(number));
+        self.emptied(id);
         if is_empty && self.groups_of(id).next().is_none() {
             self.leases.remove(&id);
         }

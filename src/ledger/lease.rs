@@ -33,7 +33,7 @@ impl FromStr for LeaseId {
 }
 
 /// What one holder has been given, as one unit.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Lease {
     /// Its public name.
     pub id: LeaseId,
@@ -85,7 +85,7 @@ impl Lease {
 }
 
 /// How far a lease is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
     /// The kernel is being asked; nobody has been given anything.
     Acquiring,
@@ -96,7 +96,7 @@ pub enum Phase {
 }
 
 /// The type1 address space of a lease.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Space {
     /// Its holder brings a container, or makes address spaces in its iommufd.
     None,
@@ -112,7 +112,7 @@ pub enum Space {
 }
 
 /// The two kinds of shared containers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Trust {
     /// The broker alone holds the container: each member's mappings are its own.
     Enforced,
@@ -121,7 +121,7 @@ pub enum Trust {
 }
 
 /// A device of a lease.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Handed {
     /// Its address.
     pub bdf: Bdf,
@@ -132,14 +132,14 @@ pub struct Handed {
 }
 
 /// What an acquisition in flight adds.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Adding {
     pub(super) devices: Vec<Handed>,
     pub(super) groups: Vec<u32>,
 }
 
 /// A range of IO virtual addresses that the broker mapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Mapping {
     /// Its length in bytes.
     pub size: u64,
@@ -155,7 +155,7 @@ impl Mapping {
 }
 
 /// A group that is not free.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Group {
     /// Whose it is, or was.
     pub lease: LeaseId,
@@ -168,7 +168,7 @@ pub struct Group {
 }
 
 /// How far a group is.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum GroupState {
     /// Being acquired.
     Acquiring,
@@ -189,7 +189,7 @@ pub enum GroupState {
 }
 
 /// What shows that a group of an ended lease is not free.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum NotFree {
     /// Some process has the group open.
     GroupOpen {
@@ -224,7 +224,7 @@ pub enum NotFree {
 }
 
 /// A device on a VFIO driver.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Member {
     /// Its address.
     pub bdf: Bdf,

@@ -1,7 +1,7 @@
 //! Mappings that the broker makes: they have owners, and quotas.
 
 use super::acquire::within;
-use super::{Effect, LeaseId, Ledger, Mapping, Quota, Refusal};
+use super::{Bad, Conflict, Effect, IovaRange, LeaseId, Ledger, Mapping, Quota, Refusal};
 
 impl Ledger {
     pub(super) fn map(
@@ -14,18 +14,14 @@ impl Ledger {
         check_range(iova, size)?;
         let lease = self.live(id).ok_or(Refusal::NoSuchLease(id))?;
         if !lease.broker_maps() || lease.noiommu {
-            let what = "MapDma".into();
-            let why = "the broker maps only where it alone holds the container".into();
-            return Err(Refusal::Conflict { what, why });
+            return Err(Conflict::NotMappedHere.into());
         }
         for member in self.members(lease) {
             let taken = member.mappings.iter().find(|(at, there)| there.overlaps(**at, iova, size));
             if let Some((at, there)) = taken {
-                let whose = if member.id == id { "" } else { " of another member" };
-                return Err(Refusal::Conflict {
-                    what: range(iova, size),
-                    why: format!("it overlaps {}{whose}", range(*at, there.size)),
-                });
+                let asked = IovaRange { iova, size };
+                let mapped = IovaRange { iova: *at, size: there.size };
+                return Err(Conflict::Overlap { asked, mapped, is_foreign: member.id != id }.into());
             }
         }
         let theirs = self.leases.values().filter(|other| other.tenant == lease.tenant);
@@ -62,14 +58,9 @@ impl Ledger {
                 continue;
             }
             if !inside(*at, there) {
-                return Err(Refusal::Bad {
-                    field: "size",
-                    reason: format!(
-                        "{} would cut {}; mappings are taken back whole",
-                        range(iova, size),
-                        range(*at, there.size)
-                    ),
-                });
+                let asked = IovaRange { iova, size };
+                let mapped = IovaRange { iova: *at, size: there.size };
+                return Err(Bad::CutsMapping { asked, mapped }.into());
             }
             if there.busy {
                 return Err(Refusal::InFlight(id));
@@ -105,18 +96,10 @@ impl Ledger {
     }
 }
 
-fn check_range(iova: u64, size: u64) -> Result<(), Refusal> {
-    let bad = |reason: &str| Err(Refusal::Bad { field: "size", reason: reason.into() });
-    if size == 0 {
-        return bad("is 0");
+fn check_range(iova: u64, size: u64) -> Result<(), Bad> {
+    match size.checked_sub(1).map(|more| iova.checked_add(more)) {
+        None => Err(Bad::EmptyRange),
+        Some(None) => Err(Bad::RangeTooLong),
+        Some(Some(_)) => Ok(()),
     }
-    if iova.checked_add(size - 1).is_none() {
-        return bad("the range goes beyond the last address");
-    }
-    Ok(())
-}
-
-/// A range in words.
-fn range(iova: u64, size: u64) -> String {
-    format!("0x{iova:x}-0x{:x}", iova.saturating_add(size - 1))
 }

@@ -12,6 +12,7 @@ mod adopt;
 mod lease;
 mod mapping;
 mod reclaim;
+mod refusal;
 mod request;
 mod unproved;
 
@@ -19,9 +20,8 @@ pub use lease::{
     Group, GroupState, Handed, Lease, LeaseId, Mapping, Member, NotALeaseId, NotFree, Phase, Space,
     Trust,
 };
-pub use request::{
-    Acquire, Adopted, AdoptedGroup, Effect, Extend, Quota, Refusal, Request, WantedGroup,
-};
+pub use refusal::{Bad, Conflict, IovaRange, Reclaimed, Refusal};
+pub use request::{Acquire, Adopted, AdoptedGroup, Effect, Extend, Quota, Request, WantedGroup};
 pub use unproved::Unproved;
 
 use std::collections::BTreeMap;
@@ -31,7 +31,7 @@ use std::ops::Bound;
 mod tests;
 
 /// Everything that is held, is being acquired, or is not known to be free again.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Ledger {
     leases: BTreeMap<LeaseId, Lease>,
     groups: BTreeMap<u32, Group>,
@@ -57,6 +57,7 @@ impl Ledger {
             Request::Adopt(adopted) => self.adopt(adopted),
             Request::Mapped { lease, mappings } => self.mapped(lease, mappings),
             Request::Rename { lease, tenant } => self.rename(lease, &tenant),
+            Request::NothingMapped { lease } => self.nothing_mapped(lease),
             Request::Retract { lease, devices, groups } => self.retract(lease, &devices, &groups),
             Request::Detached { group } => self.detached(group),
             Request::Freed { group } => self.freed(group),

@@ -60,7 +60,7 @@ impl Ledger {
 
     /// When the last group leaves an address space, the kernel forgets all mappings in it, those
     /// that could not be undone one by one among them.
-    fn emptied(&mut self, id: LeaseId) {
+    pub(super) fn emptied(&mut self, id: LeaseId) {
         let Some(lease) = self.leases.get(&id) else { return };
         let members: Vec<_> = self.members(lease).map(|member| member.id).collect();
         let attached = self.groups.values().any(|g| g.attached && members.contains(&g.lease));

@@ -82,6 +82,11 @@ pub enum Request {
         /// Whose it is.
         tenant: String,
     },
+    /// Nothing is mapped for an ended lease any more.
+    NothingMapped {
+        /// Which lease.
+        lease: LeaseId,
+    },
     /// What was just committed has not reached its holder and is undone.
     Retract {
         /// Which lease.
@@ -187,6 +192,8 @@ pub struct Adopted {
     pub devices: Vec<Handed>,
     /// Its groups.
     pub groups: Vec<AdoptedGroup>,
+    /// Something is mapped for it. `Mapped` or `NothingMapped` follows.
+    pub is_mapped: bool,
 }
 
 /// A group of such a lease.
@@ -230,7 +237,7 @@ pub struct WantedGroup {
 }
 
 /// What a tenant may have in all, what waits to be reclaimed included.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Quota {
     /// Leases.
     pub leases: u64,
@@ -273,84 +280,5 @@ pub enum Effect {
         iova: u64,
         /// Bytes.
         size: u64,
-    },
-}
-
-/// Why something was not entered.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
-    /// No such lease, or not in a phase for this.
-    #[error("no lease {0}")]
-    NoSuchLease(LeaseId),
-    /// Something of the lease is in flight.
-    #[error("lease {0} has something in flight")]
-    InFlight(LeaseId),
-    /// The device's group is another lease's.
-    #[error("{device} is in group {group}, which lease {holder} has")]
-    Busy {
-        /// The device that was named.
-        device: Bdf,
-        /// Its group.
-        group: u32,
-        /// Who has it.
-        holder: LeaseId,
-    },
-    /// The device's group is not known to be free.
-    #[error("{device} is in group {group}, which is not free: {why:?}")]
-    Quarantined {
-        /// The device that was named.
-        device: Bdf,
-        /// Its group.
-        group: u32,
-        /// Since when, in seconds since 1970.
-        since: u64,
-        /// Why.
-        why: NotFree,
-    },
-    /// Devices of the group were handed to another tenant by their own nodes and are not proved.
-    #[error("{device} is in group {group}, which is its last tenant's alone")]
-    Unproved {
-        /// The device that was named.
-        device: Bdf,
-        /// Its group.
-        group: u32,
-        /// Since when, in seconds since 1970.
-        since: u64,
-        /// The devices that may still be open.
-        left: Vec<Bdf>,
-    },
-    /// What is asked for is just being taken back; the answer will be another one soon.
-    #[error("{what} is just being reclaimed")]
-    NotYet {
-        /// The device that was named, or the container.
-        what: String,
-        /// Since when, in seconds since 1970.
-        since: u64,
-    },
-    /// It does not fit with what is there.
-    #[error("{what}: {why}")]
-    Conflict {
-        /// What does not fit.
-        what: String,
-        /// With what.
-        why: String,
-    },
-    /// A quota or a fixed limit.
-    #[error("{limit} is at most {most}, this would make {asked}")]
-    OverLimit {
-        /// Which.
-        limit: &'static str,
-        /// How much there may be.
-        most: u64,
-        /// How much there would be.
-        asked: u64,
-    },
-    /// It makes no sense.
-    #[error("{field}: {reason}")]
-    Bad {
-        /// Which part of the request.
-        field: &'static str,
-        /// What is wrong with it.
-        reason: String,
     },
 }

@@ -8,7 +8,7 @@ use crate::protocol::Bdf;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// A group of which somebody may still have devices open by their own nodes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Unproved {
     /// Whose it was; nobody else can have the group.
     pub tenant: String,

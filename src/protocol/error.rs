@@ -87,6 +87,14 @@ pub enum Error {
     #[serde(rename = "org.vfiobroker.Broker.NotViable")]
     #[error("group {group} is not viable: {}", list(.blockers))]
     NotViable { group: u32, blockers: Vec<Blocker> },
+    /// Devices of a group that is to be given are not named.
+    #[serde(rename = "org.vfiobroker.Broker.Unnamed")]
+    #[error(
+        "group {group} is given as a whole, and {} is not named: each of its devices must be, to use \
+         it or to withhold it",
+        .companions.join(", ")
+    )]
+    Unnamed { group: u32, companions: Vec<String> },
     /// Somebody has it.
     #[serde(rename = "org.vfiobroker.Broker.Busy")]
     #[error("{device} is busy{}", held_by(.holder, .since))]

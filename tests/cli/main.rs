@@ -273,7 +273,8 @@ fn a_watch_says_that_the_broker_has_gone() {
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(std::sync::atomic::Ordering::Relaxed) {
-                printed(Some(&broker), &["acquire", "--vm", "b", "--device", "0000:01:00.0"]);
+                let pair = ["--device", "0000:01:00.0", "--withhold", "0000:01:00.1"];
+                printed(Some(&broker), &[&["acquire", "--vm", "b"], &pair[..]].concat());
             }
         });
         events.read_line(&mut String::new()).unwrap();
@@ -308,6 +309,12 @@ fn a_refusal_says_which_rule_and_what_to_do() {
     let (code, said) = failed(Some(&broker), &devices);
     assert_eq!(code, 1, "{said}");
     assert!(said.contains(&format!("{AHCI} is on ahci: ")), "{said}");
+
+    let (code, said) = acquire("0000:01:00.0");
+    assert_eq!(code, 1, "{said}");
+    assert!(
+        said.contains("0000:01:00.1 is not named") && said.contains("-> --withhold 0000:01:00.1 ")
+    );
 
     let (code, said) = acquire("0000:99:00.0");
     assert_eq!(code, 1, "{said}");

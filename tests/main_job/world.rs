@@ -74,6 +74,7 @@ handouts = ["iommufd", "container"]
 name = "frank"
 user = 2008
 devices = ["1234:11e8"]
+handouts = ["devices"]
 
 [[tenant]]
 name = "gina"

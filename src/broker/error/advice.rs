@@ -12,6 +12,10 @@ pub fn advice(error: &Error) -> Option<String> {
             format!("`vfio-broker policy explain` shows how the policy decides{device}")
         }),
         Error::NotViable { blockers, .. } => not_viable(blockers),
+        Error::Unnamed { companions, .. } => Some(format!(
+            "withhold {}, or name it among the devices; handout devices gives the named devices alone",
+            companions.join(" and ")
+        )),
         Error::Busy { holder: Some(holder), .. } => {
             Some(format!("`vfio-broker watch {}` tells when it is given back", holder.lease))
         }

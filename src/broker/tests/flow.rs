@@ -12,7 +12,7 @@ fn file(world: &World, grant: &Grant, index: usize, kind: FdKind) -> (Arc<dyn Ke
 #[test]
 fn a_container_comes_attached_and_works() {
     let world = World::new();
-    let grant = world.acquire(1000, &want(&["0000:01:00.0"])).unwrap();
+    let grant = world.acquire(1000, &withholding("0000:01:00.1", want(&["0000:01:00.0"]))).unwrap();
     let expected =
         [(FdKind::Container, &*grant.reply.lease), (FdKind::Group, "1"), (FdKind::Lease, "")];
     assert_eq!(kinds(&grant), expected);
@@ -81,17 +81,21 @@ fn devices_come_alone_and_the_companions_stay_out_of_reach() {
 #[test]
 fn further_devices_join_the_lease_and_its_group_is_opened_once() {
     let world = World::new();
-    let first = world.acquire(1000, &want(&["0000:01:00.0"])).unwrap();
-    let second = world.acquire(1000, &more(&first.reply, &["0000:01:00.1"])).unwrap();
+    let first = world.acquire(1000, &want(&["0000:02:00.0"])).unwrap();
+    let unnamed = world.acquire(1000, &more(&first.reply, &["0000:01:00.1"])).unwrap_err();
+    assert!(matches!(unnamed, Error::Unnamed { group: 1, .. }), "{unnamed}");
+    let both = more(&first.reply, &["0000:01:00.0", "0000:01:00.1"]);
+    let second = world.acquire(1000, &both).unwrap();
     assert_eq!((&second.reply.lease, &second.reply.key), (&first.reply.lease, &first.reply.key));
     assert_eq!(kinds(&second), [(FdKind::Group, "1"), (FdKind::Lease, "")]);
-    let third = world.acquire(1000, &more(&first.reply, &["0000:02:00.0"])).unwrap();
-    assert_eq!(kinds(&third), [(FdKind::Group, "2"), (FdKind::Lease, "")]);
+    let third = world.acquire(1000, &more(&first.reply, &["0000:08:00.0"])).unwrap();
+    assert_eq!(kinds(&third), [(FdKind::Group, "8"), (FdKind::Lease, "")]);
     let stats = world.stats();
-    assert_eq!((stats.groups, stats.containers), (2, 1));
-    assert_eq!(stats.spaces[0].groups, [1, 2]);
+    assert_eq!((stats.groups, stats.containers), (3, 1));
+    assert_eq!(stats.spaces[0].groups, [2, 1, 8]);
     let list = world.broker.leases(&caller(1000)).unwrap().leases;
-    assert_eq!(list[0].devices, ["0000:01:00.0", "0000:01:00.1", "0000:02:00.0"]);
+    let devices = ["0000:02:00.0", "0000:01:00.0", "0000:01:00.1", "0000:08:00.0"];
+    assert_eq!(list[0].devices, devices);
     // It lives as long as any of its lifelines.
     let held = first.reply.clone();
     drop((first, third));

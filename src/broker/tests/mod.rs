@@ -98,7 +98,7 @@ name = "b"
 user = 1001
 rights = ["acquire", "observe"]
 handouts = ["container", "group", "devices", "iommufd"]
-devices = ["10de:2684", "10de:22ba", "8086:10d3", "1b21:0612", "15b3:101d", "15b3:101e"]
+devices = ["10de:2684", "10de:22ba", "8086:10d3", "1b21:0612", "1b21:0625", "15b3:101d", "15b3:101e"]
 [[tenant]]
 name = "m"
 user = 1002
@@ -430,6 +430,10 @@ fn caller(uid: u32) -> Caller {
 
 fn want(devices: &[&str]) -> Acquire {
     Acquire { vm: "web1".into(), devices: specs(devices), ..Acquire::default() }
+}
+
+fn withholding(companion: &str, request: Acquire) -> Acquire {
+    Acquire { withhold: Some(specs(&[companion])), ..request }
 }
 
 fn want_as(handout: Handout, devices: &[&str]) -> Acquire {

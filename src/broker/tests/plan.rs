@@ -23,6 +23,29 @@ fn a_companion_in_reach_must_be_allowed_too() {
 }
 
 #[test]
+fn a_companion_of_a_group_that_is_given_must_be_named_whatever_driver_it_is_on() {
+    let world = World::new();
+    let unnamed = |request: &Acquire| match world.acquire(1000, request).unwrap_err() {
+        Error::Unnamed { group, companions } => (group, companions.join(" ")),
+        other => panic!("{other}"),
+    };
+    // Without a driver, as 0000:03:00.1, it can be on VFIO's a moment later.
+    assert_eq!(unnamed(&want(&["0000:03:00.0"])), (3, "0000:03:00.1".into()));
+    let group = want_as(Handout::Group, &["0000:01:00.0"]);
+    assert_eq!(unnamed(&group), (1, "0000:01:00.1".into()));
+    world.assert_idle();
+    drop(world.acquire(1000, &withholding("0000:03:00.1", want(&["0000:03:00.0"]))).unwrap());
+    drop(world.acquire(1000, &withholding("0000:01:00.1", group)).unwrap());
+    world.serve_hang_ups();
+    drop(world.acquire(1000, &want(&["0000:01:00.0", "0000:01:00.1"])).unwrap());
+    world.serve_hang_ups();
+    // Who is handed devices alone reaches no other.
+    drop(world.acquire(1000, &want_as(Handout::Devices, &["0000:01:00.0"])).unwrap());
+    world.serve_hang_ups();
+    world.assert_idle();
+}
+
+#[test]
 fn what_stands_in_the_way_is_named_with_its_remedy() {
     let world = World::new();
     let Error::NotViable { group: 4, blockers } =
@@ -33,8 +56,7 @@ fn what_stands_in_the_way_is_named_with_its_remedy() {
     assert_eq!(blockers[0].to_string(), "0000:04:00.1 is on i40e");
     assert!(blockers[0].with_fix().contains("i40e: simulated: give it driver"));
     // A function without a driver does not block, but can't be used.
-    drop(world.acquire(1000, &want(&["0000:03:00.0"])).unwrap());
-    let error = world.acquire(1000, &want(&["0000:03:00.1"])).unwrap_err();
+    let error = world.acquire(1000, &want(&["0000:03:00.1", "0000:03:00.0"])).unwrap_err();
     let Error::NotViable { blockers, .. } = error else { panic!("{error}") };
     assert_eq!(blockers[0].to_string(), "0000:03:00.1 has no driver");
     let fix = blockers[0].fix.as_deref().unwrap();

@@ -22,8 +22,8 @@ fn is_reclaiming(world: &World) -> bool {
 fn one_of_many_gets_it() {
     let world = World::new();
     let requests = [
-        want(&["0000:01:00.0"]),
-        want_as(Handout::Group, &["0000:01:00.1"]),
+        withholding("0000:01:00.1", want(&["0000:01:00.0"])),
+        withholding("0000:01:00.0", want_as(Handout::Group, &["0000:01:00.1"])),
         want_as(Handout::Devices, &["0000:02:00.0", "0000:01:00.0"]),
         want_in("pool", &["0000:01:00.1"]),
     ];

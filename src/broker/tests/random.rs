@@ -169,6 +169,8 @@ impl Story {
                     Error::Busy { .. } | Error::Quarantined { .. } => foreign,
                     Error::Kernel { .. } => met,
                     Error::OverLimit { .. } => true,
+                    // Which form it has decides, and what the lease has already.
+                    Error::Unnamed { group: group @ (1 | 3), .. } => groups.contains(group),
                     Error::Conflict { .. } => request.container.is_some() || own.is_some(),
                     _ => false,
                 };

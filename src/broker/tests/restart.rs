@@ -1,6 +1,7 @@
 //! A broker that ends while its keepers go on, and the next one.
 
 use super::*;
+use crate::broker::keeper::NotDone;
 use crate::process::keeper::{LeaseState, Phase, Saved, VERSION};
 use crate::protocol::GroupState;
 use nix::errno::Errno;
@@ -69,9 +70,9 @@ fn live_leases_go_on() {
     let world = World::new();
     let requests = [
         (1000, want(&[NIC])),
-        (1001, want_as(Handout::Group, &["0000:03:00.0"])),
+        (1001, want_as(Handout::Group, &["0000:08:00.0"])),
         (1000, want_in("pool", &[PAIR[0]])),
-        (1001, want_in("pool", &["0000:08:00.0"])),
+        (1001, want_in("pool", &["0000:03:00.0"])),
     ];
     let grants: Vec<_> =
         requests.iter().map(|(uid, request)| world.acquire(*uid, request).unwrap()).collect();
@@ -183,8 +184,8 @@ fn a_node_that_was_open_then_keeps_its_device_for_its_tenant() {
         }
         let world = restarted(world);
         world.until(|| !world.has_pending_reclaims() && world.broker.held().is_empty());
-        for device in [NIC, PAIR[1]] {
-            assert_eq!(is_quarantined(&world, 1001, &[device]), Until::Administrator);
+        for devices in [&[NIC][..], &PAIR] {
+            assert_eq!(is_quarantined(&world, 1001, devices), Until::Administrator);
         }
         let groups = world.broker.topology(&caller(1001)).unwrap().groups;
         let unproved = groups.into_iter().find(|group| group.id == 2).unwrap().unproved.unwrap();
@@ -198,7 +199,7 @@ fn a_node_that_was_open_then_keeps_its_device_for_its_tenant() {
         drop(stale);
         world.rebind(NIC);
         world.rebind(PAIR[0]);
-        drop(world.acquire(1001, &want(&[NIC, PAIR[1]])).unwrap());
+        drop(world.acquire(1001, &want(&[NIC, PAIR[0], PAIR[1]])).unwrap());
         world.serve_hang_ups();
         world.assert_idle();
     }
@@ -213,11 +214,11 @@ fn what_several_leases_left_of_a_group_comes_back_as_one() {
         world.serve_hang_ups();
     }
     let world = restarted(world);
-    is_quarantined(&world, 1001, &[PAIR[0]]);
+    is_quarantined(&world, 1001, &PAIR);
     world.rebind(PAIR[0]);
-    is_quarantined(&world, 1001, &[PAIR[0]]);
+    is_quarantined(&world, 1001, &PAIR);
     world.rebind(PAIR[1]);
-    drop(world.acquire(1001, &want(&[PAIR[0]])).unwrap());
+    drop(world.acquire(1001, &want(&PAIR)).unwrap());
 }
 
 #[test]
@@ -335,4 +336,27 @@ fn a_lease_of_another_form_leaves_no_node_to_prove() {
     }
     let groups = world.broker.topology(&caller(1000)).unwrap().groups;
     assert!(groups.iter().all(|group| group.state == GroupState::Free));
+}
+
+#[test]
+fn a_lease_of_which_only_a_mapping_is_left_is_known_until_that_is_gone() {
+    let (world, mut state) = killed(Handout::Devices);
+    (state.phase, state.mappings) = (Phase::Ending, 1);
+    state.groups.clear();
+    write_down(&world, "0123456789abcdef", vec![state.clone()]);
+    let world = restarted(world);
+    assert!(world.broker.shows(&caller(1000), &state.record.lease));
+    // Its keeper's process is no more: the kernel has undone what it had mapped.
+    world.until(|| world.ledger() == crate::ledger::Ledger::default());
+    world.assert_idle();
+}
+
+#[test]
+fn what_a_keeper_has_no_lease_for_is_no_lease_to_the_client_either() {
+    let world = World::new();
+    let grant = world.acquire(1000, &want(&[NIC])).unwrap();
+    let lease = grant.reply.lease.parse().unwrap();
+    let why = || NotDone::Failed(crate::process::keeper::Failure::NoSuchLease);
+    let error = world.broker.not_done(why(), lease, &[], "GetFds");
+    assert_eq!(error, Error::NoSuchLease { lease: grant.reply.lease.clone() });
 }

@@ -1,7 +1,6 @@
 //! Leases that end against their holders' will.
 
 use super::*;
-use crate::process::keeper::Saved;
 use crate::protocol::{Drain, Revoke, Revoked};
 use crate::sim::Fault;
 

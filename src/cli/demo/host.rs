@@ -28,13 +28,15 @@ pub(super) fn plan(named: &[String]) -> Result<Plan, Failure> {
         let bdf = device.bdf().to_string();
         device.on_vfio && (named.is_empty() || named.contains(&bdf))
     };
-    let groups = host.groups.values().filter(|group| !group.noiommu && group.is_viable());
+    let groups = host.groups.values().filter(|group| !group.noiommu);
+    // Groups are given as a whole, and a bridge alone need not be named.
+    let groups = groups.filter(|group| group.devices.iter().all(|d| wanted(d) || d.is_bridge()));
     let mut groups = groups
         .map(|group| group.devices.iter().filter(|d| wanted(d)).map(|d| d.bdf().to_string()))
         .map(Iterator::collect::<Vec<_>>)
         .filter(|devices| !devices.is_empty());
     let Some(first) = groups.next() else {
-        let what = "no device of this machine is on a VFIO driver, in a group that is viable";
+        let what = "no device of this machine is on a VFIO driver with all others of its group";
         return Err(Failure::new(what).advise(HOW_TO_GIVE_ONE));
     };
     let second = groups.next().unwrap_or_default();

@@ -173,6 +173,10 @@ driver = "e1000e"
         explain(&policy, &peer, device.parse().unwrap(), sim.kernel().as_ref()).unwrap()
     }
 
+    fn with_devices() -> String {
+        POLICY.replace("deny =", "handouts = [\"container\", \"devices\"]\ndeny =")
+    }
+
     fn peer(uid: u32) -> Peer {
         Peer { uid, gid: uid, groups: vec![36], pid: 0, unit: None, label: None }
     }
@@ -183,17 +187,17 @@ driver = "e1000e"
 
     #[test]
     fn a_yes_says_by_which_rule_and_what_is_in_the_way() {
-        let answer = ask(peer(1000), "0000:65:00.0");
+        let answer = ask_of(&with_devices(), MACHINE, peer(1000), "0000:65:00.0");
         assert!(answer.allowed);
         let text = text(&answer);
         for words in [
             "uid 1000 acquires 0000:65:00.0: allowed",
             "not tenant \"root\" (line 2)",
             "rule: tenant \"alice\" devices[0], policy.toml:9",
-            "handouts: container",
+            "handouts: container, devices",
             "group 26 is not viable: 0000:65:00.1 is on e1000e\n",
-            "0000:65:00.1 is in the same group, and may not be named",
-            "tenant \"kvm\" in line 11 is for this caller too",
+            "0000:65:00.1 is in the same group, and denied",
+            "tenant \"kvm\" in line 12 is for this caller too",
         ] {
             assert!(text.contains(words), "{words}\n{text}");
         }
@@ -216,16 +220,32 @@ driver = "e1000e"
     }
 
     #[test]
-    fn a_denied_companion_on_vfio_denies_the_group_but_not_the_device_alone() {
-        let machine = MACHINE.replace("e1000e", "vfio-pci");
-        let ask = |policy: &str| ask_of(policy, &machine, peer(1000), "0000:65:00.0");
-        let denied = ask(POLICY);
-        assert!(!denied.allowed);
-        assert!(text(&denied).contains("handout devices, which would not"), "{}", text(&denied));
-        let alone = POLICY.replace("deny =", "handouts = [\"container\", \"devices\"]\ndeny =");
-        let alone = ask(&alone);
-        assert!(alone.allowed);
-        assert!(text(&alone).contains("only handout devices is possible"), "{}", text(&alone));
+    fn a_denied_companion_denies_the_group_but_not_the_device_alone() {
+        let without = MACHINE.replace("driver = \"e1000e\"", "");
+        for machine in [MACHINE.replace("e1000e", "vfio-pci"), MACHINE.into(), without] {
+            let ask = |policy: &str| ask_of(policy, &machine, peer(1000), "0000:65:00.0");
+            let denied = ask(POLICY);
+            assert!(!denied.allowed);
+            let denied = text(&denied);
+            assert!(denied.contains("handout devices, which would not"), "{denied}");
+            let alone = ask(&with_devices());
+            assert!(alone.allowed);
+            assert!(text(&alone).contains("only handout devices is possible"), "{}", text(&alone));
+        }
+    }
+
+    #[test]
+    fn a_companion_that_is_allowed_must_be_named_where_the_group_is_given() {
+        let said = |policy: &str| {
+            let policy = policy.replace("deny = [\"0000:65:00.1\"]\n", "");
+            text(&ask_of(&policy, MACHINE, peer(1000), "0000:65:00.0"))
+        };
+        let must = "must be named too, to use or to withhold it\n";
+        assert!(said(POLICY).contains(must), "{}", said(POLICY));
+        let either = said(&with_devices());
+        assert!(
+            either.contains("must be named too, to use or to withhold it, with handout container")
+        );
     }
 
     #[test]

@@ -134,19 +134,27 @@ impl Explanation {
     fn of_companions(&mut self, policy: &Policy, tenant: &Tenant, group: &Group, device: &Device) {
         for other in group.devices.iter().filter(|d| d.bdf() != device.bdf() && !d.is_bridge()) {
             let (bdf, decision) = (other.bdf(), policy.device(tenant, &other.facts));
-            let alone = [Handout::Devices, Handout::Iommufd];
-            let alone: Vec<_> = alone.iter().filter(|h| tenant.handouts().contains(h)).collect();
+            let (alone, gives_group): (Vec<_>, Vec<_>) = tenant
+                .handouts()
+                .iter()
+                .partition(|handout| matches!(handout, Handout::Devices | Handout::Iommufd));
+            let names = |those: &[&Handout]| {
+                those.iter().map(|handout| handout.name()).collect::<Vec<_>>().join(" or ")
+            };
             if decision.allowed {
                 self.notes.push(format!(
-                    "{bdf} is in the same group, and may be named too, to use or to withhold it"
+                    "{bdf} is in the same group, and {} be named too, to use or to withhold it{}",
+                    if gives_group.is_empty() { "may" } else { "must" },
+                    match (alone.is_empty(), gives_group.is_empty()) {
+                        (false, false) => format!(", with handout {}", names(&gives_group)),
+                        _ => String::new(),
+                    }
                 ));
-            } else if !other.on_vfio {
-                self.notes.push(format!("{bdf} is in the same group, and may not be named"));
             } else if !alone.is_empty() {
                 self.notes.push(format!(
                     "{bdf} is in the same group, and denied: whoever is handed the group reaches \
                      it, so only handout {} is possible",
-                    alone.iter().map(|handout| handout.name()).collect::<Vec<_>>().join(" or ")
+                    names(&alone)
                 ));
             } else {
                 let reason = format!(

@@ -1,6 +1,6 @@
 //! What may be acquired, written down a second time in the simplest way there is.
 
-use super::model::{Holder, Model, QUOTA, State};
+use super::model::{Holder, Model, State};
 use super::*;
 use std::collections::BTreeSet;
 
@@ -60,7 +60,7 @@ impl Model {
         let kept_away = self.unproved.values().filter(|(tenant, _)| *tenant == holder.tenant);
         let kept_away = kept_away.flat_map(|(_, left)| left.keys());
         let kept_away = kept_away.filter(|bdf| !named.contains(bdf)).count();
-        of_tenant + wanted + kept_away <= QUOTA.devices as usize
+        of_tenant + wanted + kept_away <= self.quota.devices as usize
     }
 
     /// The tenant that a group is for alone.

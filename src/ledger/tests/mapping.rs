@@ -1,6 +1,6 @@
 //! Mappings in the plain model.
 
-use super::model::{Going, Mapped, Model, QUOTA, space_key};
+use super::model::{Going, Mapped, Model, space_key};
 use super::*;
 
 impl Model {
@@ -25,9 +25,9 @@ impl Model {
             && enforced
             && !holder.noiommu
             && !overlap
-            && theirs.len() < QUOTA.mappings as usize
-            && bytes + size <= QUOTA.mapped_bytes;
-        let effects = self.apply(Request::Map { lease, iova, size, quota: QUOTA });
+            && theirs.len() < self.quota.mappings as usize
+            && bytes + size <= self.quota.mapped_bytes;
+        let effects = self.apply(Request::Map { lease, iova, size, quota: self.quota });
         assert_eq!(effects.is_some(), allowed, "{lease} maps {page}+{pages} beside {here:?}");
         if effects.is_none() {
             return;

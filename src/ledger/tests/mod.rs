@@ -1,9 +1,12 @@
-//! The ledger against a plain model, over random sequences of requests, deaths and faults.
+//! The ledger against a plain model: over random sequences of requests, deaths and faults, and over all
+//! of them in small worlds.
 
 mod allowed;
 mod mapping;
 mod model;
+mod restart;
 mod rules;
+mod search;
 
 use super::*;
 use crate::protocol::{Bdf, Handout};
@@ -74,7 +77,53 @@ enum Op {
         group: u32,
     },
     /// The broker ends, and the next one takes over.
-    Restart,
+    Restart {
+        hangs: bool,
+    },
+    KeeperDies {
+        lease: usize,
+        keeps: u8,
+    },
+    Silent {
+        lease: usize,
+    },
+}
+
+impl Model {
+    /// It happens, and the rules hold. False where it was refused, and nothing has changed.
+    fn step(&mut self, op: &Op) -> bool {
+        let keeps = |number| match number {
+            0 => Keeps::Device,
+            1 => Keeps::Group,
+            _ => Keeps::Nothing,
+        };
+        let entered = match *op {
+            Op::Acquire { tenant, ref wanted, handout, space } => {
+                self.acquire(tenant, wanted, handout, space)
+            }
+            Op::Extend { lease, ref wanted } => self.extend(lease, wanted),
+            _ => true,
+        };
+        match *op {
+            Op::Acquire { .. } | Op::Extend { .. } => {}
+            Op::Finish { which, how } => self.finish(which, how),
+            Op::Map { lease, page, pages, how } => self.map(lease, page, pages, how),
+            Op::Unmap { lease, page, pages, how } => self.unmap(lease, page, pages, how),
+            Op::Settle { which, ok } => self.settle(which, ok),
+            Op::OwnMap { lease, page } => self.own_map(lease, page),
+            Op::End { lease, keeps: number } => self.end(lease, keeps(number)),
+            Op::Reclaim { lease, faults } => self.reclaim(lease, faults),
+            Op::LetGo { group } => self.let_go(group),
+            Op::Rebind { group } => self.rebind(group),
+            Op::Restart { hangs } => self.restart(hangs),
+            Op::KeeperDies { lease, keeps: number } => self.keeper_dies(lease, keeps(number)),
+            Op::Silent { lease } => self.is_silent(lease),
+        }
+        if entered {
+            self.check();
+        }
+        entered
+    }
 }
 
 fn wanted() -> impl Strategy<Value = Vec<(u32, u8, u8)>> {
@@ -99,7 +148,9 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(lease, faults)| Op::Reclaim { lease, faults }),
         1 => (0..model::GROUPS).prop_map(|group| Op::LetGo { group }),
         1 => (0..model::GROUPS).prop_map(|group| Op::Rebind { group }),
-        1 => Just(Op::Restart),
+        1 => any::<bool>().prop_map(|hangs| Op::Restart { hangs }),
+        1 => (lease(), 0..4u8).prop_map(|(lease, keeps)| Op::KeeperDies { lease, keeps }),
+        1 => lease().prop_map(|lease| Op::Silent { lease }),
     ]
 }
 
@@ -109,28 +160,8 @@ proptest! {
     #[test]
     fn whatever_happens_the_rules_hold(ops in vec(op(), 1..80)) {
         let mut model = Model::default();
-        for op in ops {
-            match op {
-                Op::Acquire { tenant, wanted, handout, space } => {
-                    model.acquire(tenant, &wanted, handout, space);
-                }
-                Op::Extend { lease, wanted } => model.extend(lease, &wanted),
-                Op::Finish { which, how } => model.finish(which, how),
-                Op::Map { lease, page, pages, how } => model.map(lease, page, pages, how),
-                Op::Unmap { lease, page, pages, how } => model.unmap(lease, page, pages, how),
-                Op::Settle { which, ok } => model.settle(which, ok),
-                Op::OwnMap { lease, page } => model.own_map(lease, page),
-                Op::End { lease, keeps } => model.end(lease, match keeps {
-                    0 => Keeps::Device,
-                    1 => Keeps::Group,
-                    _ => Keeps::Nothing,
-                }),
-                Op::Reclaim { lease, faults } => model.reclaim(lease, faults),
-                Op::LetGo { group } => model.let_go(group),
-                Op::Rebind { group } => model.rebind(group),
-                Op::Restart => model.restart(),
-            }
-            model.check();
+        for op in &ops {
+            model.step(op);
         }
         model.end_of_the_world();
     }

@@ -4,88 +4,28 @@
 use super::*;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Groups 0 to 5 have two devices each. Group 1's first device is a VF of group 0's; group 5 has no
-/// IOMMU.
-pub(super) const GROUPS: u32 = 6;
+/// Groups 0 to 5 have two devices each, group 6 has one. Group 1's first device is a VF of group 0's;
+/// group 5 has no IOMMU.
+pub(super) const GROUPS: u32 = 7;
 
 pub(super) const QUOTA: Quota = Quota { leases: 3, devices: 6, mappings: 4, mapped_bytes: 8 << 12 };
 
-/// When ledgers are told of leases that were there before.
-const LATER: u64 = 9;
-
-/// A lease as its keeper has it.
-fn adopted(ledger: &Ledger, lease: &Lease) -> Adopted {
-    let groups = ledger.groups_of(lease.id).map(|(id, group)| AdoptedGroup {
-        id,
-        attached: group.attached,
-        members: group.members.clone(),
-        unbound: None,
-    });
-    Adopted {
-        lease: lease.id,
-        tenant: lease.tenant.clone(),
-        vm: lease.vm.clone(),
-        uid: lease.uid,
-        pid: lease.pid,
-        since: lease.since,
-        handout: lease.handout,
-        space: lease.space.clone(),
-        noiommu: lease.noiommu,
-        held: lease.phase == Phase::Held,
-        at: LATER,
-        devices: lease.devices.clone(),
-        groups: groups.collect(),
-    }
-}
-
-/// A lease of which only open nodes are left.
-fn forgotten(left: &Unproved) -> Adopted {
-    Adopted {
-        lease: left.lease,
-        tenant: left.tenant.clone(),
-        vm: left.vm.clone(),
-        uid: left.uid,
-        pid: left.pid,
-        since: left.since,
-        handout: Handout::Iommufd,
-        space: Space::None,
-        noiommu: false,
-        held: false,
-        at: LATER,
-        devices: Vec::new(),
-        groups: Vec::new(),
-    }
-}
-
-/// What the next ledger knows of what this one knew: everything, but why and since when something is
-/// not free, and what is mapped for leases that have no group any more.
-fn as_adopted(mut ledger: Ledger) -> Ledger {
-    for group in ledger.groups.values_mut().filter(|group| group.state != GroupState::Held) {
-        group.state = GroupState::Reclaiming { since: LATER };
-    }
-    ledger.unproved.values_mut().for_each(|left| left.since = LATER);
-    let of = |id, groups: &BTreeMap<u32, Group>| groups.values().any(|group| group.lease == id);
-    let Ledger { leases, groups, .. } = &mut ledger;
-    leases.retain(|id, _| of(*id, groups));
-    ledger
-}
-
 /// What somebody who is gone left open in another process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Keeps {
     Nothing,
     Device,
     Group,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum State {
     InFlight,
     Live,
     Dead,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub(super) struct Holder {
     pub(super) tenant: u8,
     pub(super) handout: Handout,
@@ -98,15 +38,16 @@ pub(super) struct Holder {
 }
 
 /// An acquisition that the kernel has carried out and the ledger has not heard of.
+#[derive(Clone, Debug, Hash)]
 pub(super) struct Pending {
     pub(super) lease: LeaseId,
     pub(super) opened: Vec<u32>,
     pub(super) devices: BTreeMap<Bdf, u32>,
-    cdevs: BTreeMap<Bdf, u64>,
+    pub(super) cdevs: BTreeMap<Bdf, u64>,
 }
 
 /// One mapping in the toy kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Mapped {
     pub(super) iova: u64,
     pub(super) size: u64,
@@ -115,30 +56,30 @@ pub(super) struct Mapped {
     pub(super) in_flight: Option<Going>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) enum Going {
     In,
     Out,
 }
 
-#[derive(Default)]
+#[derive(Clone, Hash)]
 pub(super) struct Model {
-    ledger: Ledger,
-    next: u64,
+    pub(super) ledger: Ledger,
+    pub(super) quota: Quota,
     pub(super) holders: BTreeMap<LeaseId, Holder>,
     pub(super) pending: Vec<Pending>,
     /// Who has which group, or had it and is not known to have let go.
     pub(super) owner: BTreeMap<u32, LeaseId>,
     /// The toy kernel: which groups are open, in which address space, what is mapped there, and
     /// what strangers keep.
-    open: BTreeSet<u32>,
-    attached: BTreeMap<u32, String>,
+    pub(super) open: BTreeSet<u32>,
+    pub(super) attached: BTreeMap<u32, String>,
     pub(super) mapped: BTreeMap<String, Vec<Mapped>>,
-    kept: BTreeMap<u32, Keeps>,
+    pub(super) kept: BTreeMap<u32, Keeps>,
     /// Whose devices somebody has open by their own nodes, unbound, where nothing shows it.
-    stale: BTreeMap<u32, u8>,
+    pub(super) stale: BTreeMap<u32, u8>,
     /// How often each group's devices were bound to their driver anew.
-    registrations: BTreeMap<u32, u64>,
+    pub(super) registrations: BTreeMap<u32, u64>,
     /// Groups that are for one tenant alone, with what somebody may have open.
     pub(super) unproved: BTreeMap<u32, (u8, BTreeMap<Bdf, u64>)>,
 }
@@ -148,9 +89,10 @@ pub(super) fn bdf(group: u32, device: u8) -> Bdf {
 }
 
 fn wanted_group((id, used, withheld): &(u32, u8, u8)) -> WantedGroup {
-    let those = |bits: u8| (0..2).filter(|n| bits & 1 << n != 0).map(|n| bdf(*id, n)).collect();
+    let count = if *id == 6 { 1 } else { 2 };
+    let those = |bits: u8| (0..count).filter(|n| bits & 1 << n != 0).map(|n| bdf(*id, n)).collect();
     let physfn = |n| (*id == 1 && n == 0).then(|| bdf(0, 0));
-    let members = (0..2).map(|n| Member { bdf: bdf(*id, n), physfn: physfn(n) }).collect();
+    let members = (0..count).map(|n| Member { bdf: bdf(*id, n), physfn: physfn(n) }).collect();
     let (devices, withhold) = (those(*used), those(*withheld));
     WantedGroup { id: *id, noiommu: *id == 5, members, devices, withhold }
 }
@@ -170,7 +112,39 @@ pub(super) fn space_key(id: LeaseId, space: &Space) -> String {
     }
 }
 
+impl Default for Model {
+    fn default() -> Self {
+        Self::new(QUOTA)
+    }
+}
+
 impl Model {
+    pub(super) fn new(quota: Quota) -> Self {
+        Self {
+            ledger: Ledger::default(),
+            quota,
+            holders: BTreeMap::new(),
+            pending: Vec::new(),
+            owner: BTreeMap::new(),
+            open: BTreeSet::new(),
+            attached: BTreeMap::new(),
+            mapped: BTreeMap::new(),
+            kept: BTreeMap::new(),
+            stale: BTreeMap::new(),
+            registrations: BTreeMap::new(),
+            unproved: BTreeMap::new(),
+        }
+    }
+
+    /// The lowest name of a lease that nobody knows any more: what has been and is over leaves no trace.
+    fn unused_name(&self) -> LeaseId {
+        let known = |id: &LeaseId| {
+            self.holders.contains_key(id)
+                || self.ledger.unproved().any(|(_, left)| left.lease == *id)
+        };
+        (1..).map(LeaseId).find(|id| !known(id)).unwrap()
+    }
+
     pub(super) fn live(&self, which: usize) -> Option<LeaseId> {
         let live = self.holders.iter().filter(|(_, holder)| holder.state == State::Live);
         let live: Vec<_> = live.map(|(id, _)| *id).collect();
@@ -195,7 +169,14 @@ impl Model {
         assert!(self.apply(request.clone()).is_some(), "{request:?} was refused");
     }
 
-    pub(super) fn acquire(&mut self, tenant: u8, wanted: &[(u32, u8, u8)], handout: u8, space: u8) {
+    /// Whether it was not refused.
+    pub(super) fn acquire(
+        &mut self,
+        tenant: u8,
+        wanted: &[(u32, u8, u8)],
+        handout: u8,
+        space: u8,
+    ) -> bool {
         use Handout::{Container, Devices, Group, Iommufd};
         let handout = [Container, Group, Devices, Devices, Iommufd, Iommufd][usize::from(handout)];
         let shared = |name: &str, trust| Space::Shared { name: name.into(), trust };
@@ -207,8 +188,7 @@ impl Model {
             _ => Space::Own,
         };
         let groups = merged(wanted);
-        self.next += 1;
-        let lease = LeaseId(self.next);
+        let lease = self.unused_name();
         let noiommu = groups.iter().any(|group| group.noiommu);
         let (devices, cdevs, state) = (BTreeMap::new(), BTreeMap::new(), State::InFlight);
         let space_of = space.clone();
@@ -216,7 +196,7 @@ impl Model {
         let leases = self.holders.values().filter(|other| other.tenant == tenant).count();
         let allowed = self.may_have(lease, &holder, &groups)
             && self.fits(&holder)
-            && leases < QUOTA.leases as usize;
+            && leases < self.quota.leases as usize;
         let request = Request::Acquire(super::super::Acquire {
             lease,
             tenant: tenant.to_string(),
@@ -227,28 +207,29 @@ impl Model {
             handout,
             space,
             groups: groups.clone(),
-            quota: QUOTA,
+            quota: self.quota,
         });
         let effects = self.apply(request);
         assert_eq!(effects.is_some(), allowed, "{holder:?} wants {groups:?}");
-        if let Some(effects) = effects {
-            self.holders.insert(lease, holder);
-            self.carry_out(lease, &groups, &effects);
-        }
+        let Some(effects) = effects else { return false };
+        self.holders.insert(lease, holder);
+        self.carry_out(lease, &groups, &effects);
+        true
     }
 
-    pub(super) fn extend(&mut self, which: usize, wanted: &[(u32, u8, u8)]) {
-        let Some(lease) = self.live(which) else { return };
+    /// Whether it was not refused.
+    pub(super) fn extend(&mut self, which: usize, wanted: &[(u32, u8, u8)]) -> bool {
+        let Some(lease) = self.live(which) else { return false };
         let holder = self.holders[&lease].clone();
         let groups = merged(wanted);
         let busy = self.pending.iter().any(|pending| pending.lease == lease);
         let allowed = !busy && self.may_have(lease, &holder, &groups);
-        let request = Request::Extend(Extend { lease, groups: groups.clone(), quota: QUOTA });
+        let request = Request::Extend(Extend { lease, groups: groups.clone(), quota: self.quota });
         let effects = self.apply(request);
         assert_eq!(effects.is_some(), allowed, "{lease} {holder:?} wants {groups:?}");
-        if let Some(effects) = effects {
-            self.carry_out(lease, &groups, &effects);
-        }
+        let Some(effects) = effects else { return false };
+        self.carry_out(lease, &groups, &effects);
+        true
     }
 
     fn carry_out(&mut self, lease: LeaseId, groups: &[WantedGroup], effects: &[Effect]) {
@@ -334,7 +315,7 @@ impl Model {
     }
 
     /// A group leaves its address space, the last one takes what is mapped with it.
-    fn detach(&mut self, id: u32) {
+    pub(super) fn detach(&mut self, id: u32) {
         let Some(key) = self.attached.remove(&id) else { return };
         if !self.attached.values().any(|other| *other == key) {
             self.mapped.remove(&key);
@@ -342,7 +323,12 @@ impl Model {
     }
 
     pub(super) fn end(&mut self, which: usize, keeps: Keeps) {
-        let Some(lease) = self.live(which) else { return };
+        if let Some(lease) = self.live(which) {
+            self.end_lease(lease, keeps);
+        }
+    }
+
+    pub(super) fn end_lease(&mut self, lease: LeaseId, keeps: Keeps) {
         self.report(Request::End { lease, at: 1 });
         assert_eq!(self.apply(Request::End { lease, at: 1 }), None, "{lease} ended twice");
         self.holders.get_mut(&lease).unwrap().state = State::Dead;
@@ -363,15 +349,16 @@ impl Model {
         }
     }
 
+    /// One of the leases that have ended.
+    pub(super) fn dead(&self, which: usize) -> Option<LeaseId> {
+        let dead = self.holders.iter().filter(|(_, holder)| holder.state == State::Dead);
+        let dead: Vec<_> = dead.map(|(id, _)| *id).collect();
+        (!dead.is_empty()).then(|| dead[which % dead.len()])
+    }
+
     pub(super) fn reclaim(&mut self, which: usize, faults: u16) {
-        let dead: Vec<_> = self
-            .holders
-            .iter()
-            .filter(|(_, holder)| holder.state == State::Dead)
-            .map(|(id, _)| *id)
-            .collect();
-        if !dead.is_empty() {
-            self.take_back(dead[which % dead.len()], faults);
+        if let Some(lease) = self.dead(which) {
+            self.take_back(lease, faults);
         }
     }
 
@@ -432,43 +419,6 @@ impl Model {
             });
             self.report(Request::UnmapDone { lease, iova, gone });
         }
-    }
-
-    /// Another ledger takes over, which is told of each lease as its keeper has it. What is under way
-    /// comes to its end with the links.
-    pub(super) fn restart(&mut self) {
-        while !self.pending.is_empty() {
-            self.finish(0, 0);
-        }
-        while self.mapped.values().flatten().any(|m| m.in_flight.is_some()) {
-            self.settle(0, true);
-        }
-        let old = std::mem::take(&mut self.ledger);
-        let mut all: BTreeMap<LeaseId, Adopted> =
-            old.leases.values().map(|lease| (lease.id, adopted(&old, lease))).collect();
-        for (id, left) in &old.unproved {
-            let group = AdoptedGroup {
-                id: *id,
-                attached: false,
-                members: left.members.clone(),
-                unbound: Some(left.left.clone()),
-            };
-            all.entry(left.lease).or_insert_with(|| forgotten(left)).groups.push(group);
-        }
-        for (lease, adopted) in all {
-            self.report(Request::Adopt(adopted));
-            let mappings = old.leases.get(&lease).map(|lease| lease.mappings.iter());
-            let mappings = mappings.into_iter().flatten().map(|(at, m)| (*at, m.size));
-            self.apply(Request::Mapped { lease, mappings: mappings.collect() });
-        }
-        let expected = as_adopted(old);
-        assert_eq!(self.ledger, expected);
-        // Of what is not in any group any more nobody can tell; the kernel keeps the range.
-        let Self { mapped, ledger, .. } = self;
-        for there in mapped.values_mut() {
-            there.retain(|m| !m.by_broker || ledger.leases.contains_key(&m.lease));
-        }
-        self.forget();
     }
 
     /// A group that nobody has in use any more; its devices that were handed out by their nodes.

@@ -55,8 +55,8 @@ fn mapping_at_the_last_address_is_no_overflow() {
     ledger.apply(Request::Commit { lease }).unwrap();
     let mut map = |iova, size| ledger.apply(Request::Map { lease, iova, size, quota });
     assert!(map(u64::MAX - 0xfff, 0x1000).is_ok());
-    assert!(matches!(map(u64::MAX - 0xfff, 0x1001), Err(Refusal::Bad { .. })));
-    assert!(matches!(map(0, u64::MAX), Err(Refusal::Conflict { .. })));
+    assert!(matches!(map(u64::MAX - 0xfff, 0x1001), Err(Refusal::Bad(Bad::RangeTooLong))));
+    assert!(matches!(map(0, u64::MAX), Err(Refusal::Conflict(..))));
     assert!(matches!(map(0, 0x1000), Ok(..)));
 }
 
@@ -75,7 +75,7 @@ fn a_stranger_in_the_container_keeps_newcomers_out() {
     assert!(matches!(refusal, Refusal::NotYet { since: 5, .. }), "{refusal}");
     ledger.apply(Request::Stuck { group: 1, why: busy(), at: 6 }).unwrap();
     let refusal = ledger.apply(Request::Acquire(member(2))).unwrap_err();
-    assert!(matches!(refusal, Refusal::Conflict { .. }), "{refusal}");
+    assert!(matches!(refusal, Refusal::Conflict(..)), "{refusal}");
     ledger.apply(Request::Detached { group: 1 }).unwrap();
     ledger.apply(Request::Freed { group: 1 }).unwrap();
     ledger.apply(Request::Acquire(member(2))).unwrap();
@@ -107,6 +107,7 @@ fn adopted(request: &super::super::Acquire, held: bool) -> Adopted {
         at: 9,
         devices: request.groups.iter().flat_map(devices).collect(),
         groups: request.groups.iter().map(group).collect(),
+        is_mapped: false,
     }
 }
 
@@ -139,7 +140,7 @@ fn an_adopted_lease_is_as_it_was() {
         ];
         for other in others {
             let refusal = ledger.apply(Request::Adopt(other)).unwrap_err();
-            assert!(matches!(refusal, Refusal::Conflict { .. }), "{refusal}");
+            assert!(matches!(refusal, Refusal::Conflict(..)), "{refusal}");
             assert_eq!(ledger, expected);
         }
     }
@@ -184,7 +185,7 @@ fn what_is_mapped_for_an_adopted_lease_counts() {
     ledger.apply(Request::Mapped { lease, mappings }).unwrap();
     assert_eq!(ledger, before);
     let mut map = |iova, quota| ledger.apply(Request::Map { lease, iova, size: 0x1000, quota });
-    assert!(matches!(map(0x2000, quota), Err(Refusal::Conflict { .. })));
+    assert!(matches!(map(0x2000, quota), Err(Refusal::Conflict(..))));
     assert!(matches!(map(0x1000, quota), Err(Refusal::OverLimit { most: 2, .. })));
     let unmap = Request::Unmap { lease, iova: 0, size: 0x3000 };
     assert_eq!(ledger.apply(unmap).unwrap().len(), 2);
@@ -222,4 +223,80 @@ fn a_lease_that_is_another_tenant_s_now_counts_against_that_one() {
     let before = ledger.clone();
     ledger.apply(Request::Rename { lease: LeaseId(9), tenant: "c".into() }).unwrap();
     assert_eq!(ledger, before);
+}
+
+#[test]
+fn a_group_that_is_not_handed_over_after_all_can_be_the_last_to_leave_a_container() {
+    let space = Space::Shared { name: "dpdk".into(), trust: Trust::Enforced };
+    let member = |id: u64| super::super::Acquire {
+        space: space.clone(),
+        ..acquire(id, "a", vec![group(id as u32, 1)])
+    };
+    let (first, second) = (LeaseId(1), LeaseId(2));
+    let (devices, groups) = (vec![model::bdf(2, 0)], vec![2]);
+    let ways = [
+        vec![Request::Abort { lease: second }],
+        vec![
+            Request::Commit { lease: second },
+            Request::Retract { lease: second, devices, groups },
+        ],
+    ];
+    for undone in ways {
+        let mut ledger = Ledger::default();
+        let quota = member(1).quota;
+        let before = [
+            Request::Acquire(member(1)),
+            Request::Commit { lease: first },
+            Request::Map { lease: first, iova: 0, size: 0x1000, quota },
+            Request::MapDone { lease: first, iova: 0, made: true },
+            Request::Acquire(member(2)),
+            Request::End { lease: first, at: 5 },
+            Request::UnmapDone { lease: first, iova: 0, gone: false },
+            Request::Detached { group: 1 },
+            Request::Freed { group: 1 },
+        ];
+        for request in before {
+            ledger.apply(request).unwrap();
+        }
+        assert_eq!(ledger.lease(first).unwrap().mapped(), Some((1, 0x1000)));
+        for request in undone {
+            ledger.apply(request).unwrap();
+        }
+        assert_eq!(
+            ledger,
+            Ledger::default(),
+            "the kernel has forgotten the mapping with the group"
+        );
+    }
+}
+
+#[test]
+fn an_ended_lease_of_which_only_a_mapping_is_left_is_adopted_with_it() {
+    let request = super::super::Acquire {
+        space: Space::Shared { name: "dpdk".into(), trust: Trust::Enforced },
+        ..acquire(1, "a", Vec::new())
+    };
+    let lease = request.lease;
+    let ended = Adopted { is_mapped: true, ..adopted(&request, false) };
+    let mut ledger = Ledger::default();
+    ledger.apply(Request::Adopt(ended.clone())).unwrap();
+    ledger.apply(Request::Mapped { lease, mappings: vec![(0, 0x1000)] }).unwrap();
+    // It counts, and nobody else gets the range.
+    let member = super::super::Acquire {
+        groups: vec![group(2, 1)],
+        space: request.space.clone(),
+        ..acquire(2, "a", Vec::new())
+    };
+    let quota = member.quota;
+    ledger.apply(Request::Adopt(Adopted { lease: LeaseId(2), ..adopted(&member, true) })).unwrap();
+    let map = Request::Map { lease: LeaseId(2), iova: 0, size: 0x1000, quota };
+    let overlap = ledger.apply(map).unwrap_err();
+    assert!(matches!(overlap, Refusal::Conflict(Conflict::Overlap { is_foreign: true, .. })));
+    ledger.apply(Request::UnmapDone { lease, iova: 0, gone: true }).unwrap();
+    assert!(ledger.lease(lease).is_none());
+    // As it is where its keeper has undone it by now.
+    let mut ledger = Ledger::default();
+    ledger.apply(Request::Adopt(ended)).unwrap();
+    ledger.apply(Request::NothingMapped { lease }).unwrap();
+    assert_eq!(ledger, Ledger::default());
 }
