@@ -251,7 +251,7 @@ impl Broker {
     async fn new_entry(
         self: &Rc<Self>,
         id: LeaseId,
-        tenant: &Tenant,
+        tenant: &CallersTenant,
         plan: &Plan,
     ) -> Result<Rc<Entry>, Error> {
         let key = Key::new()?;
@@ -259,7 +259,7 @@ impl Broker {
             Space::Shared { name, .. } => self.shared_keeper(name).await?,
             Space::None | Space::Own => self.start_keeper().await?,
         };
-        let principals = self.policy().principals(&tenant.name).unwrap_or_default();
+        let principals = tenant.policy.principals(&tenant.name).unwrap_or_default();
         self.books().owners.insert(id, Owner { name: tenant.name.clone(), principals });
         Ok(Rc::new(Entry::new(id, &tenant.name, key, keeper)))
     }

@@ -2,7 +2,7 @@
 
 use super::error::told;
 use super::keeper::KeeperHandle;
-use super::{Broker, Caller};
+use super::{Broker, Caller, said};
 use crate::ledger::{GroupState, Request};
 use crate::process::keeper::{self, Stage};
 use crate::process::launcher::Kept;
@@ -35,7 +35,7 @@ impl Broker {
                         .into(),
                 file: None,
                 line: None,
-                device: Some(request.device.as_str().into()),
+                device: Some(said(&request.device).into()),
             });
         }
         let device: Bdf = request.device.parse().map_err(|error| Error::bad("device", error))?;

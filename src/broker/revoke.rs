@@ -52,7 +52,7 @@ impl Broker {
     /// The same for all leases that there are, as far as they are the caller's to end.
     ///
     /// # Errors
-    /// None is.
+    /// The caller may end none.
     pub async fn drain(self: &Rc<Self>, caller: &Caller, grace: u64) -> Result<Vec<Begun>, Error> {
         let grace = check_grace(grace)?;
         if !self.administers(caller) {
