@@ -2,7 +2,7 @@
 
 use super::keeper::KeeperHandle;
 use super::key::Key;
-use crate::ledger::{Lease, LeaseId, Ledger};
+use crate::ledger::{Lease, LeaseId, Ledger, Request};
 use crate::process::keeper::UnderWay;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -49,6 +49,23 @@ impl Entry {
 }
 
 impl Books {
+    /// Enters reports on a lease; they can't be refused. Whoever is over by that has no entry any more.
+    pub(super) fn report(&mut self, id: LeaseId, reports: impl IntoIterator<Item = Request>) {
+        let Self { ledger, entries, .. } = self;
+        let before = ledger.leases().len();
+        for report in reports {
+            let _ = ledger.apply(report);
+        }
+        let is_over = ledger.lease(id).is_none();
+        if is_over {
+            entries.remove(&id);
+        }
+        // The last group to leave a shared container settles other members' mappings too.
+        if before.saturating_sub(ledger.leases().len()) > usize::from(is_over) {
+            entries.retain(|id, _| ledger.lease(*id).is_some());
+        }
+    }
+
     /// Open files that are kept for a tenant's leases: groups, containers and lease pipes.
     pub(super) fn kept_for(&self, tenant: &str) -> u64 {
         let theirs = self.entries.values().filter(|entry| entry.tenant == tenant);
