@@ -235,16 +235,9 @@ impl Broker {
     }
 
     fn abort(&self, id: LeaseId) {
-        // The ledger knows this lease and that it is being acquired; it can't refuse.
-        let mut books = self.books();
-        let _ = books.ledger.apply(Request::Abort { lease: id });
-        // One that has ended meanwhile may have waited for this alone.
-        if books.ledger.lease(id).is_none() {
-            books.entries.remove(&id);
-            books.owners.remove(&id);
-        }
-        drop(books);
-        self.has_changed();
+        // The ledger knows this lease and that it is being acquired. One that has ended meanwhile may
+        // have waited for this alone.
+        self.report(id, Request::Abort { lease: id });
     }
 
     /// A new lease's entry: with a keeper of its own, or that of its shared container.
@@ -466,11 +459,8 @@ impl Broker {
         let groups = chosen.groups.iter().map(|group| group.id).filter(|id| !known(*id)).collect();
         let devices = chosen.groups.iter().flat_map(|g| g.devices.iter().chain(&g.withhold));
         let devices = devices.copied().collect();
-        let _ = books.ledger.apply(Request::Retract { lease: entry.id, devices, groups });
-        if books.ledger.lease(entry.id).is_none() {
-            books.entries.remove(&entry.id);
-            books.owners.remove(&entry.id);
-        }
+        let lease = entry.id;
+        books.report(lease, [Request::Retract { lease, devices, groups }]);
         drop(books);
         self.has_changed();
     }

@@ -130,12 +130,9 @@ impl Broker {
             self.end(id, EventKind::Gone);
             let mut books = self.books();
             let groups: Vec<u32> = books.ledger.groups_of(id).map(|(id, _)| id).collect();
-            let _ = books.ledger.apply(Request::NothingMapped { lease: id });
-            for group in groups {
-                let _ = books.ledger.apply(Request::Detached { group });
-                let _ = books.ledger.apply(Request::Freed { group });
-            }
-            books.forget_closed();
+            let free = |group| [Request::Detached { group }, Request::Freed { group }];
+            let nothing = Request::NothingMapped { lease: id };
+            books.report(id, std::iter::once(nothing).chain(groups.into_iter().flat_map(free)));
             drop(books);
             self.has_changed();
         }
@@ -169,9 +166,9 @@ impl Broker {
         let left: BTreeSet<u64> = all.iter().map(|(iova, _)| *iova).collect();
         let gone = known.into_keys().filter(|iova| is_ending && !left.contains(iova));
         for iova in gone {
-            self.report(Request::UnmapDone { lease: id, iova, gone: true });
+            self.report(id, Request::UnmapDone { lease: id, iova, gone: true });
         }
-        self.report(Request::Mapped { lease: id, mappings: all });
+        self.report(id, Request::Mapped { lease: id, mappings: all });
     }
 }
 

@@ -4,7 +4,7 @@ use super::keeper::KeeperHandle;
 use super::key::Key;
 use super::reload::Owner;
 use super::revoke::Revoking;
-use crate::ledger::{Lease, LeaseId, Ledger};
+use crate::ledger::{Lease, LeaseId, Ledger, Request};
 use crate::process::keeper::UnderWay;
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
@@ -59,8 +59,21 @@ impl Entry {
 }
 
 impl Books {
+    /// Enters reports on a lease; they can't be refused. Whoever is over by that has no entry any more.
+    pub(super) fn report(&mut self, id: LeaseId, reports: impl IntoIterator<Item = Request>) {
+        let before = self.ledger.leases().len();
+        for report in reports {
+            let _ = self.ledger.apply(report);
+        }
+        let is_over = self.ledger.lease(id).is_none();
+        // The last group to leave a shared container settles other members' mappings too.
+        if is_over || self.ledger.leases().len() < before {
+            self.forget_closed();
+        }
+    }
+
     /// Forgets what stands beside the ledger of leases that it does not know any more.
-    pub(super) fn forget_closed(&mut self) {
+    fn forget_closed(&mut self) {
         let Self { ledger, entries, owners, .. } = self;
         entries.retain(|id, _| ledger.lease(*id).is_some());
         let left: HashSet<LeaseId> = ledger.unproved().map(|(_, left)| left.lease).collect();

@@ -35,7 +35,7 @@ impl Broker {
         let call = keeper::Map { lease, iova, size, read, write, memory, offset };
         let work = async move {
             let done = turn.ask(&call, &[files.as_fd()]).await;
-            broker.report(Request::MapDone { lease: id, iova, made: done.is_ok() });
+            broker.report(id, Request::MapDone { lease: id, iova, made: done.is_ok() });
             done.map_err(|why| broker.not_done(why, id, &[], "MapDma"))?;
             Ok(turn)
         };
@@ -91,7 +91,7 @@ impl Broker {
             let Effect::Unmap { iova, size } = effect else { continue };
             let call = keeper::Unmap { lease: id.to_string(), iova, size };
             let done = turn.ask(&call, &[]).await;
-            self.report(Request::UnmapDone { lease: id, iova, gone: done.is_ok() });
+            self.report(id, Request::UnmapDone { lease: id, iova, gone: done.is_ok() });
             match done {
                 Ok(done) => unmapped += done.unmapped,
                 Err(error) => drop(failed.get_or_insert(error)),

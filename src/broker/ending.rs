@@ -126,9 +126,9 @@ impl Broker {
         self.tell_outcome(&lease, &known);
     }
 
-    /// A report on what is in the ledger; it can't refuse.
-    pub(super) fn report(&self, request: Request) {
-        let _ = self.books().ledger.apply(request);
+    /// Enters a report on a lease.
+    pub(super) fn report(&self, id: LeaseId, report: Request) {
+        self.books().report(id, [report]);
         self.has_changed();
     }
 
@@ -156,11 +156,7 @@ impl Broker {
             return self.has_changed();
         }
         let (before, known) = (lease.clone(), quarantined(&books, id));
-        for request in reports {
-            let _ = books.ledger.apply(request);
-        }
-        // The last group to leave a shared container settles other members' mappings too.
-        books.forget_closed();
+        books.report(id, reports);
         drop(books);
         self.has_changed();
         self.tell_outcome(&before, &known);

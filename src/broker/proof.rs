@@ -18,7 +18,7 @@ impl Broker {
         for (group, unproved) in unproved {
             for (device, registration) in unproved.left {
                 if self.has_let_go(device, registration) {
-                    self.report(Request::Proved { group, device, registration });
+                    self.report(unproved.lease, Request::Proved { group, device, registration });
                 }
             }
         }

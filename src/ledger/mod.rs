@@ -70,7 +70,7 @@ impl Ledger {
     }
 
     /// Every lease, ended ones that are not reclaimed yet among them.
-    pub fn leases(&self) -> impl Iterator<Item = &Lease> {
+    pub fn leases(&self) -> impl ExactSizeIterator<Item = &Lease> {
         self.leases.values()
     }
 

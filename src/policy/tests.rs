@@ -2,6 +2,7 @@
 
 mod problems;
 mod properties;
+mod refusals;
 
 use super::*;
 

@@ -43,7 +43,12 @@ fn a_lease_that_would_not_be_given_any_more_goes_on_and_says_why() {
         ),
         (want_in("friends", &[NIC]), "trust = \"mutual\"\n", "", "had another trust"),
         // The holder of the group's file reaches this one too.
-        (want(&["0000:01:00.0"]), r#""10de:22ba", "#, "", "reaches all of it"),
+        (
+            Acquire { withhold: Some(specs(&["0000:01:00.1"])), ..want(&["0000:01:00.0"]) },
+            r#""10de:22ba", "#,
+            "",
+            "no entry for",
+        ),
         (want(&[NIC]), "user = 1000\n", "user = 1000\nrights = [\"observe\"]\n", "right acquire"),
         (want(&[NIC]), "user = 1000\n", "user = 1005\n", "for others than it was"),
         (want(&[NIC]), "name = \"a\"\n", "name = \"z\"\n", "not there any more"),
