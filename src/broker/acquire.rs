@@ -14,7 +14,7 @@ use crate::process::keeper::{
 };
 use crate::protocol::{Acquire, Error, EventKind, Handout};
 use serde_json::{Map, Value, json};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use tokio::time::{Instant, timeout_at};
@@ -64,7 +64,7 @@ impl Broker {
     pub async fn acquire(
         self: &Rc<Self>,
         caller: &Caller,
-        client: BorrowedFd<'_>,
+        client: Rc<impl AsFd + 'static>,
         request: &Acquire,
     ) -> Result<Delivery, Error> {
         let until = Instant::now() + self.deadline;
@@ -89,9 +89,9 @@ impl Broker {
         let entry = entry.inspect_err(|_| self.abort(id))?;
         let call =
             self.open_call(&entry, &plan, &chosen, effects).inspect_err(|_| self.abort(id))?;
-        let ready = self.open(&entry, call, until).await?;
+        let ready = self.open(&entry, call, Rc::clone(&client), until).await?;
         let planned = Planned { policy: &tenant.policy, chosen: &chosen };
-        self.hand_over(&entry, ready, client, planned, request.lease.is_none()).await
+        self.hand_over(&entry, ready, client.as_fd(), planned, request.lease.is_none()).await
     }
 
     fn check_own(&self, tenant: &Tenant, entry: &Entry) -> Result<(), Error> {
@@ -339,6 +339,7 @@ impl Broker {
         self: &Rc<Self>,
         entry: &Rc<Entry>,
         call: Open,
+        client: Rc<impl AsFd + 'static>,
         until: Instant,
     ) -> Result<Ready, Error> {
         let (broker, keeper, id) = (Rc::clone(self), Rc::clone(entry), entry.id);
@@ -347,7 +348,9 @@ impl Broker {
         let devices = call.record.devices.clone();
         let work = async move {
             let done = match keeper.keeper.turn().await {
-                Some(mut turn) => turn.ask(&call, &[]).await.map(|opened| (turn, opened)),
+                Some(mut turn) => {
+                    turn.ask(&call, &[client.as_fd()]).await.map(|opened| (turn, opened))
+                }
                 None => Err(NotDone::Lost(crate::process::link::Lost::Closed)),
             };
             match done {

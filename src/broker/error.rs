@@ -10,6 +10,7 @@ use super::books::Books;
 use super::keeper::NotDone;
 use super::{Broker, Caller};
 use crate::host;
+use crate::host::NotAllowed;
 use crate::kernel;
 use crate::ledger::{GroupState, Lease, LeaseId, NotFree, Reclaimed, Refusal, Unproved};
 use crate::policy::{self, Tenant};
@@ -66,14 +67,20 @@ impl From<policy::Refusal> for Error {
     }
 }
 
-/// A device is denied that is not asked for, and would come with the group of one that is.
-pub(super) fn reaches_all(refusal: policy::Refusal, group: u32, device: Bdf) -> Error {
-    let reason = format!(
-        "{}; it is in group {group} with {device}, and whoever is handed the group reaches all of it; \
-         handout devices gives the named devices alone",
-        refusal.reason
-    );
-    policy::Refusal { reason, ..refusal }.into()
+impl From<NotAllowed> for Error {
+    fn from(not: NotAllowed) -> Self {
+        match not {
+            NotAllowed::Denied(refusal) => refusal.into(),
+            NotAllowed::Reaches { refusal, group, device } => {
+                let reason = format!(
+                    "{}; it is in group {group} with {device}, and whoever is handed the group reaches \
+                     all of it; handout devices gives the named devices alone",
+                    refusal.reason
+                );
+                policy::Refusal { reason, ..refusal }.into()
+            }
+        }
+    }
 }
 
 /// The caller has the key of a lease and is another tenant.
@@ -313,6 +320,7 @@ impl Broker {
             },
             Failure::Moved { what, why } => Error::Conflict { what, why },
             Failure::Bad { field, reason } => Error::BadRequest { field, reason },
+            Failure::Denied(refusal) => (*refusal).into(),
             Failure::UnknownPeer => Error::Unsupported {
                 what: call.into(),
                 why: "the kernel does not say for certain which process has connected: it has ended, \

@@ -3,9 +3,9 @@
 use super::books::Books;
 use super::form::{Given, same_form};
 use super::{Broker, Caller, error};
-use crate::host::{self, Device, Group, Host, Place};
+use crate::host::{self, Device, Group, Host, Place, allows};
 use crate::ledger::{Lease, LeaseId, Member, Space, WantedGroup};
-use crate::policy::{Policy, Risk, Tenant};
+use crate::policy::Tenant;
 use crate::protocol::{Acquire, Bdf, DeviceSpec, Error, Handout};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -160,7 +160,7 @@ impl Broker {
     /// VFIO's later. A bridge never leaves its own. Of those that only might be taken, what brings one
     /// with it that nobody names is left out.
     fn check_companions(plan: &mut Plan, lease: Option<&Lease>) -> Result<(), Error> {
-        if !gives_group(plan.handout) {
+        if !plan.handout.gives_group() {
             return Ok(());
         }
         let mut named: BTreeSet<Bdf> = plan.withhold.iter().map(|(bdf, _)| *bdf).collect();
@@ -263,32 +263,6 @@ impl Broker {
     }
 }
 
-/// Whether the policy lets a tenant have a device in this form.
-pub(super) fn allows(
-    policy: &Policy,
-    tenant: &Tenant,
-    group: &Group,
-    device: &Device,
-    handout: Handout,
-    unsafe_interrupts: bool,
-) -> Result<(), Error> {
-    policy.device(tenant, &device.facts).ok()?;
-    // Whoever has the group's open file can open each of its devices, named or not, that is on a VFIO
-    // driver then, whatever it is on now.
-    if gives_group(handout) {
-        for other in group.devices.iter().filter(|other| !other.is_bridge()) {
-            let decided = policy.device(tenant, &other.facts).ok();
-            decided.map_err(|no| error::reaches_all(no, group.id, device.bdf()))?;
-        }
-    }
-    if group.noiommu {
-        policy.risk(tenant, Risk::NoIommu).ok()?;
-    } else if unsafe_interrupts {
-        policy.risk(tenant, Risk::UnsafeInterrupts).ok()?;
-    }
-    Ok(())
-}
-
 impl Plan {
     /// Whether a group might be in it.
     pub(super) fn concerns(&self, group: u32) -> bool {
@@ -326,11 +300,6 @@ impl Plan {
         }
         Chosen { groups: wanted.into_values().collect(), devices, names }
     }
-}
-
-/// Whether a lease's holder gets the open file of each group.
-fn gives_group(handout: Handout) -> bool {
-    matches!(handout, Handout::Container | Handout::Group)
 }
 
 /// What the devices have to do with the form of the lease. Of "any of a kind" one that fits is

@@ -1,9 +1,8 @@
 //! Another policy while leases are held. They stay until they end; what the new policy would not give
 //! is said of each.
 
-use super::plan::allows;
 use super::{Broker, error};
-use crate::host::{Group, allows_unsafe_interrupts};
+use crate::host::{Group, allows, allows_unsafe_interrupts};
 use crate::ledger::{Lease, LeaseId, Request, Space, Trust};
 use crate::policy::{self, Policy, Verb};
 use crate::process::keeper::LeaseRecord;

@@ -20,7 +20,7 @@ impl Connection {
     /// Answers a call whose reply a keeper sends.
     pub(super) async fn acquire(&self, request: Acquire) -> Result<Option<Answer>, Lost> {
         has_room(&self.socket, self.daemon.deadlines.write).await?;
-        let client = self.socket.as_fd();
+        let client = Rc::clone(&self.socket);
         let broker = &self.daemon.broker;
         self.delivered(self.in_place(broker.acquire(&self.caller, client, &request)).await)
     }

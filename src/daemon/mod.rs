@@ -15,7 +15,6 @@ mod lists;
 mod observer;
 mod open_files;
 mod outgoing;
-mod peer;
 mod peer_socket;
 mod rate_limit;
 mod receiver;

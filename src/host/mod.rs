@@ -1,10 +1,12 @@
 //! What is in this machine: PCI devices, their IOMMU groups and drivers, read from sysfs through
 //! the kernel layer.
 
+mod allow;
 mod device;
 mod group;
 mod survey;
 
+pub use allow::{NotAllowed, allows};
 pub use device::{Device, cdev, has_let_go, has_vfs, registration};
 pub use group::Group;
 pub use survey::Survey;

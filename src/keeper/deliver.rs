@@ -41,6 +41,8 @@ impl Keeper {
         client: &OwnedFd,
     ) -> Result<Delivered, Failure> {
         let name = call.lease.clone();
+        let record = &self.lease(&name)?.state.record;
+        self.permit_delivery(record, client).inspect_err(|_| self.undo_pending(&name))?;
         let pipe = match call.lifeline {
             true => Some(pipe().inspect_err(|_| self.undo_pending(&name))?),
             false => None,

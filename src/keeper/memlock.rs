@@ -18,6 +18,7 @@ impl Keeper {
         if self.lease(&call.lease)?.state.phase != Phase::Held {
             return Err(Failure::NoSuchLease);
         }
+        self.permit_memlock(call.bytes, client)?;
         let asked = |call: &'static str| {
             move |errno| Failure::from(Error::new(call, "the peer's socket", errno))
         };

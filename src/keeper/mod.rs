@@ -11,12 +11,14 @@ mod dma;
 mod memlock;
 mod memory;
 mod open;
+mod permit;
 mod process;
 mod serve;
 mod state_file;
 mod take_back;
 mod word;
 
+pub use permit::{Judge, PolicyInForce};
 pub use process::{Machine, keep, links};
 pub use serve::{Links, run};
 pub use state_file::Place;
@@ -49,6 +51,7 @@ pub const PATIENCE: [Duration; 10] = {
 pub struct Keeper {
     kernel: Arc<dyn Kernel>,
     file: StateFile,
+    judge: Judge,
     patience: Vec<Duration>,
     container: Option<Container>,
     leases: BTreeMap<String, KeptLease>,

@@ -11,6 +11,7 @@ use crate::process::keeper::{
 use crate::protocol::{Bdf, FdKind, Handout};
 use nix::errno::Errno;
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// What was opened and is nobody's yet.
@@ -42,7 +43,13 @@ pub(super) struct Cdev {
 
 impl Keeper {
     /// Opens what an acquisition gets. On an error nothing of it is left.
-    pub(super) fn open(&mut self, link: u64, call: Open) -> Result<Opened, Failure> {
+    pub(super) fn open(
+        &mut self,
+        link: u64,
+        mut call: Open,
+        client: &OwnedFd,
+    ) -> Result<Opened, Failure> {
+        self.permit(&mut call, client)?;
         let name = call.record.lease.clone();
         let before = self.admit(&call)?;
         let fresh = call.groups.iter().map(|group| group.id).collect();

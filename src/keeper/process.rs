@@ -1,11 +1,12 @@
 //! A keeper's process, from its fork on.
 
 use super::serve::{Links, run};
-use super::{PATIENCE, Place};
+use super::{PATIENCE, Place, PolicyInForce};
 use crate::kernel::{Kernel, Linux};
 use crate::sim::Wire;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -40,6 +41,7 @@ pub fn keep(
     place: &Place,
     name: &str,
     links: Option<[OwnedFd; 2]>,
+    policy: PolicyInForce,
 ) -> std::io::Result<()> {
     // Whoever ends a service ends what it is at as well, and that is not to be left half done.
     [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]
@@ -54,8 +56,9 @@ pub fn keep(
             (Arc::new(wire), end)
         }
     };
+    let judge = Some(RefCell::new(policy));
     let salvage = links.is_none();
     let first = links.map(Vec::from).unwrap_or_default();
-    run(kernel, place, name, PATIENCE.to_vec(), Links { first, machine: end, salvage })
+    run(kernel, place, name, PATIENCE.to_vec(), Links { first, machine: end, salvage, judge })
         .map_err(|error| std::io::Error::other(error.to_string()))
 }

@@ -1,5 +1,6 @@
 //! A keeper's loop: links, lease pipes, and what is to be tried again.
 
+use super::permit::Judge;
 use super::state_file::{Place, StateFile};
 use super::{Keeper, KeptLease};
 use crate::kernel::Kernel;
@@ -26,6 +27,8 @@ pub struct Links {
     pub machine: Option<OwnedFd>,
     /// Take over the directory of a dead keeper.
     pub salvage: bool,
+    /// Who is asked whether a client may have something.
+    pub judge: Judge,
 }
 
 /// A link, and what it wants to know.
@@ -61,6 +64,7 @@ pub fn run(
     let mut keeper = Keeper {
         kernel,
         file,
+        judge: links.judge,
         patience,
         container: None,
         leases: BTreeMap::new(),
@@ -176,7 +180,7 @@ impl Keeper {
         let mut fds = fds.into_iter();
         let mut file = || fds.next().ok_or_else(|| Lost::Malformed("no file".into()));
         let answer = match method {
-            Open::NAME => framed(self.open(link, link::parse(parameters)?)),
+            Open::NAME => framed(self.open(link, link::parse(parameters)?, &file()?)),
             Reopen::NAME => framed(self.reopen(link, link::parse(parameters)?)),
             Deliver::NAME => framed(self.deliver(link::parse(parameters)?, &file()?)),
             Undo::NAME => framed(self.undo(&link::parse(parameters)?)),

@@ -61,6 +61,11 @@ impl Place {
         &self.0
     }
 
+    /// Where the policy in force is, as the launcher compiled it.
+    pub fn policy(&self) -> PathBuf {
+        self.0.join("policy")
+    }
+
     /// The names of the keepers that have a directory.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! A keeper on the simulated kernel, asked as a broker asks it.
 
+mod permit;
 mod sockets;
 
 use super::*;
@@ -62,20 +63,28 @@ impl World {
     }
 
     fn run(&self, first: Vec<OwnedFd>, salvage: bool) -> JoinHandle<()> {
+        self.run_judged(first, salvage, None)
+    }
+
+    fn run_judged(&self, first: Vec<OwnedFd>, salvage: bool, judge: Judge) -> JoinHandle<()> {
         let (place, kernel) = (self.place.clone(), self.sim.kernel());
-        let links = Links { first, machine: self.sim.wire().end(), salvage };
+        let links = Links { first, machine: self.sim.wire().end(), salvage, judge };
         std::thread::spawn(move || run(kernel, &place, NAME, Vec::new(), links).unwrap())
     }
 
     /// A keeper with so many links.
     fn keeper<const N: usize>(&self) -> (JoinHandle<()>, [Asker; N]) {
+        self.keeper_judged(None)
+    }
+
+    fn keeper_judged<const N: usize>(&self, judge: Judge) -> (JoinHandle<()>, [Asker; N]) {
         let mut theirs = Vec::new();
         let askers = std::array::from_fn(|_| {
             let (ours, other) = UnixStream::pair().unwrap();
             theirs.push(OwnedFd::from(other));
             Asker { socket: ours, bytes: VecDeque::new() }
         });
-        (self.run(theirs, false), askers)
+        (self.run_judged(theirs, false, judge), askers)
     }
 
     fn stats(&self) -> Stats {
@@ -149,7 +158,9 @@ impl Asker {
     }
 
     fn open(&mut self, call: &Open) -> Result<Opened, Failure> {
-        self.ask(call)
+        let (client, _) = UnixStream::pair().unwrap();
+        self.send(call, &[client.as_fd()]);
+        self.answer::<Open>()
     }
 
     /// Delivers what is pending; gives the client's files.
@@ -345,7 +356,8 @@ fn what_is_begun_stands_in_the_state_file() {
     let (keeper, [mut link, mut watch]) = world.keeper();
     world.sim.fault(Fault::never("VFIO_GROUP_GET_DEVICE_FD")).unwrap();
     watch.send_bytes(&link::call(&Watch {}, true), &[]);
-    link.send(&wanted(ONE, 2, Handout::Devices, false), &[]);
+    let (client, _) = UnixStream::pair().unwrap();
+    link.send(&wanted(ONE, 2, Handout::Devices, false), &[client.as_fd()]);
     world.until(|| world.stats().held > 0);
     let begun = world.written().unwrap().remove(0);
     let call = begun.call.unwrap();

@@ -3,7 +3,7 @@
 use super::StartError;
 use super::confine::Users;
 use super::options::Options;
-use super::policy_file::{self, PolicyFile};
+use super::policy_file::PolicyFile;
 use super::simulation;
 use crate::daemon::{self, Given};
 use crate::keeper::{Machine, links};
@@ -21,7 +21,6 @@ use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
-use tracing::warn;
 
 /// What every broker of this launcher begins with.
 #[derive(Debug)]
@@ -76,14 +75,10 @@ impl Broker {
         self.tell(&Told::Stop(signal.into()), &[]);
     }
 
-    /// Tells it what came of reading the policy again. False where it does not hear it.
-    pub(super) fn tell_policy(&self, read: &PolicyRead, policy: Option<&Policy>) -> bool {
-        let file = policy.map(policy_file::in_memory).transpose();
-        let Ok(file) = file.inspect_err(|error| warn!(%error, "can't hand the policy on")) else {
-            return false;
-        };
-        let file = file.as_ref().map(AsFd::as_fd);
-        self.tell(&Told::Policy(read.clone()), file.as_slice())
+    /// Tells it what came of reading the policy again, with the compiled one if it is another. False where
+    /// it does not hear it.
+    pub(super) fn tell_policy(&self, read: &PolicyRead, compiled: Option<&File>) -> bool {
+        self.tell(&Told::Policy(read.clone()), compiled.map(AsFd::as_fd).as_slice())
     }
 
     fn tell(&self, told: &Told, files: &[BorrowedFd<'_>]) -> bool {

@@ -3,14 +3,14 @@
 use super::options::Options;
 use super::{StartError, file_mode, simulation};
 use crate::host::Host;
-use crate::keeper::Machine;
+use crate::keeper::{Machine, Place};
 use crate::kernel::Kernel;
 use crate::policy::{BUILT_IN, POLICY_PATH, Policy};
 use crate::process::launcher::PolicyRead;
 use crate::users::SystemUsers;
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 use tracing::{info, warn};
@@ -74,15 +74,24 @@ impl PolicyFile {
     }
 }
 
-/// A compiled policy in a file of memory, for a process that can't read the other one.
+/// Puts the compiled policy where keepers find it, those of earlier launchers too; gives it as a file to
+/// be read from.
 ///
 /// # Errors
-/// See memfd_create(2) and write(2).
-pub(super) fn in_memory(policy: &Policy) -> std::io::Result<OwnedFd> {
-    let file = memfd_create(c"policy", MFdFlags::MFD_CLOEXEC)?;
-    let mut file = File::from(file);
-    serde_json::to_writer(&mut file, policy)?;
-    Ok(file.into())
+/// See open(2), write(2) and rename(2).
+pub(super) fn put_in_force(policy: &Policy, place: &Place) -> std::io::Result<File> {
+    let (path, new) = (place.policy(), place.path().join("policy.new"));
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(true).mode(0o600);
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = options.custom_flags(nix::libc::O_NOFOLLOW).open(&new)?;
+    file.write_all(&serde_json::to_vec(policy)?)?;
+    std::fs::rename(&new, &path)?;
+    file.rewind()?;
+    Ok(file)
 }
 
 /// Seconds since 1970.

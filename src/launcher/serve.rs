@@ -3,9 +3,11 @@
 use super::StartError;
 use super::broker::{Beginning, Broker};
 use super::listen::Listening;
+use super::policy_file;
 use super::simulation::Simulation;
 use crate::keeper::Place;
 use crate::log::Log;
+use crate::policy::Policy;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -156,15 +158,22 @@ impl Launcher {
     fn reload(&mut self) {
         let since = NotifyState::monotonic_usec_now().ok();
         notify(&[Some(NotifyState::Reloading), since].into_iter().flatten().collect::<Vec<_>>());
-        let policy = self.beginning.policy_file.read().ok().map(Arc::new);
-        if let Some(policy) = &policy {
-            self.beginning.policy = Arc::clone(policy);
-        }
+        let policy = self.beginning.policy_file.read().ok();
+        let compiled = policy.and_then(|policy| self.put_in_force(policy));
         let read = self.beginning.policy_file.status();
-        if !self.broker.tell_policy(read, policy.as_deref()) {
+        if !self.broker.tell_policy(read, compiled.as_ref()) {
             // The next broker begins with it.
             notify(&[NotifyState::Ready]);
         }
+    }
+
+    /// Has a policy apply from here on; gives it as a file, where it could be written.
+    fn put_in_force(&mut self, policy: Policy) -> Option<File> {
+        let file = policy_file::put_in_force(&policy, &self.place)
+            .inspect_err(|error| error!(%error, "can't write the policy down"));
+        let file = file.ok()?;
+        self.beginning.policy = Arc::new(policy);
+        Some(file)
     }
 
     /// Lets the kernel forget children that have ended.

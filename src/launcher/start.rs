@@ -4,7 +4,7 @@ use super::broker::Beginning;
 use super::confine::Users;
 use super::listen::{self, Listening};
 use super::options::Options;
-use super::policy_file::PolicyFile;
+use super::policy_file::{self, PolicyFile};
 use super::serve::{Launcher, take_signals};
 use super::{StartError, simulation};
 use crate::keeper::{Machine, Place};
@@ -47,6 +47,8 @@ fn serve(
     let place = keepers_place(options, simulation.is_some().then_some(&machine))?;
     // Two daemons would not know what the other has handed out.
     let lock = listen::be_the_only_one(place.path())?;
+    policy_file::put_in_force(&policy, &place)
+        .map_err(StartError::set_up("the policy's file for keepers"))?;
     tell_the_start(options, activated);
     let machine_ends = simulation.is_some();
     let (options, policy) = (options.clone(), Arc::new(policy));

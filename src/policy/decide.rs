@@ -4,7 +4,7 @@ use super::device::Match;
 use super::{DeviceRule, Listed, OVERFLOW_ID, Peer, Policy, Risk, SharedContainer, Tenant, Verb};
 use crate::pci::DeviceFacts;
 use crate::protocol::{Backend, Bdf, Handout};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use std::fmt::Display;
 
 /// Yes or no, and why.
@@ -27,7 +27,7 @@ pub struct Decision {
 }
 
 /// A no, with the rule and the reason.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("denied by {rule}: {reason}")]
 pub struct Refusal {
     /// What decided, with its place in the file.

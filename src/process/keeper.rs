@@ -133,7 +133,8 @@ pub enum Step {
     OpenCdev(u32, Bdf),
 }
 
-/// Opens what a lease gets, for the first time or in addition. Nobody has anything of it before
+/// Opens what a lease gets, for the first time or in addition, for the client whose own connection comes
+/// beside this call. Nobody has anything of it before
 /// [`Deliver`]; a link that ends before that undoes it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Open {
@@ -484,6 +485,8 @@ pub enum Failure {
         /// Why.
         reason: String,
     },
+    /// The keeper does not find that the policy gives this to the client.
+    Denied(Box<crate::policy::Refusal>),
     /// The kernel does not say for certain which process has connected.
     UnknownPeer,
     /// The client does not take the reply.

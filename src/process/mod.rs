@@ -7,5 +7,6 @@
 pub mod keeper;
 pub mod launcher;
 pub mod link;
+pub mod peer;
 pub mod queued_files;
 pub mod role;

@@ -29,6 +29,11 @@ impl Handout {
         }
     }
 
+    /// Whether its holder gets the open file of each group.
+    pub fn gives_group(self) -> bool {
+        matches!(self, Self::Container | Self::Group)
+    }
+
     /// As it is written.
     pub fn name(self) -> &'static str {
         match self {

@@ -378,7 +378,7 @@ fn received<T: DeserializeOwned>(client: &UnixStream) -> (T, Vec<OwnedFd>) {
 
 async fn acquire(broker: &Rc<Broker>, uid: u32, request: &Acquire) -> Result<Grant, Error> {
     let (client, ours) = connection();
-    let done = broker.acquire(&caller(uid), client.as_fd(), request).await?;
+    let done = broker.acquire(&caller(uid), Rc::new(client), request).await?;
     assert_eq!(done, Delivery::Whole);
     let (reply, fds) = received(&ours);
     Ok(Grant { reply, fds })

@@ -51,7 +51,7 @@ impl Threads {
     }
 
     fn begin(&self, name: &str, first: Vec<OwnedFd>, salvage: bool) {
-        let links = Links { first, machine: self.wire.end(), salvage };
+        let links = Links { first, machine: self.wire.end(), salvage, judge: None };
         let (place, patience) = (self.place.clone(), self.patience.clone());
         let (kernel, name) = ((self.kernels)(name), name.to_owned());
         // The last of them takes the directory away.

@@ -7,7 +7,10 @@ use nix::sys::socket::{getsockopt, sockopt};
 use std::os::fd::{AsFd, BorrowedFd};
 
 /// Describes the peer of a connected socket. The unit is only looked for if the policy names units.
-pub(super) fn describe(socket: BorrowedFd<'_>, with_unit: bool) -> Result<Peer, Errno> {
+///
+/// # Errors
+/// See getsockopt(2), SO_PEERCRED and its kin.
+pub fn describe(socket: BorrowedFd<'_>, with_unit: bool) -> Result<Peer, Errno> {
     let credentials = getsockopt(&socket, sockopt::PeerCredentials)?;
     let pid = credentials.pid();
     Ok(Peer {
