@@ -21,6 +21,7 @@ impl Broker {
     /// # Errors
     /// What a dead keeper wrote can't be relied on, or two claim the same.
     pub async fn adopt(self: &Rc<Self>) -> Result<(), Error> {
+        let mut keepers = Vec::new();
         for name in self.keepers().await? {
             let keeper = Rc::new(KeeperHandle::new(name.clone()));
             let read = self.keepers.read(&name).await;
@@ -44,8 +45,10 @@ impl Broker {
                     _ => return Err(Error::bad(format!("keeper {name}"), why)),
                 },
             }
-            self.attend(&keeper, None);
+            keepers.push(keeper);
         }
+        // Nothing is asked, and nothing taken back, before all of it is known.
+        keepers.iter().for_each(|keeper| self.attend(keeper, None));
         Ok(())
     }
 

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 /// The policy as the launcher compiled it, in a file that only root can have written.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct PolicyInForce {
     path: PathBuf,
     /// The inode that it was read from; another policy comes in another file.
@@ -24,13 +24,17 @@ pub struct PolicyInForce {
 }
 
 impl PolicyInForce {
-    /// The policy that is in this file now.
+    /// The policy that is in this file, which has this path now.
     ///
     /// # Errors
-    /// See stat(2).
-    pub fn new(path: PathBuf, policy: Arc<Policy>) -> std::io::Result<Self> {
-        let inode = std::fs::metadata(&path)?.ino();
-        Ok(Self { path, inode, policy })
+    /// See fstat(2).
+    pub fn new(path: PathBuf, file: &File, policy: Arc<Policy>) -> std::io::Result<Self> {
+        Ok(Self { path, inode: file.metadata()?.ino(), policy })
+    }
+
+    /// As it was when this was made.
+    pub fn policy(&self) -> &Arc<Policy> {
+        &self.policy
     }
 
     /// The policy of now.

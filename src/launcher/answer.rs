@@ -1,7 +1,7 @@
 //! What the broker has the launcher do.
 
 use super::serve::Launcher;
-use crate::keeper::{PolicyInForce, keep, links};
+use crate::keeper::{keep, links};
 use crate::log;
 use crate::process::keeper::LeaseState;
 use crate::process::launcher::{
@@ -21,7 +21,6 @@ use sd_notify::NotifyState;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 
 /// Names in one message.
 const PAGE_OF_NAMES: usize = 1000;
@@ -95,7 +94,7 @@ impl Launcher {
 
     fn start_keeper(&mut self, StartKeeper { name }: StartKeeper) -> Answer<Done> {
         let (ours, theirs) = links()?;
-        let policy = self.policy()?;
+        let policy = self.beginning.policy.clone();
         let (machine, place, users) = (&self.beginning.machine, &self.place, self.beginning.users);
         child::fork(Role::Keeper.name(), theirs, |links| {
             let _ = users.confine(Role::Keeper);
@@ -106,15 +105,8 @@ impl Launcher {
         Ok((Done {}, ours.into()))
     }
 
-    /// The policy that a keeper begins with.
-    fn policy(&self) -> Result<PolicyInForce, Errno> {
-        let policy = Arc::clone(&self.beginning.policy);
-        let in_force = PolicyInForce::new(self.place.policy(), policy);
-        in_force.map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))
-    }
-
     fn salvage(&mut self, Salvage { name }: Salvage) -> Answer<Done> {
-        let policy = self.policy()?;
+        let policy = self.beginning.policy.clone();
         let (machine, place, users) = (&self.beginning.machine, &self.place, self.beginning.users);
         child::fork(Role::Keeper.name(), [], |[]| {
             let _ = users.confine(Role::Keeper);

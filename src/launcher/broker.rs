@@ -6,9 +6,8 @@ use super::options::Options;
 use super::policy_file::PolicyFile;
 use super::simulation;
 use crate::daemon::{self, Given};
-use crate::keeper::{Machine, links};
+use crate::keeper::{Machine, PolicyInForce, links};
 use crate::log;
-use crate::policy::Policy;
 use crate::process::launcher::{GiveUp, PolicyRead, Told};
 use crate::process::link::{self, Answering};
 use crate::process::role::Role;
@@ -26,7 +25,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub(super) struct Beginning {
     pub(super) options: Options,
-    pub(super) policy: Arc<Policy>,
+    pub(super) policy: PolicyInForce,
     pub(super) policy_file: PolicyFile,
     pub(super) machine: Machine,
     pub(super) users: Users,
@@ -100,7 +99,7 @@ fn serve(beginning: &Beginning, [ask, watch, listener, lock]: [OwnedFd; 4]) -> u
         let Beginning { options, policy, policy_file, files, machine_ends, .. } = beginning;
         daemon::run(Given {
             options: options.clone(),
-            policy: Arc::clone(policy),
+            policy: Arc::clone(policy.policy()),
             policy_read: policy_file.status().clone(),
             kernel,
             listener: listener.into(),

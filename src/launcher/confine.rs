@@ -1,9 +1,10 @@
 //! What a process gives up before it begins.
 
 use crate::process::role::{Role, User};
+use crate::sys::capabilities::{SYS_RAWIO, SYS_RESOURCE, keep_only};
 use nix::errno::Errno;
 use nix::sys::prctl::{set_dumpable, set_no_new_privs};
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
 /// The broker's user where this system has none: in a range that nobody gives out (systemd's
@@ -13,6 +14,9 @@ const BROKER: u32 = 0xfffe_4654;
 const NOBODY: u32 = 0xfffe_4653;
 /// Where a user namespace has none of these.
 const OVERFLOW: u32 = 65534;
+
+/// Whether the kernel gives groups without an IOMMU.
+const NOIOMMU: &str = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode";
 
 /// The name of the broker's user, where the system has one.
 const BROKER_NAME: &str = "vfio-broker";
@@ -44,7 +48,7 @@ impl Users {
         }
         let nobody = |id: u32| (Uid::from_raw(id), Gid::from_raw(id));
         let user = match role.user() {
-            User::Same => return Ok(()),
+            User::Same => return keep_capabilities(role),
             User::Broker => self.broker,
             User::Nobody => nobody(NOBODY),
             User::Overflow => nobody(OVERFLOW),
@@ -56,6 +60,21 @@ impl Users {
             Role::Broker => set_dumpable(true),
             _ => Ok(()),
         }
+    }
+}
+
+/// Of what root may, a keeper raises limits: its own, for what it maps, and those of its clients; and it
+/// opens groups without an IOMMU where the kernel has such. The files that it opens are root's.
+fn keep_capabilities(role: Role) -> Result<(), Errno> {
+    if role != Role::Keeper {
+        return Ok(());
+    }
+    // Whose limit would hold is not this process's tenant; the broker keeps count by the policy.
+    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
+    let noiommu = std::fs::read(NOIOMMU).is_ok_and(|is_on| is_on.starts_with(b"Y"));
+    match noiommu {
+        true => keep_only(&[SYS_RESOURCE, SYS_RAWIO]),
+        false => keep_only(&[SYS_RESOURCE]),
     }
 }
 

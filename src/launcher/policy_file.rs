@@ -3,7 +3,7 @@
 use super::options::Options;
 use super::{StartError, file_mode, simulation};
 use crate::host::Host;
-use crate::keeper::{Machine, Place};
+use crate::keeper::{Machine, Place, PolicyInForce};
 use crate::kernel::Kernel;
 use crate::policy::{BUILT_IN, POLICY_PATH, Policy};
 use crate::process::launcher::PolicyRead;
@@ -12,6 +12,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Seek, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 use tracing::{info, warn};
 
@@ -79,7 +80,10 @@ impl PolicyFile {
 ///
 /// # Errors
 /// See open(2), write(2) and rename(2).
-pub(super) fn put_in_force(policy: &Policy, place: &Place) -> std::io::Result<File> {
+pub(super) fn put_in_force(
+    policy: Policy,
+    place: &Place,
+) -> std::io::Result<(PolicyInForce, File)> {
     let (path, new) = (place.policy(), place.path().join("policy.new"));
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(true).mode(0o600);
@@ -88,10 +92,10 @@ pub(super) fn put_in_force(policy: &Policy, place: &Place) -> std::io::Result<Fi
         _ => {}
     }
     let mut file = options.custom_flags(nix::libc::O_NOFOLLOW).open(&new)?;
-    file.write_all(&serde_json::to_vec(policy)?)?;
+    file.write_all(&serde_json::to_vec(&policy)?)?;
     std::fs::rename(&new, &path)?;
     file.rewind()?;
-    Ok(file)
+    Ok((PolicyInForce::new(path, &file, Arc::new(policy))?, file))
 }
 
 /// Seconds since 1970.

@@ -18,7 +18,6 @@ use sd_notify::NotifyState;
 use std::collections::HashSet;
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::{error, warn};
 
@@ -169,10 +168,10 @@ impl Launcher {
 
     /// Has a policy apply from here on; gives it as a file, where it could be written.
     fn put_in_force(&mut self, policy: Policy) -> Option<File> {
-        let file = policy_file::put_in_force(&policy, &self.place)
+        let put = policy_file::put_in_force(policy, &self.place)
             .inspect_err(|error| error!(%error, "can't write the policy down"));
-        let file = file.ok()?;
-        self.beginning.policy = Arc::new(policy);
+        let (policy, file) = put.ok()?;
+        self.beginning.policy = policy;
         Some(file)
     }
 

@@ -13,7 +13,6 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::sync::Arc;
 use tracing::info;
 
 /// Runs the daemon until SIGTERM or SIGINT; at SIGHUP it reads the policy again. Only for a process with one thread.
@@ -47,11 +46,11 @@ fn serve(
     let place = keepers_place(options, simulation.is_some().then_some(&machine))?;
     // Two daemons would not know what the other has handed out.
     let lock = listen::be_the_only_one(place.path())?;
-    policy_file::put_in_force(&policy, &place)
+    let (policy, _) = policy_file::put_in_force(policy, &place)
         .map_err(StartError::set_up("the policy's file for keepers"))?;
     tell_the_start(options, activated);
     let machine_ends = simulation.is_some();
-    let (options, policy) = (options.clone(), Arc::new(policy));
+    let options = options.clone();
     let beginning = Beginning { options, policy, policy_file, machine, users, files, machine_ends };
     Launcher::new(beginning, place, signals, simulation, lock, listening)?.serve(log)
 }

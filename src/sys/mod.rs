@@ -2,6 +2,8 @@
 //! has a safe face here; the `unsafe` that it takes is behind it.
 
 #[cfg(feature = "daemon")]
+pub mod capabilities;
+#[cfg(feature = "daemon")]
 pub mod child;
 mod error;
 pub mod fdpass;

@@ -106,7 +106,7 @@ fn memory_on_a_file_system_that_never_answers() {
         let mut client = daemon.connect();
         let lease = Held::acquire(&mut client, DEVICE, "devices");
         let file = fuse.open();
-        fuse.stop_answering(daemon.pid());
+        fuse.stop_answering(daemon.launcher());
         let reply = client.call_with("MapDma", map(&lease, 0, 0, PAGE), &[file.as_fd()]);
         assert!(reply.bad("memory").contains("tmpfs"));
         // As an fd that no method takes, and in the queue of a connection that is closed.

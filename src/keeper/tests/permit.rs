@@ -41,7 +41,8 @@ fn put(world: &World, text: &str) -> Policy {
 fn judged(world: &World, text: &str) -> (JoinHandle<()>, Asker) {
     let policy = put(world, text);
     let path = world.directory.path().join("policy");
-    let judge = PolicyInForce::new(path, Arc::new(policy)).unwrap();
+    let file = std::fs::File::open(&path).unwrap();
+    let judge = PolicyInForce::new(path, &file, Arc::new(policy)).unwrap();
     let (keeper, [link]) = world.keeper_judged(Some(RefCell::new(judge)));
     (keeper, link)
 }
