@@ -95,9 +95,13 @@ impl Daemon {
         self.client().acquire(wanted).unwrap()
     }
 
+    fn broker(&self) -> u32 {
+        super::children::broker(self.child.id()).unwrap()
+    }
+
     /// Resident bytes, counted page by page.
     pub fn resident(&self) -> u64 {
-        let path = format!("/proc/{}/smaps_rollup", self.child.id());
+        let path = format!("/proc/{}/smaps_rollup", self.broker());
         let text = fs::read_to_string(path).unwrap();
         let line = text.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
         line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap() << 10
@@ -105,7 +109,7 @@ impl Daemon {
 
     /// Its open files.
     pub fn open_files(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
+        fs::read_dir(format!("/proc/{}/fd", self.broker())).unwrap().count()
     }
 
     /// Its open files once those of connections and calls that have just ended are closed.

@@ -4,6 +4,8 @@
 
 #![allow(dead_code)] // each bench uses its part
 
+#[path = "../../tests/common/children.rs"]
+pub mod children;
 pub mod daemon;
 pub mod figures;
 pub mod floor;

@@ -24,6 +24,8 @@ const FIRST_PASSED: i32 = 3;
 
 /// How long another daemon may take to start at the same path.
 const LOCK_DEADLINE: Duration = Duration::from_secs(5);
+/// How long a broker may take to notice that its launcher was killed.
+const LIVE_DEADLINE: Duration = Duration::from_secs(1);
 const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// A socket that clients connect to.
@@ -108,7 +110,7 @@ fn create(path: &Path) -> Result<Listening, StartError> {
     make_directory(path)?;
     // Of two that start at a time, one looks after the other has begun to listen.
     let _lock = lock(path, LOCK_DEADLINE)?;
-    remove_stale(path)?;
+    remove_left(path)?;
     let listener = bound(path).map_err(|errno| at(errno.into()))?;
     let inode = open_to_all(path).map_err(at)?;
     let_no_fds_pass(&listener);
@@ -219,6 +221,18 @@ fn lock_file(of: &Path) -> Result<(PathBuf, File), StartError> {
         return Err(StartError::UnsafeLock(path));
     }
     Ok((path, file))
+}
+
+/// Removes a socket that nobody listens on, or will soon: the broker of a launcher that was killed serves
+/// it until it has noticed.
+fn remove_left(path: &Path) -> Result<(), StartError> {
+    let until = Instant::now() + LIVE_DEADLINE;
+    loop {
+        match remove_stale(path) {
+            Err(StartError::Live(_)) if Instant::now() < until => std::thread::sleep(LOCK_RETRY),
+            removed => return removed,
+        }
+    }
 }
 
 /// Removes a socket that nobody listens on.

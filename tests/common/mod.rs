@@ -5,10 +5,12 @@
 #![allow(dead_code, unreachable_pub)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod children;
 pub mod fuse;
 pub mod raw;
 mod until;
 
+pub use children::children;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use raw::Raw;
@@ -145,7 +147,7 @@ impl Daemon {
 
     /// The process that talks to clients.
     pub fn pid(&self) -> u32 {
-        children(self.child.id(), "vfiob-broker").into_iter().next().unwrap()
+        children::broker(self.child.id()).unwrap()
     }
 
     /// The process that has started all others.
@@ -445,15 +447,4 @@ pub fn as_uid<T: Send>(uid: u32, something: impl FnOnce() -> T + Send) -> Option
         });
         Some(thread.join().unwrap())
     })
-}
-
-/// The children of a process that have this name.
-pub fn children(pid: u32, name: &str) -> Vec<u32> {
-    let all = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-    let all = all.split_whitespace().map(|pid| pid.parse::<u32>().unwrap());
-    let is = |pid: &u32| {
-        let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        comm.trim_end() == name
-    };
-    all.filter(is).collect()
 }

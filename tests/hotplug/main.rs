@@ -5,6 +5,8 @@
 // A test harness of its own: to clippy it is a program like any other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
+#[path = "../common/children.rs"]
+mod children;
 mod examples;
 mod hotplug;
 mod libvirt;

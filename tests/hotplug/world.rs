@@ -109,7 +109,8 @@ impl World {
     }
 
     pub fn daemon_files(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.daemon.id())).unwrap().count()
+        let broker = crate::children::broker(self.daemon.id()).unwrap();
+        fs::read_dir(format!("/proc/{broker}/fd")).unwrap().count()
     }
 
     /// No lease is left, and its tenant can have every device again.

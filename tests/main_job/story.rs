@@ -393,7 +393,7 @@ fn settled(world: &World) -> usize {
 }
 
 fn open_files(world: &World) -> usize {
-    fs::read_dir(format!("/proc/{}/fd", world.daemon_pid())).unwrap().count()
+    fs::read_dir(format!("/proc/{}/fd", world.broker_pid())).unwrap().count()
 }
 
 fn sysfs_ids(bdf: &str) -> String {

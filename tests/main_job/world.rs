@@ -74,7 +74,7 @@ handouts = ["iommufd", "container"]
 name = "frank"
 user = 2008
 devices = ["1234:11e8"]
-handouts = ["devices"]
+handouts = ["devices", "container"]
 
 [[tenant]]
 name = "gina"
@@ -141,9 +141,12 @@ impl World {
     pub fn restart(&self) {
         assert!(self.real);
         let mut daemon = self.daemon.borrow_mut();
+        let broker = format!("/proc/{}", crate::children::broker(daemon.id()).unwrap());
         daemon.kill().unwrap();
         daemon.wait().unwrap();
         drop(daemon);
+        // It ends when it has no launcher any more.
+        until("the broker has ended too", || !Path::new(&broker).exists());
         self.start_again();
     }
 
@@ -158,8 +161,9 @@ impl World {
         self.dir.path().join("broker.sock")
     }
 
-    pub fn daemon_pid(&self) -> u32 {
-        self.daemon.borrow().id()
+    /// The process that talks to clients.
+    pub fn broker_pid(&self) -> u32 {
+        crate::children::broker(self.daemon.borrow().id()).unwrap()
     }
 
     /// Whether the kernel can do iommufd and cdevs.

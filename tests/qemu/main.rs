@@ -7,6 +7,8 @@
 // A test harness of its own: to clippy it is a program like any other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
+#[path = "../common/children.rs"]
+mod children;
 mod dpdk;
 #[path = "../../examples/rust_vmm.rs"]
 mod rust_vmm;

@@ -119,7 +119,8 @@ impl World {
     }
 
     fn files(&self) -> usize {
-        fs::read_dir(format!("/proc/{}/fd", self.daemon.id())).unwrap().count()
+        let broker = crate::children::broker(self.daemon.id()).unwrap();
+        fs::read_dir(format!("/proc/{broker}/fd")).unwrap().count()
     }
 
     /// Nothing is leased, all devices are free, and the daemon has no more files than at first.

@@ -6,6 +6,8 @@
 // A test harness of its own: to clippy it is a program like any other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
+#[path = "../common/children.rs"]
+mod children;
 #[path = "../main_job/edu.rs"]
 mod edu;
 #[path = "../qemu/world.rs"]
