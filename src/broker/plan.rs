@@ -73,8 +73,10 @@ impl Broker {
         // What was scanned for itself is newer than what was scanned with everything.
         let mut all = host.map_or(BTreeMap::new(), |host| host.groups);
         all.append(&mut groups);
-        if self.policy().names_serials() {
-            all.values_mut().try_for_each(|group| group.read_serials(&*self.kernel))?;
+        let policy = self.policy();
+        if policy.names_serials() {
+            let known = policy.serials();
+            all.values_mut().try_for_each(|group| group.read_serials(&*self.kernel, known))?;
         }
         let (handout, space) = match lease {
             Some(lease) => same_form(lease, request)?,

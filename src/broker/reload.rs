@@ -127,12 +127,12 @@ impl Broker {
     fn groups_of(&self, lease: &Lease) -> Result<Vec<(Group, Vec<crate::protocol::Bdf>)>, Error> {
         let all = || lease.devices.iter().chain(lease.adding());
         let ids: BTreeSet<u32> = all().map(|handed| handed.group).collect();
-        let serials = self.policy().names_serials();
+        let policy = self.policy();
         let mut groups = Vec::new();
         for id in ids {
             let Some(mut group) = Group::scan(&*self.kernel, id)? else { continue };
-            if serials {
-                group.read_serials(&*self.kernel)?;
+            if policy.names_serials() {
+                group.read_serials(&*self.kernel, policy.serials())?;
             }
             let devices = all().filter(|handed| handed.group == id).map(|handed| handed.bdf);
             groups.push((group, devices.collect()));

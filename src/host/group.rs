@@ -2,6 +2,7 @@
 
 use super::{Device, GROUPS, gone_is_none, list, read};
 use crate::kernel::{Kernel, Node, Result};
+use crate::policy::Serials;
 use crate::protocol::{Bdf, Blocker};
 
 /// An IOMMU group: what DMA isolation can tell apart.
@@ -37,12 +38,12 @@ impl Group {
         Ok(Some(Self { id, noiommu, devices }))
     }
 
-    /// Reads its devices' serial numbers.
+    /// Reads its devices' serial numbers; those that can't be read are taken as known.
     ///
     /// # Errors
     /// What reading sysfs says.
-    pub fn read_serials(&mut self, kernel: &dyn Kernel) -> Result<()> {
-        self.devices.iter_mut().try_for_each(|device| device.read_serial(kernel))
+    pub fn read_serials(&mut self, kernel: &dyn Kernel, known: &Serials) -> Result<()> {
+        self.devices.iter_mut().try_for_each(|device| device.read_serial(kernel, known))
     }
 
     /// The node it is opened by.

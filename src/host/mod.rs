@@ -12,6 +12,7 @@ pub use group::Group;
 pub use survey::Survey;
 
 use crate::kernel::{Error, Kernel, Result};
+use crate::policy::Serials;
 use crate::protocol::Bdf;
 use nix::errno::Errno;
 use std::collections::BTreeMap;
@@ -40,12 +41,23 @@ impl Host {
         Ok(Self { groups })
     }
 
-    /// Reads all devices' serial numbers.
+    /// The serial numbers of all devices that have one.
     ///
     /// # Errors
     /// What reading sysfs says.
-    pub fn read_serials(&mut self, kernel: &dyn Kernel) -> Result<()> {
-        self.groups.values_mut().try_for_each(|group| group.read_serials(kernel))
+    pub fn serials(&mut self, kernel: &dyn Kernel) -> Result<Serials> {
+        let mut all = Serials::default();
+        for group in self.groups.values_mut() {
+            group.read_serials(kernel, &Serials::default())?;
+            for device in &group.devices {
+                let path = format!("bus/pci/devices/{}", device.bdf());
+                if let (Some(serial), Ok(inode)) = (&device.facts.serial, kernel.sysfs_inode(&path))
+                {
+                    all.0.insert(device.bdf(), (inode, serial.clone()));
+                }
+            }
+        }
+        Ok(all)
     }
 
     /// All devices, in the order of their groups.

@@ -2,6 +2,7 @@
 
 use super::Group;
 use crate::kernel::{Kernel, Result};
+use crate::policy::Serials;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -21,7 +22,7 @@ struct Reading {
 }
 
 impl Survey {
-    /// A group as it was at `since` or later, with its devices' serial numbers if `serials` says so.
+    /// A group as it was at `since` or later, with its devices' serial numbers where `serials` are asked for.
     ///
     /// # Errors
     /// What reading sysfs says.
@@ -30,7 +31,7 @@ impl Survey {
         kernel: &dyn Kernel,
         id: u32,
         since: Instant,
-        serials: bool,
+        serials: Option<&Serials>,
     ) -> Result<Option<Arc<Group>>> {
         let known = Arc::clone(lock(&self.groups).entry(id).or_default());
         let mut known = lock(&known);
@@ -39,8 +40,8 @@ impl Survey {
         }
         let began = Instant::now();
         let mut group = Group::scan(kernel, id)?;
-        if let Some(group) = group.as_mut().filter(|_| serials) {
-            group.read_serials(kernel)?;
+        if let (Some(group), Some(serials)) = (group.as_mut(), serials) {
+            group.read_serials(kernel, serials)?;
         }
         let group = group.map(Arc::new);
         *known = Some(Reading { began, group: group.clone() });

@@ -140,3 +140,21 @@ fn a_device_on_vfio_has_a_node_of_its_own() {
     assert_eq!(node(&sim, "0000:01:00.0"), None);
     assert!(Group::scan(&*sim.kernel(), 1).unwrap().unwrap().devices[1].on_vfio);
 }
+
+/// On Linux the broker may not read where a serial number is: here the device shows none.
+#[test]
+fn a_serial_number_that_can_not_be_read_is_known_for_that_device_alone() {
+    let sim = machine();
+    let kernel = sim.kernel();
+    let device = bdf("0000:03:00.0");
+    let inode = kernel.sysfs_inode("bus/pci/devices/0000:03:00.0").unwrap();
+    let serial = |known: Serials| {
+        let mut group = Group::scan(&*kernel, 4).unwrap().unwrap();
+        group.read_serials(&*kernel, &known).unwrap();
+        group.device(device).unwrap().facts.serial.clone()
+    };
+    let of = |inode| Serials([(device, (inode, "00-11".to_owned()))].into());
+    assert_eq!(serial(of(inode)).as_deref(), Some("00-11"));
+    assert_eq!(serial(of(inode + 1)), None, "another device at that address");
+    assert_eq!(serial(Serials::default()), None);
+}

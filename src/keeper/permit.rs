@@ -141,7 +141,7 @@ impl Keeper {
             }
             let mut group = Group::scan(kernel, *id)?.ok_or_else(moved)?;
             if policy.names_serials() {
-                group.read_serials(kernel)?;
+                group.read_serials(kernel, policy.serials())?;
             }
             let device = group.device(*bdf).ok_or_else(moved)?;
             let allowed = allows(policy, tenant, &group, device, record.handout, unsafe_interrupts);

@@ -56,11 +56,27 @@ impl PolicyFile {
         };
         let name = &self.read.name;
         let policy = Policy::parse(name, &text, &SystemUsers).map_err(StartError::Policy)?;
+        let policy = self.with_serials(policy)?;
         for problem in policy.warnings().iter() {
             warn!("{}:{}: {}", problem.file, problem.line, problem.message);
         }
         info!(policy = name, tenants = policy.tenants().len(), "policy read");
         Ok(policy)
+    }
+
+    /// The policy with what its rules may want to know and only root can read.
+    fn with_serials(&self, policy: Policy) -> Result<Policy, StartError> {
+        if !policy.names_serials() {
+            return Ok(policy);
+        }
+        let kernel = simulation::kernel(&self.machine)?;
+        match Host::scan(&*kernel).and_then(|mut host| host.serials(&*kernel)) {
+            Ok(serials) => Ok(policy.with_serials(serials)),
+            Err(error) => {
+                warn!(%error, "can't read serial numbers: no entry that names one allows anything");
+                Ok(policy)
+            }
+        }
     }
 
     /// The file of the options, or the default one for the kernel they name; none where all of a

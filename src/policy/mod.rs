@@ -17,8 +17,10 @@ pub use peer::{Names, OVERFLOW_ID, Peer, administers};
 pub use problem::{Problem, Problems, Severity};
 pub use tenant::{Limits, Risk, SharedContainer, Tenant, Trust, Verb};
 
+use crate::protocol::Bdf;
 use device::DeviceRule;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use tenant::{DenyAll, Listed};
 
 /// Where the policy is unless told otherwise.
@@ -41,6 +43,20 @@ pub struct Policy {
     /// For whoever reads the file.
     #[serde(skip)]
     warnings: Problems,
+    /// Of devices whose serial numbers not everybody may read who goes by it.
+    serials: Serials,
+}
+
+/// Serial numbers of devices, each with the number of the device's directory in sysfs: another device at
+/// the same address has another one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Serials(pub BTreeMap<Bdf, (u64, String)>);
+
+impl Serials {
+    /// The serial number of a device that has this directory.
+    pub fn of(&self, bdf: Bdf, inode: u64) -> Option<&str> {
+        self.0.get(&bdf).filter(|(known, _)| *known == inode).map(|(_, serial)| serial.as_str())
+    }
 }
 
 impl Policy {
@@ -85,6 +101,16 @@ impl Policy {
     /// Whether any tenant is for a unit, so that it must be found out which one a peer runs in.
     pub fn names_units(&self) -> bool {
         self.tenants.iter().any(|tenant| tenant.principals.units.is_some())
+    }
+
+    /// The serial numbers that were read when it was.
+    pub fn serials(&self) -> &Serials {
+        &self.serials
+    }
+
+    /// The same policy with serial numbers that were read for it.
+    pub fn with_serials(self, serials: Serials) -> Self {
+        Self { serials, ..self }
     }
 
     /// Whether any rule names a serial number, so that devices must be asked for theirs.

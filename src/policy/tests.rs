@@ -438,3 +438,40 @@ fn root_and_the_broker_s_own_user_are_administrators() {
     }
     assert!(!administers(OVERFLOW_ID, OVERFLOW_ID));
 }
+
+/// The launcher compiles it, and broker and keepers go by what it has written down.
+#[test]
+fn a_compiled_policy_is_the_same_when_it_was_written_down_and_read() {
+    let text = r#"
+version = 1
+[[deny]]
+devices = ["0000:01:00.0"]
+reason = "the host's"
+[[tenant]]
+name = "vms"
+user = "alice"
+group = "kvm"
+rights = ["acquire", "observe"]
+devices = [
+    { bdf = "0000:65:00.0", id = "8086:10d3", serial = "00-11-22-33-44-55-66-77" },
+    { vf_of = "0000:3b:00.0" },
+    "10de:2684",
+]
+handouts = ["devices", "iommufd"]
+accept = ["unsafe-interrupts"]
+memlock = "1GiB"
+[tenant.limits]
+leases = 3
+[[container]]
+name = "pool"
+members = ["vms"]
+trust = "mutual"
+"#;
+    let policy = parse(text).unwrap();
+    let read: Policy = serde_json::from_slice(&serde_json::to_vec(&policy).unwrap()).unwrap();
+    let shown = |policy: &Policy| {
+        let bare = Policy { warnings: Problems::default(), ..policy.clone() };
+        format!("{bare:?}")
+    };
+    assert_eq!(shown(&read), shown(&policy));
+}

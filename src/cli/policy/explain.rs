@@ -114,7 +114,7 @@ fn explain(
         Place::Group(id) => Group::scan(kernel, id)?,
     };
     if let Some(group) = group.as_mut().filter(|_| policy.names_serials()) {
-        group.read_serials(kernel)?;
+        group.read_serials(kernel, policy.serials())?;
     }
     let found = match group.as_ref().and_then(|group| Some((group, group.device(bdf)?))) {
         Some((group, device)) => {

@@ -11,6 +11,7 @@ use super::problem::Report;
 use super::reader::{Section, Value};
 use super::tenant::{Limits, Listed};
 use super::{Names, Policy, Problems, Risk, Tenant, Trust, Verb};
+use crate::policy::Serials;
 use crate::protocol::{Backend, Handout};
 use devices::Use;
 use found::Found;
@@ -77,7 +78,7 @@ pub(super) fn policy(file: &str, text: &str, names: &dyn Names) -> Result<Policy
     }
     let file = file.rsplit('/').next().unwrap_or(file).to_owned();
     let tenants = tenants.into_iter().map(|found| found.tenant).collect();
-    Ok(Policy { file, tenants, containers, deny, warnings: problems })
+    Ok(Policy { file, tenants, containers, deny, warnings: problems, serials: Serials::default() })
 }
 
 fn version(report: &mut Report<'_>, root: &Section<'_, '_>) {
