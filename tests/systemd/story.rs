@@ -7,7 +7,6 @@ use nix::unistd::Pid;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Command;
 use vfio_broker::client::{Acquire, Client};
 use vfio_broker::protocol::Handout;
 
