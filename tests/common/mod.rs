@@ -222,6 +222,11 @@ impl Daemon {
         });
     }
 
+    /// Whether it has not ended.
+    pub fn is_there(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
     /// Waits for its end.
     pub fn wait(&mut self) -> ExitStatus {
         let mut ended = None;

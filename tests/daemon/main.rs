@@ -12,6 +12,7 @@ mod leases;
 mod lifecycle;
 mod limits;
 mod log;
+mod processes;
 mod reload;
 mod restart;
 mod revoking;
