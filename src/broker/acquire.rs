@@ -347,11 +347,11 @@ impl Broker {
         let object = object.collect::<Vec<_>>().join(" ");
         let devices = call.record.devices.clone();
         let work = async move {
-            let done = match keeper.keeper.turn().await {
-                Some(mut turn) => {
+            let done = match keeper.keeper.turn_until("Acquire", until).await {
+                Ok(mut turn) => {
                     turn.ask(&call, &[client.as_fd()]).await.map(|opened| (turn, opened))
                 }
-                None => Err(NotDone::Lost(crate::process::link::Lost::Closed)),
+                Err(_) => Err(NotDone::Lost(crate::process::link::Lost::Closed)),
             };
             match done {
                 Ok((turn, opened)) => Ok(Ready { turn, opened }),

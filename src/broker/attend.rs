@@ -74,7 +74,10 @@ async fn listen(broker: Weak<Broker>, keeper: Weak<KeeperHandle>, mut watch: Opt
             (Standing::Alive, None)
         });
         match standing {
-            Standing::Gone => return broker.free_with_keeper(broker.leases_of(&keeper)),
+            Standing::Gone => {
+                keeper.set_gone();
+                return broker.free_with_keeper(broker.leases_of(&keeper));
+            }
             Standing::Dead if salvaged.is_none_or(|at| at.elapsed() >= SALVAGE) => {
                 salvaged = Some(Instant::now());
                 broker.end_with_keeper(&keeper);

@@ -52,7 +52,7 @@ impl Broker {
         let (broker, entry) = (Rc::clone(self), Rc::clone(entry));
         let (sender, done) = oneshot::channel();
         spawn_local(async move {
-            if let Some(mut turn) = entry.keeper.turn().await
+            if let Some(mut turn) = entry.keeper.turn_once_linked().await
                 && let Ok(told) = turn.ask(&End { lease: entry.id.to_string() }, &[]).await
             {
                 broker.learn(&entry.keeper, told.state);

@@ -7,7 +7,7 @@ use crate::ledger::LeaseId;
 use crate::process::keeper::{FAILED, Failed, Failure};
 use crate::process::link::{self, Answer, Asking, Call, Lost};
 use crate::protocol::Error;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
 use std::future::Future;
 use std::os::fd::BorrowedFd;
@@ -23,6 +23,10 @@ pub(super) struct KeeperHandle {
     pub(super) name: String,
     /// The link to ask it on; none while there is no way to it.
     link: RefCell<Option<Arc<Mutex<Asking>>>>,
+    /// Told when there is a way to it again, or never will be.
+    linked: Notify,
+    /// There is nothing of it any more.
+    is_gone: Cell<bool>,
     /// Told when nothing here needs it any more.
     pub(super) over: Rc<Notify>,
     /// The leases of it that are known or were; what is told of these too late is old news.
@@ -50,7 +54,14 @@ pub(super) enum NotDone {
 
 impl KeeperHandle {
     pub(super) fn new(name: String) -> Self {
-        Self { name, link: RefCell::default(), over: Rc::default(), seen: RefCell::default() }
+        Self {
+            name,
+            link: RefCell::default(),
+            linked: Notify::new(),
+            is_gone: Cell::default(),
+            over: Rc::default(),
+            seen: RefCell::default(),
+        }
     }
 
     /// Notes that a lease of it is known; whether it was before.
@@ -61,17 +72,36 @@ impl KeeperHandle {
     /// Has it asked on this link from now on; on none where it is lost.
     pub(super) fn set_link(&self, link: Option<Asking>) {
         *self.link.borrow_mut() = link.map(|link| Arc::new(Mutex::new(link)));
+        self.linked.notify_waiters();
     }
 
-    /// Waits for one's turn; however long that takes.
+    /// There is nothing of it any more: nobody waits for a way to it.
+    pub(super) fn set_gone(&self) {
+        self.is_gone.set(true);
+        self.linked.notify_waiters();
+    }
+
+    /// Waits for one's turn, however long that takes. `None` where there is no way to it just now.
     pub(super) async fn turn(&self) -> Option<Turn> {
         let link = self.link.borrow().clone()?;
         Some(Turn(link.lock_owned().await))
     }
 
-    /// Waits for one's turn until then.
+    /// The same; after a restart, and after a keeper's death, the way to it may come later. `None` where
+    /// there is nothing of it any more.
+    pub(super) async fn turn_once_linked(&self) -> Option<Turn> {
+        loop {
+            let linked = self.linked.notified();
+            match self.turn().await {
+                None if !self.is_gone.get() => linked.await,
+                turn => return turn,
+            }
+        }
+    }
+
+    /// The same, until then.
     pub(super) async fn turn_until(&self, call: &str, until: Instant) -> Result<Turn, Error> {
-        let turn = timeout_at(until, self.turn()).await;
+        let turn = timeout_at(until, self.turn_once_linked()).await;
         turn.ok().flatten().ok_or_else(|| no_answer(call, &self.name))
     }
 }

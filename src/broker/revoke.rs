@@ -115,7 +115,7 @@ impl Broker {
     fn write_down(&self, entry: &Rc<Entry>, since: u64, force: u64) {
         let entry = Rc::clone(entry);
         spawn_local(async move {
-            if let Some(mut turn) = entry.keeper.turn().await {
+            if let Some(mut turn) = entry.keeper.turn_once_linked().await {
                 let lease = entry.id.to_string();
                 // One of an older build does not know the call, and can't pass it on.
                 let _ = turn.ask(&keeper::Revoke { lease, since, force }, &[]).await;

@@ -51,13 +51,15 @@ impl Launcher {
     /// Takes the broker's wish to be told what to do.
     fn read_watch(&mut self) -> Result<(), Lost> {
         let Some(tells) = &mut self.broker.tells else { return Ok(()) };
+        let mut begins = false;
         while let Some(Message { bytes, .. }) = tells.next_call()? {
             if link::parse_call(&bytes)?.0 == Watch::NAME {
-                self.broker.watches = true;
+                begins = true;
             }
         }
-        if let Some(stop) = &self.stop {
-            self.broker.tell_to_stop(stop.signal);
+        if begins {
+            self.broker.watches = true;
+            self.tell_missed();
         }
         Ok(())
     }

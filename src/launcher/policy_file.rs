@@ -9,7 +9,7 @@ use crate::policy::{BUILT_IN, POLICY_PATH, Policy};
 use crate::process::launcher::PolicyRead;
 use crate::users::SystemUsers;
 use std::fs::{File, OpenOptions};
-use std::io::{Seek, Write};
+use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -102,15 +102,16 @@ pub(super) fn put_in_force(
 ) -> std::io::Result<(PolicyInForce, File)> {
     let (path, new) = (place.policy(), place.path().join("policy.new"));
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(true).mode(0o600);
+    options.write(true).create_new(true).mode(0o600);
     match std::fs::remove_file(&new) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let mut file = options.custom_flags(nix::libc::O_NOFOLLOW).open(&new)?;
     file.write_all(&serde_json::to_vec(&policy)?)?;
+    // The broker gets it, and must not be able to write there.
+    let file = File::open(&new)?;
     std::fs::rename(&new, &path)?;
-    file.rewind()?;
     Ok((PolicyInForce::new(path, &file, Arc::new(policy))?, file))
 }
 

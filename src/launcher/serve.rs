@@ -38,6 +38,8 @@ pub(super) struct Launcher {
     pub(super) broker: Broker,
     /// Why it is to end, and when it does so at the latest.
     pub(super) stop: Option<Stop>,
+    /// A policy was read while no broker listened; the compiled one, if it was not refused.
+    missed: Option<Option<File>>,
     /// When brokers have ended that were not to.
     ends: Vec<Instant>,
     signals: SignalFd,
@@ -74,13 +76,14 @@ impl Launcher {
     ) -> Result<Self, StartError> {
         let broker = Broker::start(&beginning, &listening.listener, &lock)?;
         let (helpers, ends) = (HashSet::new(), Vec::new());
-        let stop = None;
+        let (stop, missed) = (None, None);
         Ok(Self {
             beginning,
             place,
             helpers,
             broker,
             stop,
+            missed,
             ends,
             signals,
             simulation,
@@ -161,8 +164,17 @@ impl Launcher {
         let compiled = policy.and_then(|policy| self.put_in_force(policy));
         let read = self.beginning.policy_file.status();
         if !self.broker.tell_policy(read, compiled.as_ref()) {
-            // The next broker begins with it.
-            notify(&[NotifyState::Ready]);
+            self.missed = Some(compiled);
+        }
+    }
+
+    /// Tells a broker that begins to listen what it has missed.
+    pub(super) fn tell_missed(&mut self) {
+        if let Some(compiled) = self.missed.take() {
+            self.broker.tell_policy(self.beginning.policy_file.status(), compiled.as_ref());
+        }
+        if let Some(stop) = &self.stop {
+            self.broker.tell_to_stop(stop.signal);
         }
     }
 
@@ -223,6 +235,10 @@ impl Launcher {
         }
         error!(why = ended, "the broker has ended, and is started again; leases go on");
         self.broker = Broker::start(&self.beginning, &self.listening.listener, &self.lock)?;
+        // It begins with the policy of now.
+        if self.missed.take().is_some() {
+            notify(&[NotifyState::Ready]);
+        }
         Ok(())
     }
 }

@@ -45,6 +45,23 @@ fn a_broker_that_is_killed_is_replaced_and_leases_go_on() {
     assert_eq!(log.matches("is started again").count(), 3, "{log}");
 }
 
+/// The way to a lease's keeper is there a moment after the first client.
+#[test]
+fn what_is_asked_of_a_lease_right_after_a_restart_reaches_its_keeper() {
+    let daemon = Daemon::start();
+    for call in ["GetFds", "Release", "Release"] {
+        let mut held = Held::acquire(&mut daemon.connect(), DEVICE, "container");
+        // The pipe stays: its end would end the lease too.
+        held.fds.drain(..2);
+        kill_broker(&daemon);
+        daemon.connect().call(call, held.key()).ok();
+        daemon.connect().call("Release", held.key());
+        until("it is taken back", || leases(&daemon) == 0);
+        drop(Held::acquire(&mut daemon.connect(), DEVICE, "container"));
+        until("that one too", || leases(&daemon) == 0);
+    }
+}
+
 #[test]
 fn brokers_that_die_again_and_again_end_the_daemon() {
     let mut daemon = Daemon::start();
@@ -91,4 +108,26 @@ fn each_process_may_what_it_is_for() {
         assert_eq!(set(keeper) & !sys_rawio, set(std::process::id()) & sys_resource);
     }
     drop(held);
+}
+
+/// A broker that was taken over could write where it has a file open to write.
+#[test]
+fn the_broker_has_no_file_open_to_write_but_the_log_s_pipe() {
+    let daemon = Daemon::start();
+    daemon.signal(Signal::SIGHUP);
+    daemon.until_logged("another policy is in force");
+    let proc = format!("/proc/{}", daemon.pid());
+    for entry in std::fs::read_dir(format!("{proc}/fd")).unwrap() {
+        let (number, path) = {
+            let entry = entry.unwrap();
+            (entry.file_name(), std::fs::read_link(entry.path()).unwrap_or_default())
+        };
+        let number = number.into_string().unwrap();
+        let info = std::fs::read_to_string(format!("{proc}/fdinfo/{number}")).unwrap_or_default();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:\t")).unwrap_or("0");
+        let mode = u32::from_str_radix(flags, 8).unwrap() & 0o3;
+        let is_file = path.is_absolute() && path != std::path::Path::new("/dev/null");
+        let is_lock = path.extension().is_some_and(|extension| extension == "lock");
+        assert!(!is_file || is_lock || mode == 0, "{}: {flags}", path.display());
+    }
 }
