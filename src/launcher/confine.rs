@@ -1,7 +1,7 @@
 //! What a process gives up before it begins.
 
 use crate::process::role::{Role, User};
-use crate::sys::capabilities::{SYS_RAWIO, SYS_RESOURCE, keep_only};
+use crate::sys::capabilities::{IPC_LOCK, SYS_RAWIO, SYS_RESOURCE, keep_only};
 use nix::errno::Errno;
 use nix::sys::prctl::{set_dumpable, set_no_new_privs};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
@@ -69,13 +69,15 @@ fn keep_capabilities(role: Role) -> Result<(), Errno> {
     if role != Role::Keeper {
         return Ok(());
     }
+    let mut kept = vec![SYS_RESOURCE];
     // Whose limit would hold is not this process's tenant; the broker keeps count by the policy.
-    let _ = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY);
-    let noiommu = std::fs::read(NOIOMMU).is_ok_and(|is_on| is_on.starts_with(b"Y"));
-    match noiommu {
-        true => keep_only(&[SYS_RESOURCE, SYS_RAWIO]),
-        false => keep_only(&[SYS_RESOURCE]),
+    if setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_err() {
+        kept.push(IPC_LOCK);
     }
+    if std::fs::read(NOIOMMU).is_ok_and(|is_on| is_on.starts_with(b"Y")) {
+        kept.push(SYS_RAWIO);
+    }
+    keep_only(&kept)
 }
 
 fn become_user((uid, gid): (Uid, Gid)) -> Result<(), Errno> {

@@ -7,6 +7,8 @@ use nix::libc;
 
 /// Raises limits, its own and others'.
 pub const SYS_RESOURCE: u32 = 24;
+/// Locks memory whatever the limit.
+pub const IPC_LOCK: u32 = 14;
 /// Opens groups that no IOMMU is behind.
 pub const SYS_RAWIO: u32 = 17;
 
