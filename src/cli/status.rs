@@ -23,7 +23,13 @@ fn text(status: &BrokerStatus) -> String {
     let mut lines = vec![["version".to_owned(), status.version.clone()].to_vec()];
     let mut line = |name: &str, what: String| lines.push(vec![name.to_owned(), what]);
     if let (Some(pid), Some(at)) = (status.pid, status.since) {
-        line("daemon", format!("pid {pid}, since {}", since(at)));
+        line("broker", format!("pid {pid}, since {}", since(at)));
+    }
+    if let Some(pid) = status.launcher {
+        line("launcher", format!("pid {pid}"));
+    }
+    if let Some(sandbox) = &status.sandbox {
+        line("sandbox", sandbox.clone());
     }
     if let Some(count) = status.connections {
         line("connections", count.to_string());
@@ -113,6 +119,8 @@ mod tests {
             version: "1".into(),
             pid: Some(1),
             since: Some(0),
+            launcher: Some(2),
+            sandbox: None,
             connections: Some(3),
             policy: None,
             keepers: vec![keeper, dead],
@@ -126,6 +134,7 @@ mod tests {
         let stranger = BrokerStatus {
             pid: None,
             since: None,
+            launcher: None,
             connections: None,
             keepers: Vec::new(),
             ..status

@@ -9,6 +9,7 @@ use crate::broker::Oversight;
 use crate::process::launcher::PolicyRead;
 use crate::protocol::{BrokerStatus, Error, Keeper, PolicyStatus};
 use crate::sys::process::{memory, started};
+use nix::unistd::{geteuid, getppid};
 use tokio::task::yield_now;
 
 /// How many keepers are looked at in one step.
@@ -67,6 +68,8 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: is_seen.then(std::process::id),
             since: is_seen.then_some(self.since),
+            launcher: is_seen.then(|| getppid().as_raw().unsigned_abs()),
+            sandbox: is_seen.then(sandbox),
             connections: is_seen.then(|| self.accounts.connections() as u64),
             policy: is_seen.then(|| self.describe_policy()),
             keepers: Vec::new(),
@@ -83,4 +86,23 @@ impl Daemon {
             refused: refused.map(|(_, why)| why),
         }
     }
+}
+
+/// Whom this process runs as, and what of root's rights it has.
+fn sandbox() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.map_or("", str::trim)
+    };
+    let capabilities = match u64::from_str_radix(field("CapPrm:"), 16) {
+        Ok(0) => "no capability".to_owned(),
+        Ok(some) => format!("capabilities {some:#x}"),
+        Err(_) => "capabilities unknown".to_owned(),
+    };
+    let privileges = match field("NoNewPrivs:") {
+        "1" => "no new privileges",
+        _ => "new privileges possible",
+    };
+    format!("uid {}, {capabilities}, {privileges}, system calls not filtered", geteuid())
 }

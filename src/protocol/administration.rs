@@ -19,6 +19,12 @@ pub struct BrokerStatus {
     /// When it was started.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub since: Option<u64>,
+    /// The process that has started it, and everything else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub launcher: Option<u32>,
+    /// Whom it runs as, and what it may, in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sandbox: Option<String>,
     /// How many connections it has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connections: Option<u64>,

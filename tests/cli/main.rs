@@ -409,7 +409,7 @@ fn wrong_usage_is_exit_code_2() {
 fn what_the_broker_is_at_and_the_end_of_all_leases() {
     let broker = Broker::start("workstation.toml");
     let said = printed(Some(&broker), &["status"]);
-    for name in ["version", "daemon", "connections", "policy", "keepers"] {
+    for name in ["version", "broker", "launcher", "sandbox", "connections", "policy", "keepers"] {
         assert!(said.lines().any(|line| line.starts_with(&format!("{name}  "))), "{said}");
     }
     assert_eq!(json(&broker, &["status"])["keepers"], serde_json::json!([]));
