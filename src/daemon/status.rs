@@ -104,5 +104,9 @@ fn sandbox() -> String {
         "1" => "no new privileges",
         _ => "new privileges possible",
     };
-    format!("uid {}, {capabilities}, {privileges}, system calls not filtered", geteuid())
+    let calls = match field("Seccomp:") {
+        "2" => "system calls filtered",
+        _ => "system calls not filtered",
+    };
+    format!("uid {}, {capabilities}, {privileges}, {calls}", geteuid())
 }
