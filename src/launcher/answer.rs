@@ -1,5 +1,6 @@
 //! What the broker has the launcher do.
 
+use super::broker::Beginning;
 use super::serve::Launcher;
 use crate::keeper::{keep, links};
 use crate::log;
@@ -94,29 +95,32 @@ impl Launcher {
         })
     }
 
-    fn start_keeper(&mut self, StartKeeper { name }: StartKeeper) -> Answer<Done> {
+    fn start_keeper(&self, StartKeeper { name }: StartKeeper) -> Answer<Done> {
         let (ours, theirs) = links()?;
-        let policy = self.beginning.policy.clone();
-        let (machine, place, users) = (&self.beginning.machine, &self.place, self.beginning.users);
-        child::fork(Role::Keeper.name(), theirs, |links| {
-            let _ = users.confine(Role::Keeper);
-            let kept = keep(machine, place, &name, Some(links), policy);
-            log::flush();
-            u8::from(kept.is_err())
-        })?;
+        self.fork_keeper(&name, theirs, Some)?;
         Ok((Done {}, ours.into()))
     }
 
-    fn salvage(&mut self, Salvage { name }: Salvage) -> Answer<Done> {
-        let policy = self.beginning.policy.clone();
-        let (machine, place, users) = (&self.beginning.machine, &self.place, self.beginning.users);
-        child::fork(Role::Keeper.name(), [], |[]| {
+    fn salvage(&self, Salvage { name }: Salvage) -> Answer<Done> {
+        self.fork_keeper(&name, [], |[]| None)?;
+        done()
+    }
+
+    /// Starts a keeper that has these files, of which `links` makes its links.
+    fn fork_keeper<const N: usize>(
+        &self,
+        name: &str,
+        files: [OwnedFd; N],
+        links: impl FnOnce([OwnedFd; N]) -> Option<[OwnedFd; 2]>,
+    ) -> Result<(), Errno> {
+        let Beginning { machine, policy, users, .. } = &self.beginning;
+        child::fork(Role::Keeper.name(), files, |files| {
             let _ = users.confine(Role::Keeper);
-            let kept = keep(machine, place, &name, None, policy);
+            let kept = keep(machine, &self.place, name, links(files), policy.clone());
             log::flush();
             u8::from(kept.is_err())
-        })?;
-        done()
+        })
+        .map(drop)
     }
 
     fn find_keeper(&self, asked: &FindKeeper) -> Answer<KeeperFound> {
