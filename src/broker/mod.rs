@@ -36,12 +36,13 @@ use crate::kernel::Kernel;
 use crate::ledger::Lease;
 use crate::policy::Policy;
 use crate::protocol::{Event, EventKind};
+use crate::sys::process::now;
 use books::Books;
 use error::no_such_lease;
 use std::cell::{Cell, RefCell, RefMut};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use tokio::sync::{Mutex, Notify};
 use tokio::time::{Instant, timeout_at};
 
@@ -132,11 +133,6 @@ impl Broker {
         }
         true
     }
-}
-
-/// Seconds since 1970.
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// What happened to these devices of a lease.

@@ -31,6 +31,7 @@ use crate::log::excerpt;
 use crate::policy::{Peer, Policy};
 use crate::process::launcher::PolicyRead;
 use crate::protocol::{Error, MAX_MESSAGE};
+use crate::sys::process::now;
 use account::{Account, Accounts};
 use launcher_link::LauncherLink;
 use observer::DaemonObserver;
@@ -38,7 +39,7 @@ use open_files::OpenFiles;
 use receiver::Receivers;
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use tracing::{debug, info, warn};
 
 /// What all connections share; lives on the event loop.
@@ -118,11 +119,6 @@ impl Daemon {
             debug!(uid, pid, error = excerpt(&error.to_string()), "refused");
         }
     }
-}
-
-/// Seconds since 1970.
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// How many connections there is room for beside the leases' files and those in flight.

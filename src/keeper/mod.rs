@@ -26,6 +26,7 @@ pub use state_file::Place;
 use crate::kernel::{Group, Kernel};
 use crate::process::keeper::{Changed, Failure, GroupState, LeaseState, Phase, Stage, UnderWay};
 use crate::protocol::Bdf;
+use crate::sys::process::now;
 use container::Container;
 use open::Pending;
 use serve::Link;
@@ -33,7 +34,7 @@ use state_file::StateFile;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use take_back::Attempts;
 
 pub use memory::check_memory;
@@ -174,11 +175,6 @@ impl KeptLease {
             }
         }
     }
-}
-
-/// Seconds since 1970.
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 #[cfg(test)]

@@ -7,13 +7,13 @@ use crate::keeper::{Machine, Place, PolicyInForce};
 use crate::kernel::Kernel;
 use crate::policy::{BUILT_IN, POLICY_PATH, Policy};
 use crate::process::launcher::PolicyRead;
+use crate::sys::process::now;
 use crate::users::SystemUsers;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 use tracing::{info, warn};
 
 /// What a policy is read from.
@@ -113,11 +113,6 @@ pub(super) fn put_in_force(
     let file = File::open(&new)?;
     std::fs::rename(&new, &path)?;
     Ok((PolicyInForce::new(path, &file, Arc::new(policy))?, file))
-}
-
-/// Seconds since 1970.
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// What is wrong, with its place, without the lines of the file.
