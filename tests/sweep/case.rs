@@ -5,6 +5,7 @@ use crate::qemu::Qemu;
 use crate::world::{DEVICES, World};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -14,6 +15,9 @@ use std::path::PathBuf;
 use vfio_broker::client::Client;
 use vfio_broker::qmp::Monitor;
 use vfio_broker::qmp::hotplug::{Attach, attach};
+
+/// What memlock limits are raised to: no more than anybody may.
+pub const RAISED: u64 = 128 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Operation {
@@ -216,6 +220,10 @@ impl Case {
             }
             cast.client = Some(client);
         }
+        if self.operation == Operation::SetMemlock {
+            let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
+            setrlimit(Resource::RLIMIT_MEMLOCK, RAISED / 2, hard).unwrap();
+        }
         if self.operation == Operation::Attach {
             cast.qemu = Some(Qemu::start());
         }
@@ -259,7 +267,7 @@ impl Case {
             }
             Operation::SetMemlock => {
                 let holder = cast.holder.as_ref().unwrap();
-                drop(world.call("SetMemlock", holder.with(&json!({ "bytes": 1 << 30 }))));
+                drop(world.call("SetMemlock", holder.with(&json!({ "bytes": RAISED }))));
             }
             Operation::Attach => {
                 let path = cast.qemu.as_ref().unwrap().path().to_owned();

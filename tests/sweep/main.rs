@@ -63,14 +63,20 @@ fn run(case: Case, kill: Option<&Run>) -> (World, Cast, Vec<Point>, bool) {
             move || case.perform(world, cast)
         });
         let to = kill.map(|run| &run.point);
-        let reached = tracer.run(to, || client.is_finished() && case.is_over(&world, &over));
+        let reached = tracer
+            .run(to, &case.to_string(), || client.is_finished() && case.is_over(&world, &over));
         if let Some(run) = kill.filter(|_| reached) {
             tracer.kill(&run.victims);
         }
         tracer.release();
         reached
     });
-    if kill.is_some_and(|run| reached && run.victims.contains(&Role::Launcher)) {
+    // A broker that is killed before it was ready ends its launcher: the service manager starts another.
+    let has_ended = kill.is_some() && case.operation == case::Operation::Restart && {
+        std::thread::sleep(Duration::from_millis(30));
+        !world.is_running()
+    };
+    if has_ended || kill.is_some_and(|run| reached && run.victims.contains(&Role::Launcher)) {
         world.start_service().unwrap_or_else(|error| panic!("{error}\n{}", world.log()));
     }
     (world, cast, tracer.points, reached)
@@ -122,7 +128,9 @@ fn whoever_is_killed_wherever_nothing_is_lost() {
     let only = std::env::var("VFIO_CASE").unwrap_or_default();
     let cases: Vec<Case> =
         Case::all().into_iter().filter(|case| case.to_string().contains(&only)).collect();
+    let start = Instant::now();
     let counted = in_parallel(&cases, |&case| Some((case, count(case))));
+    println!("counted in {:?}", start.elapsed());
     let mut runs = Vec::new();
     let mut points = 0;
     for (case, (its, files)) in counted {
@@ -132,6 +140,9 @@ fn whoever_is_killed_wherever_nothing_is_lost() {
             kinds
         });
         println!("{case}: {} points, {kinds:?}", its.len());
+        if std::env::var_os("VFIO_POINTS").is_some() {
+            its.iter().for_each(|point| println!("  {point}"));
+        }
         for point in its {
             for victims in VICTIMS {
                 let victims: BTreeSet<Role> = victims.iter().copied().collect();
@@ -146,7 +157,7 @@ fn whoever_is_killed_wherever_nothing_is_lost() {
     println!("{} cases, {points} points, {} kills", cases.len(), runs.len());
     let start = Instant::now();
     let is_full = std::env::var_os("VFIO_FULL").is_some();
-    if !is_full {
+    if !is_full || only.is_empty() {
         // Neighbours in the list are neighbours in an operation: a stride that has no factor in common
         // with the list's length goes through all of it evenly.
         runs = spread(runs);

@@ -3,8 +3,8 @@
 //! A step is a system call that others can notice: a message, a file of the runtime directory, a new
 //! process, the end of one, a lock, a limit, the last word of a socket or a pipe. What only reads, and what
 //! only the process itself can notice, is none: killed before or after it, all others see the same. Reads
-//! of sysfs are messages here, because the kernel is simulated, and are no steps either. A log's lines
-//! are none. Each step has two moments: before the call, and after it where the process then waits, so
+//! of sysfs are messages here, because the kernel is simulated, and are no steps either, and neither are
+//! the reply sockets of all such messages. A log's lines are none. Each step has two moments: before the call, and after it where the process then waits, so
 //! that others can go on in between.
 
 use nix::errno::Errno;
@@ -83,6 +83,8 @@ impl fmt::Display for Point {
 struct Tracee {
     stopped: bool,
     waits: bool,
+    /// The ends of a reply socket that it is about to close.
+    reply_ends: u8,
     /// The step that it is in.
     step: Option<Point>,
     /// The step that it has done, with nothing done since.
@@ -124,7 +126,12 @@ impl Tracer {
 
     /// Lets them run up to a point, or until `is_over` and nobody does anything more. Whether the point
     /// was reached; the one that is at it stands still then.
-    pub fn run(&mut self, to: Option<&Point>, mut is_over: impl FnMut() -> bool) -> bool {
+    pub fn run(
+        &mut self,
+        to: Option<&Point>,
+        what: &str,
+        mut is_over: impl FnMut() -> bool,
+    ) -> bool {
         let (mut last, start) = (Instant::now(), Instant::now());
         loop {
             self.latest = None;
@@ -141,7 +148,7 @@ impl Tracer {
             if idle && last.elapsed() > QUIET && is_over() {
                 return false;
             }
-            assert!(start.elapsed() < Duration::from_secs(60), "the operation has no end");
+            assert!(start.elapsed() < Duration::from_secs(60), "{what} has no end");
             std::thread::sleep(Duration::from_micros(100));
         }
     }
@@ -225,8 +232,9 @@ impl Tracer {
             let entry = unsafe { info.u.entry };
             let (number, args) = (entry.nr as i64, entry.args);
             tracee.waits = waits(number);
-            if let Some(call) = step(pid, number, &args) {
-                let role = Role::of(pid);
+            let role = Role::of(pid);
+            let call = tracee.step(pid, number, &args).filter(|_| role != Role::Log);
+            if let Some(call) = call {
                 let nth = self.counts.entry(role).or_default();
                 *nth += 1;
                 let mut alive: BTreeSet<Role> =
@@ -256,6 +264,24 @@ impl Tracer {
     }
 }
 
+impl Tracee {
+    /// The name of a call that is a step.
+    fn step(&mut self, pid: Pid, number: i64, args: &[u64; 6]) -> Option<&'static str> {
+        match number {
+            libc::SYS_sendmsg => {
+                let Some(simulated) = simulated(pid, args[1]) else { return Some("sendmsg") };
+                self.reply_ends = 2;
+                (!READS.contains(&simulated)).then_some("ioctl")
+            }
+            libc::SYS_close if self.reply_ends > 0 && file(pid, args[0]).starts_with("socket:") => {
+                self.reply_ends -= 1;
+                None
+            }
+            _ => step(pid, number, args),
+        }
+    }
+}
+
 /// Calls in which a process is until somebody else does something.
 fn waits(number: i64) -> bool {
     #[cfg(target_arch = "x86_64")]
@@ -263,6 +289,7 @@ fn waits(number: i64) -> bool {
         return true;
     }
     [
+        libc::SYS_restart_syscall,
         libc::SYS_ppoll,
         libc::SYS_epoll_pwait,
         libc::SYS_recvmsg,
@@ -275,7 +302,7 @@ fn waits(number: i64) -> bool {
     .contains(&number)
 }
 
-/// The name of a call that is a step.
+/// The name of a step that is a call of its own kind.
 fn step(pid: Pid, number: i64, args: &[u64; 6]) -> Option<&'static str> {
     #[cfg(target_arch = "x86_64")]
     match number {
@@ -288,7 +315,6 @@ fn step(pid: Pid, number: i64, args: &[u64; 6]) -> Option<&'static str> {
         _ => {}
     }
     match number {
-        libc::SYS_sendmsg => (!is_read_of_sysfs(pid, args[1])).then_some("sendmsg"),
         libc::SYS_sendto => Some("sendto"),
         libc::SYS_write | libc::SYS_writev | libc::SYS_pwrite64 => {
             (!file(pid, args[0]).starts_with("pipe:")).then_some("write")
@@ -323,16 +349,16 @@ fn file(pid: Pid, number: u64) -> String {
     link.map(|it| it.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-/// Whether a message asks the simulated kernel for what is in its sysfs.
-fn is_read_of_sysfs(pid: Pid, header: u64) -> bool {
-    let Ok(memory) = std::fs::File::open(format!("/proc/{pid}/mem")) else { return false };
+/// Which call of the simulated kernel a message is, if it is one.
+fn simulated(pid: Pid, header: u64) -> Option<u32> {
+    let memory = std::fs::File::open(format!("/proc/{pid}/mem")).ok()?;
     let word = |at: u64| {
         let mut bytes = [0; 8];
         memory.read_exact_at(&mut bytes, at).ok().map(|()| bytes)
     };
     let pointer = |at: u64| word(at).map(u64::from_ne_bytes);
     // The third word of a msghdr points to its buffers, and the first of these to its bytes.
-    let Some(bytes) = pointer(header + 16).and_then(pointer).and_then(word) else { return false };
-    let op = u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
-    bytes.starts_with(b"VSIM") && READS.contains(&op)
+    let bytes = pointer(header + 16).and_then(pointer).and_then(word)?;
+    let call = u32::from_ne_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
+    bytes.starts_with(b"VSIM").then_some(call)
 }

@@ -85,7 +85,9 @@ impl World {
             match ready.recv(&mut text) {
                 Ok(len) if text[..len].starts_with(b"READY=1") => return Ok(()),
                 Ok(_) => {}
-                Err(_) if !self.is_running() => return Err(format!("the service did not start: {}", self.log())),
+                Err(_) if !self.is_running() => {
+                    return Err(format!("the service did not start: {}", self.log()));
+                }
                 Err(_) => {}
             }
         }
@@ -129,6 +131,17 @@ impl World {
         let all = std::fs::read_dir(self.directory.path().join("run/broker.sock.keepers"));
         let all = all.into_iter().flatten().flatten().map(|entry| entry.path());
         all.filter(|path| path.is_dir()).collect()
+    }
+
+    /// The keepers' directories, but for those of killed keepers that had let go of everything: the next
+    /// broker takes them away.
+    pub fn keepers_with_leases(&self) -> Vec<PathBuf> {
+        let alive = self.processes().iter().any(|(_, name)| name == "vfiob-keeper");
+        let has_leases = |path: &PathBuf| {
+            let state = std::fs::read_to_string(path.join("state"));
+            state.is_ok_and(|state| !state.contains("\"leases\":[]"))
+        };
+        self.keepers().into_iter().filter(|path| alive || has_leases(path)).collect()
     }
 
     /// What the keepers wrote down last.
