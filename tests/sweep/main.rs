@@ -68,15 +68,10 @@ fn run(case: Case, kill: Option<&Run>) -> (World, Cast, Vec<Point>, bool) {
         if let Some(run) = kill.filter(|_| reached) {
             tracer.kill(&run.victims);
         }
-        tracer.release();
+        tracer.release(|| world.processes().into_iter().map(|(pid, _)| pid).collect());
         reached
     });
-    // A broker that is killed before it was ready ends its launcher: the service manager starts another.
-    let has_ended = kill.is_some() && case.operation == case::Operation::Restart && {
-        std::thread::sleep(Duration::from_millis(30));
-        !world.is_running()
-    };
-    if has_ended || kill.is_some_and(|run| reached && run.victims.contains(&Role::Launcher)) {
+    if kill.is_some_and(|run| reached && run.victims.contains(&Role::Launcher)) {
         world.start_service().unwrap_or_else(|error| panic!("{error}\n{}", world.log()));
     }
     (world, cast, tracer.points, reached)

@@ -168,21 +168,26 @@ impl Tracer {
         dead
     }
 
-    /// Lets all go on, untraced.
-    pub fn release(&mut self) {
-        for pid in self.tracees.keys() {
-            let _ = ptrace::interrupt(*pid);
-        }
-        while let Some((pid, stopped)) =
-            self.tracees.iter().map(|(p, t)| (*p, t.stopped)).max_by_key(|it| it.1)
-        {
-            if stopped {
-                let _ = ptrace::detach(pid, None);
-                self.tracees.remove(&pid);
-            } else if let Some((pid, Some(signal))) = self.next(false) {
-                let _ = ptrace::detach(pid, signal);
-                self.tracees.remove(&pid);
+    /// Lets all go on, untraced; `all` are the processes there are. One that was forked in the last moment
+    /// is traced before it is heard of.
+    pub fn release(&mut self, all: impl Fn() -> Vec<Pid>) {
+        loop {
+            for pid in self.tracees.keys() {
+                let _ = ptrace::interrupt(*pid);
             }
+            while let Some((&pid, tracee)) = self.tracees.iter().max_by_key(|(_, it)| it.stopped) {
+                if tracee.stopped {
+                    let _ = ptrace::detach(pid, None);
+                    self.tracees.remove(&pid);
+                } else if let Some((pid, Some(signal))) = self.next(false) {
+                    let _ = ptrace::detach(pid, signal);
+                    self.tracees.remove(&pid);
+                }
+            }
+            if !all().into_iter().any(is_traced) {
+                return;
+            }
+            self.next(true);
         }
     }
 
@@ -207,7 +212,15 @@ impl Tracer {
                 self.at_call(pid);
                 (pid, None)
             }
-            Ok(WaitStatus::PtraceEvent(pid, ..)) => (pid, None),
+            Ok(WaitStatus::PtraceEvent(pid, _, event)) => {
+                let is_fork =
+                    [libc::PTRACE_EVENT_FORK, libc::PTRACE_EVENT_VFORK, libc::PTRACE_EVENT_CLONE]
+                        .contains(&event);
+                if let Some(child) = ptrace::getevent(pid).ok().filter(|_| is_fork) {
+                    self.tracees.entry(Pid::from_raw(child as i32)).or_default();
+                }
+                (pid, None)
+            }
             Ok(WaitStatus::Stopped(pid, signal)) => (pid, Some(signal)),
             Ok(_) => return None,
             Err(Errno::ECHILD) if at_once || self.tracees.is_empty() => {
@@ -342,6 +355,12 @@ fn step(pid: Pid, number: i64, args: &[u64; 6]) -> Option<&'static str> {
         }
         _ => None,
     }
+}
+
+fn is_traced(pid: Pid) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let mut tracer = status.lines().filter_map(|line| line.strip_prefix("TracerPid:\t"));
+    tracer.any(|tracer| tracer != "0")
 }
 
 fn file(pid: Pid, number: u64) -> String {
