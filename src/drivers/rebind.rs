@@ -5,6 +5,7 @@ use super::plan::{Failed, apply};
 use crate::host;
 use crate::kernel::{Error, Kernel};
 use crate::protocol::Bdf;
+use nix::errno::Errno;
 
 /// Why a device was not bound again.
 #[derive(Debug, thiserror::Error)]
@@ -26,8 +27,9 @@ pub enum RebindError {
     Write(#[from] Failed),
 }
 
-/// Binds a device again: to its driver, or where it has none to the one that its
-/// `driver_override` names. Returns when its last file is closed, whenever that is.
+/// Binds a device again: to its driver, or where it has none to the one that it had `before` an earlier
+/// attempt that came to no end, or to the one that its `driver_override` names. Returns when its last file
+/// is closed, whenever that is.
 ///
 /// `registration` is the one that is to end. Another one is left alone: somebody else was faster.
 ///
@@ -38,6 +40,7 @@ pub fn rebind(
     device: Bdf,
     registration: u64,
     driver: Option<&str>,
+    before: Option<&str>,
 ) -> Result<(), RebindError> {
     // Whoever asks looked a while ago. What is a host driver's by now, or could become one's,
     // nobody has named.
@@ -50,11 +53,22 @@ pub fn rebind(
             None => Err(RebindError::NotOnVfio(device)),
         },
         None => {
-            let only = kernel.sysfs_read(&format!("bus/pci/devices/{device}/driver_override"));
-            if !only.is_ok_and(|only| String::from_utf8_lossy(&only).contains("vfio")) {
-                return Err(RebindError::NoOverride(device));
+            let again = match before {
+                Some(driver) => apply(kernel, &[bind(device, driver)]),
+                None => {
+                    let path = format!("bus/pci/devices/{device}/driver_override");
+                    let only = kernel.sysfs_read(&path);
+                    if !only.is_ok_and(|only| String::from_utf8_lossy(&only).contains("vfio")) {
+                        return Err(RebindError::NoOverride(device));
+                    }
+                    apply(kernel, &[probe(device)])
+                }
+            };
+            match again {
+                // It is on its driver still, which waits for the last close.
+                Err(failed) if matches!(failed.error.errno, Errno::EBUSY | Errno::ENODEV) => {}
+                done => done?,
             }
-            apply(kernel, &[probe(device)])?;
             match host::registration(kernel, device)? {
                 // Before Linux 6.6 it is there until the earlier unbind comes to its end.
                 Some(now) if now != registration => Ok(()),

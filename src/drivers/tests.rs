@@ -33,12 +33,12 @@ fn registration(sim: &Sim) -> Option<u64> {
 fn a_rebind_makes_a_new_registration() {
     let (sim, nic) = start();
     let before = registration(&sim).unwrap();
-    rebind(&*sim.kernel(), nic, before, Some("vfio-pci")).unwrap();
+    rebind(&*sim.kernel(), nic, before, Some("vfio-pci"), None).unwrap();
     assert_eq!(driver(&sim).as_deref(), Some("vfio-pci"));
     let after = registration(&sim).unwrap();
     assert_ne!(after, before);
     // The one that was meant has ended.
-    rebind(&*sim.kernel(), nic, before, Some("vfio-pci")).unwrap();
+    rebind(&*sim.kernel(), nic, before, Some("vfio-pci"), None).unwrap();
     assert_eq!(registration(&sim), Some(after));
 }
 
@@ -48,7 +48,7 @@ fn a_write_that_fails_leaves_the_driver_as_it_was() {
         let (sim, nic) = start();
         let before = registration(&sim).unwrap();
         sim.fault(Fault::fail("sysfs_write", Errno::EIO).nth(nth)).unwrap();
-        let error = rebind(&*sim.kernel(), nic, before, Some("vfio-pci")).unwrap_err();
+        let error = rebind(&*sim.kernel(), nic, before, Some("vfio-pci"), None).unwrap_err();
         let RebindError::Write(Failed { error, not_undone }) = error else { panic!("{error}") };
         assert_eq!((error.errno, not_undone.len()), (Errno::EIO, 0));
         assert_eq!(driver(&sim).as_deref(), Some("vfio-pci"), "after write {nth} failed");
@@ -60,7 +60,8 @@ fn what_cannot_be_undone_is_told() {
     let (sim, nic) = start();
     let before = registration(&sim).unwrap();
     sim.fault(Fault::fail("sysfs_write", Errno::EIO).nth(2).times(2)).unwrap();
-    let error = rebind(&*sim.kernel(), nic, before, Some("vfio-pci")).unwrap_err().to_string();
+    let error =
+        rebind(&*sim.kernel(), nic, before, Some("vfio-pci"), None).unwrap_err().to_string();
     assert!(error.contains("not undone: write on /sys/bus/pci/drivers/vfio-pci/bind"), "{error}");
     assert_eq!(driver(&sim), None);
 }
@@ -71,7 +72,7 @@ fn a_device_that_left_vfio_is_left_alone() {
     let before = registration(&sim).unwrap();
     sim.set_driver(NIC, None).unwrap();
     sim.set_driver(NIC, Some("e1000e")).unwrap();
-    let error = rebind(&*sim.kernel(), nic, before, Some("vfio-pci")).unwrap_err();
+    let error = rebind(&*sim.kernel(), nic, before, Some("vfio-pci"), None).unwrap_err();
     assert!(matches!(error, RebindError::NotOnVfio(_)), "{error}");
     assert_eq!(driver(&sim).as_deref(), Some("e1000e"));
 }
@@ -81,10 +82,14 @@ fn a_device_without_a_driver_goes_where_its_override_says() {
     let (sim, nic) = start();
     let kernel = sim.kernel();
     sim.set_driver(NIC, None).unwrap();
-    let error = rebind(&*kernel, nic, 0, None).unwrap_err();
+    let error = rebind(&*kernel, nic, 0, None, None).unwrap_err();
     assert!(matches!(error, RebindError::NoOverride(_)), "{error}");
+    // The one that it had is as good.
+    rebind(&*kernel, nic, 0, None, Some("vfio-pci")).unwrap();
+    assert_eq!(driver(&sim).as_deref(), Some("vfio-pci"));
+    sim.set_driver(NIC, None).unwrap();
     kernel.sysfs_write(OVERRIDE, b"vfio-pci\n").unwrap();
-    rebind(&*kernel, nic, 0, None).unwrap();
+    rebind(&*kernel, nic, 0, None, None).unwrap();
     assert_eq!(driver(&sim).as_deref(), Some("vfio-pci"));
 }
 
@@ -99,13 +104,13 @@ fn a_rebind_waits_for_the_last_close() {
     let iommufd = Iommufd::open(Arc::clone(&kernel)).unwrap();
     open.bind_iommufd(&iommufd).unwrap();
     std::thread::scope(|scope| {
-        let waits = scope.spawn(|| rebind(&*kernel, nic, before, Some("vfio-pci")));
+        let waits = scope.spawn(|| rebind(&*kernel, nic, before, Some("vfio-pci"), None));
         while sim.stats().unwrap().held == 0 {
             std::thread::yield_now();
         }
         // It looks as if it had no driver, and probing it says nothing.
         assert_eq!((driver(&sim), registration(&sim)), (None, None));
-        let error = rebind(&*kernel, nic, before, None).unwrap_err();
+        let error = rebind(&*kernel, nic, before, None, None).unwrap_err();
         assert!(matches!(error, RebindError::StillOpen(_)), "{error}");
         assert!(!waits.is_finished());
         drop(open);

@@ -156,6 +156,11 @@ impl KeptLease {
         self.state.groups.iter_mut().find(|group| group.group.id == id)
     }
 
+    /// The group in which a device was handed out by its own node.
+    fn group_of(&mut self, bdf: Bdf) -> Option<&mut GroupState> {
+        self.state.groups.iter_mut().find(|group| group.registrations.contains_key(&bdf))
+    }
+
     /// The name by which the kernel opens a device.
     fn name(&self, bdf: Bdf) -> String {
         self.names.get(&bdf).cloned().unwrap_or_else(|| bdf.to_string())

@@ -335,8 +335,8 @@ fn new_state(record: LeaseRecord, groups: Vec<GroupState>) -> LeaseState {
 }
 
 fn group_state(group: LeasedGroup) -> GroupState {
-    let (registrations, stage) = (BTreeMap::new(), Stage::Held);
-    GroupState { group, attached: false, registrations, stage }
+    let (registrations, drivers) = Default::default();
+    GroupState { group, attached: false, registrations, drivers, stage: Stage::Held }
 }
 
 pub(super) fn node(id: u32, noiommu: bool) -> Node {

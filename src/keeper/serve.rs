@@ -252,6 +252,9 @@ impl Keeper {
             }
             self.leases.insert(name.clone(), KeptLease::new(state));
             self.end_lease(&name);
+        }
+        // The first attempt writes the state file anew: by then all of them are there.
+        for name in self.leases.keys().cloned().collect::<Vec<_>>() {
             self.take_back(&name);
         }
     }

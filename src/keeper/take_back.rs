@@ -266,11 +266,21 @@ impl Keeper {
             }
         }
         for (bdf, since) in &left {
+            let driver = host::Device::scan(&*kernel, *bdf).map_err(failed)?.and_then(|d| d.driver);
+            let mut before = None;
+            let group = self.leases.get_mut(name).and_then(|lease| lease.group_of(*bdf));
+            if let Some(group) = group {
+                // Killed between unbind and bind, this keeper leaves a device with no driver.
+                if let Some(driver) = &driver {
+                    group.drivers.insert(*bdf, driver.clone());
+                }
+                before = group.drivers.get(bdf).cloned();
+            }
             self.begin(name, "driver unbind", bdf.to_string());
             self.tell();
             let _ = self.save();
-            let driver = host::Device::scan(&*kernel, *bdf).map_err(failed)?.and_then(|d| d.driver);
-            drivers::rebind(&*kernel, *bdf, *since, driver.as_deref()).map_err(not_rebound)?;
+            drivers::rebind(&*kernel, *bdf, *since, driver.as_deref(), before.as_deref())
+                .map_err(not_rebound)?;
         }
         let waits =
             left.iter().find(|(bdf, since)| host::has_let_go(&*kernel, **bdf, **since) != Ok(true));

@@ -433,6 +433,49 @@ fn what_a_killed_keeper_had_is_free_once_nobody_has_it() {
     }
 }
 
+/// What is written down of one while the others' turn has not come is all of it: who salvages can be
+/// killed too.
+#[test]
+fn a_keeper_that_salvages_writes_down_all_leases_from_the_first_on() {
+    let world = World::new();
+    let (keeper, [mut link]) = world.keeper();
+    let mut files = Vec::new();
+    for (lease, group) in [(ONE, 2), (OTHER, 8)] {
+        link.open(&wanted(lease, group, Handout::Devices, true)).unwrap();
+        files.push(link.deliver(lease).unwrap().1);
+    }
+    let written = world.written().unwrap();
+    drop((link, files));
+    world.is_over(keeper);
+    killed(&world, &written);
+    world.sim.fault(Fault::never("open").on("/dev/vfio/2")).unwrap();
+    let salvage = world.run(Vec::new(), true);
+    world.until(|| world.stats().held == 1);
+    let phases: Vec<_> = world.written().unwrap().iter().map(|state| state.phase).collect();
+    assert_eq!(phases, [Phase::Ending; 2]);
+    world.sim.clear_faults().unwrap();
+    world.is_over(salvage);
+}
+
+#[test]
+fn a_driver_that_a_killed_keeper_took_away_comes_back() {
+    let world = World::new();
+    let (keeper, [mut link]) = world.keeper();
+    let mut open = wanted(ONE, 2, Handout::Iommufd, false);
+    open.record.rebind = true;
+    link.open(&open).unwrap();
+    let (_, files) = link.deliver(ONE).unwrap();
+    let mut written = world.written().unwrap();
+    drop((link, files));
+    world.is_over(keeper);
+    written[0].groups[0].drivers.insert(bdf(2), "vfio-pci".into());
+    killed(&world, &written);
+    world.sim.set_driver("0000:02:00.0", None).unwrap();
+    world.is_over(world.run(Vec::new(), true));
+    let device = crate::host::Device::scan(&*world.sim.kernel(), bdf(2)).unwrap().unwrap();
+    assert_eq!(device.driver.as_deref(), Some("vfio-pci"));
+}
+
 #[test]
 fn the_end_of_one_member_leaves_the_others_mappings() {
     let world = World::new();

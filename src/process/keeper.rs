@@ -410,6 +410,9 @@ pub struct GroupState {
     /// The devices that were handed out by their own nodes, each with the number of its registration
     /// with VFIO.
     pub registrations: BTreeMap<Bdf, u64>,
+    /// The drivers that were about to be taken away from devices, and are to come back.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub drivers: BTreeMap<Bdf, String>,
     /// How far it is.
     pub stage: Stage,
 }
