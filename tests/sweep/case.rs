@@ -198,6 +198,22 @@ impl Case {
         all
     }
 
+    /// One form of each operation, of each another one.
+    pub fn sample() -> Vec<Self> {
+        let mut last = None;
+        let mut of_operation = 0;
+        let all = Self::all();
+        all.iter()
+            .filter(|case| {
+                let is_next = last.replace(case.operation) != Some(case.operation);
+                of_operation = if is_next { 0 } else { of_operation + 1 };
+                let forms = all.iter().filter(|it| it.operation == case.operation).count();
+                of_operation == case.operation as usize % forms
+            })
+            .copied()
+            .collect()
+    }
+
     /// Whether somebody has the lease before.
     fn is_of_a_lease(self) -> bool {
         !matches!(self.operation, Operation::Acquire | Operation::Attach)
