@@ -2,7 +2,7 @@
 
 use super::broker::Beginning;
 use super::serve::Launcher;
-use crate::keeper::{keep, links};
+use crate::keeper::{keep, links, tell_why};
 use crate::log;
 use crate::process::keeper::LeaseState;
 use crate::process::launcher::{
@@ -22,6 +22,7 @@ use sd_notify::NotifyState;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use tracing::error;
 
 /// Names in one message.
 const PAGE_OF_NAMES: usize = 1000;
@@ -115,10 +116,17 @@ impl Launcher {
     ) -> Result<(), Errno> {
         let Beginning { machine, policy, users, .. } = &self.beginning;
         child::fork(Role::Keeper.name(), files, |files| {
-            let _ = users.confine(Role::Keeper);
-            let kept = keep(machine, &self.place, name, links(files), policy.clone());
+            let links = links(files);
+            let has_kept = match users.confine(Role::Keeper) {
+                Ok(()) => keep(machine, &self.place, name, links, policy.clone()).is_ok(),
+                Err(why) => {
+                    error!(%why, keeper = name, "a keeper would have more rights than it should, and does not begin");
+                    tell_why(links.as_ref().map(|[asked, _]| asked), &why);
+                    false
+                }
+            };
             log::flush();
-            u8::from(kept.is_err())
+            u8::from(!has_kept)
         })
         .map(drop)
     }
@@ -156,13 +164,18 @@ impl Launcher {
         let (ours, theirs) = pair?;
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let pid = child::fork(Role::Helper(helper).name(), [theirs], |[link]| {
-            let done = users.confine(Role::Helper(helper)).and_then(|()| match helper {
+            if let Err(why) = users.confine(Role::Helper(helper)) {
+                error!(%why, "a process would have more rights than it should, and does not begin");
+                log::flush();
+                return 1;
+            }
+            let done = match helper {
                 Helper::Receiver => receiver::receive(&link),
                 Helper::Closer => {
                     receiver::close_as_they_come(link.as_fd());
                     Ok(())
                 }
-            });
+            };
             u8::from(done.is_err())
         })?;
         let pidfd = child::pidfd(pid).inspect_err(|_| {

@@ -12,7 +12,6 @@ use crate::process::launcher::{GiveUp, PolicyRead, Told};
 use crate::process::link::{self, Answering};
 use crate::process::role::Role;
 use crate::sys::{child, fdpass};
-use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::MsgFlags;
 use nix::unistd::Pid;
@@ -127,8 +126,7 @@ fn prepared(
     super::listen::lock_as_broker(lock.as_fd()).map_err(StartError::set_up("the broker's lock"))?;
     // Its socket may be one that only root can reach.
     let kernel = simulation::kernel(&beginning.machine)?;
-    let confined = beginning.users.confine(Role::Broker);
-    confined.map_err(StartError::set_up::<Errno>("the broker's user"))?;
+    beginning.users.confine(Role::Broker).map_err(StartError::Unconfined)?;
     Ok(kernel)
 }
 

@@ -1,6 +1,7 @@
 //! What a process gives up before it begins.
 
 use crate::process::role::{Role, User};
+use crate::sys;
 use crate::sys::capabilities::{IPC_LOCK, SYS_RAWIO, SYS_RESOURCE, keep_only};
 use nix::errno::Errno;
 use nix::sys::prctl::{set_dumpable, set_no_new_privs};
@@ -38,29 +39,36 @@ impl Users {
     /// Gives up, in the process of a role, what that role does not need.
     ///
     /// # Errors
-    /// EPERM, EINVAL: this process may not run as others.
-    pub(crate) fn confine(&self, role: Role) -> Result<(), Errno> {
-        set_no_new_privs()?;
+    /// Which call failed. The process may do more than its role then, and must not begin.
+    pub(crate) fn confine(&self, role: Role) -> sys::Result<()> {
+        let failed = |call| move |errno| sys::Error::new(call, process(role), errno);
+        set_no_new_privs().map_err(failed("PR_SET_NO_NEW_PRIVS"))?;
         // What it knows is nobody else's.
-        setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+        setrlimit(Resource::RLIMIT_CORE, 0, 0).map_err(failed("setrlimit"))?;
         if !Uid::effective().is_root() {
             return Ok(());
         }
         let nobody = |id: u32| (Uid::from_raw(id), Gid::from_raw(id));
         let user = match role.user() {
-            User::Same => return keep_capabilities(role),
+            User::Same => return keep_capabilities(role).map_err(failed("capset")),
             User::Broker => self.broker,
             User::Nobody => nobody(NOBODY),
             User::Overflow => nobody(OVERFLOW),
         };
-        setgroups(&[])?;
-        become_user(user).or_else(|_| become_user(nobody(OVERFLOW)))?;
+        setgroups(&[]).map_err(failed("setgroups"))?;
+        let became = become_user(user).or_else(|_| become_user(nobody(OVERFLOW)));
+        became.map_err(failed("setresuid"))?;
         match role {
             // It looks into its own /proc, which would be root's.
-            Role::Broker => set_dumpable(true),
+            Role::Broker => set_dumpable(true).map_err(failed("PR_SET_DUMPABLE")),
             _ => Ok(()),
         }
     }
+}
+
+/// A role's process, for errors.
+fn process(role: Role) -> String {
+    format!("the process {}", role.name().to_string_lossy())
 }
 
 /// Of what root may, a keeper raises limits: its own, for what it maps, and those of its clients; and it

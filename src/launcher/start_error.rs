@@ -105,6 +105,9 @@ pub enum StartError {
     /// What the service manager passed is of no use.
     #[error("socket activation: {0}")]
     Activation(String),
+    /// A process can't give up what it must not have.
+    #[error("can't confine the broker, which is not to begin with more rights than it needs: {0}")]
+    Unconfined(crate::sys::Error),
     /// The broker says why.
     #[error("{0}")]
     Broker(String),

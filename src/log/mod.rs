@@ -19,7 +19,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use outlet::{Lines, Outlet};
 use std::fs::File;
-use std::io::Result;
+use std::io::{Result, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -87,8 +87,10 @@ fn start_process(reader: &OwnedFd, stderr: &OwnedFd, users: Users) -> Result<Pid
         // Standard error comes in place of the pipe's other end.
         let moved = nix::unistd::dup2_stderr(&stderr).and_then(|()| nix::unistd::dup2_stdin(&pipe));
         drop((pipe, stderr));
-        // In a user namespace without such a user root is a plain user outside.
-        let _ = users.confine(Role::Log);
+        if let Err(why) = users.confine(Role::Log) {
+            let _ = writeln!(std::io::stderr(), "nobody writes the log: {why}");
+            return 1;
+        }
         u8::from(moved.and_then(|()| process::copy(std::io::stdin())).is_err())
     })?;
     Ok(pid)
