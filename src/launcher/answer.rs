@@ -114,10 +114,10 @@ impl Launcher {
         files: [OwnedFd; N],
         links: impl FnOnce([OwnedFd; N]) -> Option<[OwnedFd; 2]>,
     ) -> Result<(), Errno> {
-        let Beginning { machine, policy, users, .. } = &self.beginning;
+        let Beginning { machine, policy, sandbox, .. } = &self.beginning;
         child::fork(Role::Keeper.name(), files, |files| {
             let links = links(files);
-            let has_kept = match users.confine(Role::Keeper) {
+            let has_kept = match sandbox.confine(Role::Keeper) {
                 Ok(()) => keep(machine, &self.place, name, links, policy.clone()).is_ok(),
                 Err(why) => {
                     error!(%why, keeper = name, "a keeper would have more rights than it should, and does not begin");
@@ -158,13 +158,13 @@ impl Launcher {
     }
 
     fn start_helper(&mut self, StartHelper { helper }: &StartHelper) -> Answer<HelperStarted> {
-        let (helper, users) = (*helper, self.beginning.users);
+        let (helper, sandbox) = (*helper, &self.beginning.sandbox);
         let pair =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
         let (ours, theirs) = pair?;
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let pid = child::fork(Role::Helper(helper).name(), [theirs], |[link]| {
-            if let Err(why) = users.confine(Role::Helper(helper)) {
+            if let Err(why) = sandbox.confine(Role::Helper(helper)) {
                 error!(%why, "a process would have more rights than it should, and does not begin");
                 log::flush();
                 return 1;

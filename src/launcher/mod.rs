@@ -17,7 +17,7 @@ mod simulation;
 mod start;
 mod start_error;
 
-pub(crate) use confine::Users;
-pub use options::Options;
+pub(crate) use confine::Sandbox;
+pub use options::{Options, SandboxMode};
 pub use start::run;
 pub use start_error::StartError;

@@ -105,6 +105,11 @@ pub enum StartError {
     /// What the service manager passed is of no use.
     #[error("socket activation: {0}")]
     Activation(String),
+    /// The sandbox that was asked for can't be had.
+    #[error(
+        "--sandbox=require, and this system lacks what that takes: {0}; with --sandbox=try it starts without that"
+    )]
+    Sandbox(String),
     /// A process can't give up what it must not have.
     #[error("can't confine the broker, which is not to begin with more rights than it needs: {0}")]
     Unconfined(crate::sys::Error),

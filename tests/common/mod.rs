@@ -10,7 +10,7 @@ pub mod fuse;
 pub mod raw;
 mod until;
 
-pub use children::children;
+pub use children::{children, status};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use raw::Raw;

@@ -67,3 +67,48 @@ fn a_broker_that_stays_root_does_not_begin() {
     // Its lines come from a process that stays root neither.
     assert!(said.contains("nobody writes the log: setresuid"), "{said}");
 }
+
+/// All that a system can lack of a sandbox.
+const MISSING: [libc::c_long; 2] = [libc::SYS_seccomp, libc::SYS_landlock_create_ruleset];
+
+#[test]
+fn what_a_sandbox_lacks_is_named_and_required_only_where_it_is_to_be() {
+    let require = |refused: &[libc::c_long]| {
+        refusal(&Setup::default().argument("--sandbox", "require"), refused)
+    };
+    for (call, name) in MISSING.into_iter().zip(["seccomp: ", "landlock_create_ruleset: "]) {
+        let said = require(&[call]);
+        assert!(said.contains("--sandbox=require") && said.contains(name), "{said}");
+        assert!(said.contains("EPERM"), "{said}");
+    }
+    let said = require(&MISSING);
+    assert!(said.contains("seccomp: ") && said.contains("landlock_create_ruleset: "), "{said}");
+    // Else it starts, and says so.
+    let daemon = start(&MISSING);
+    let lacks =
+        ["system calls not filtered (seccomp: ", "files not limited (landlock_create_ruleset: "];
+    let (status, _) = daemon.connect().call("Status", json!({})).ok();
+    for lack in lacks {
+        assert!(daemon.log().contains(lack), "{}", daemon.log());
+        assert!(status["sandbox"].as_str().unwrap().contains(lack), "{status}");
+    }
+}
+
+#[test]
+fn what_is_in_force_is_said_and_can_be_left_out() {
+    let said = |setup| {
+        let daemon = Daemon::with(setup);
+        let (status, _) = daemon.connect().call("Status", json!({})).ok();
+        let said = status["sandbox"].as_str().unwrap().to_owned();
+        // In the log as it is in the status, but for the broker's own rights.
+        assert!(daemon.log().contains(said.split_once("; ").unwrap().1), "{}", daemon.log());
+        said
+    };
+    let all = said(Setup::default());
+    assert!(
+        all.contains("system calls filtered in broker, keeper, receiver, closer, log"),
+        "{all}"
+    );
+    let none = said(Setup::default().argument("--sandbox", "off"));
+    assert!(none.contains("system calls not filtered (--sandbox=off)"), "{none}");
+}
