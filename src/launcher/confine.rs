@@ -4,7 +4,9 @@ use super::StartError;
 use super::options::SandboxMode;
 use crate::process::calls::HOSTILE;
 use crate::process::role::{Role, User};
-use crate::sys::capabilities::{IPC_LOCK, SYS_RAWIO, SYS_RESOURCE, keep_only};
+use crate::sys::capabilities::{
+    DAC_READ_SEARCH, IPC_LOCK, SYS_ADMIN, SYS_RAWIO, SYS_RESOURCE, keep_only,
+};
 use crate::sys::seccomp::{self, Filter, SystemCall};
 use crate::sys::{self, landlock};
 use nix::errno::Errno;
@@ -26,9 +28,6 @@ const OVERFLOW: u32 = 65534;
 /// Whether the kernel gives groups without an IOMMU.
 const NOIOMMU: &str = "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode";
 
-/// The name of the broker's user, where the system has one.
-const BROKER_NAME: &str = "vfio-broker";
-
 /// What each process gives up, as far as this system can.
 #[derive(Clone, Debug)]
 pub(crate) struct Sandbox {
@@ -47,15 +46,13 @@ struct Filters {
 }
 
 impl Sandbox {
-    /// Looks for what this system can, and for the broker's user. What is found is in force in each
-    /// process from then on, or it does not begin.
+    /// Looks for what this system can. What is found is in force in each process from then on, or it does
+    /// not begin.
     ///
     /// # Errors
     /// What is missing of what must be there.
     pub(super) fn find(mode: SandboxMode) -> Result<Self, StartError> {
-        let known = nix::unistd::User::from_name(BROKER_NAME).ok().flatten();
-        let known = known.filter(|user| !user.uid.is_root()).map(|user| (user.uid, user.gid));
-        let broker = known.unwrap_or((Uid::from_raw(BROKER), Gid::from_raw(BROKER)));
+        let broker = (Uid::from_raw(BROKER), Gid::from_raw(BROKER));
         let (filters, landlock) = match mode {
             SandboxMode::Off => (Err("--sandbox=off".to_owned()), Err("--sandbox=off".to_owned())),
             SandboxMode::Try | SandboxMode::Require => (filters().map(Arc::new), landlock()),
@@ -66,6 +63,13 @@ impl Sandbox {
                 Err(StartError::Sandbox(sandbox.to_string()))
             }
             _ => Ok(sandbox),
+        }
+    }
+
+    /// Brokers run as this user from here on, if there is one, instead of one that nobody has.
+    pub(super) fn set_broker(&mut self, user: Option<(u32, u32)>) {
+        if let Some((uid, gid)) = user {
+            self.broker = (Uid::from_raw(uid), Gid::from_raw(gid));
         }
     }
 
@@ -179,19 +183,24 @@ fn failed(role: Role, call: &'static str) -> impl FnOnce(Errno) -> sys::Error {
 }
 
 /// Of what root may, a keeper raises limits: its own, for what it maps, and those of its clients; and it
-/// opens groups without an IOMMU where the kernel has such. The files that it opens are root's.
+/// opens groups without an IOMMU where the kernel has such. The files that it opens are root's. Who reads
+/// the policy finds it wherever it is, and the devices' serial numbers.
 fn keep_capabilities(role: Role) -> Result<(), Errno> {
-    if role != Role::Keeper {
-        return Ok(());
-    }
-    let mut kept = vec![SYS_RESOURCE];
-    // Whose limit would hold is not this process's tenant; the broker keeps count by the policy.
-    if setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_err() {
-        kept.push(IPC_LOCK);
-    }
-    if std::fs::read(NOIOMMU).is_ok_and(|is_on| is_on.starts_with(b"Y")) {
-        kept.push(SYS_RAWIO);
-    }
+    let kept = match role {
+        Role::Keeper => {
+            let mut kept = vec![SYS_RESOURCE];
+            // Whose limit would hold is not this process's tenant; the broker keeps count by the policy.
+            if setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_err() {
+                kept.push(IPC_LOCK);
+            }
+            if std::fs::read(NOIOMMU).is_ok_and(|is_on| is_on.starts_with(b"Y")) {
+                kept.push(SYS_RAWIO);
+            }
+            kept
+        }
+        Role::PolicyReader => vec![DAC_READ_SEARCH, SYS_ADMIN],
+        _ => return Ok(()),
+    };
     keep_only(&kept)
 }
 

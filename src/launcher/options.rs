@@ -43,6 +43,10 @@ pub struct Options {
     #[arg(long, value_name = "MS", default_value = "30000", value_parser = millis, hide = true)]
     pub call_deadline: Duration,
 
+    /// The longest that reading the policy may take, in milliseconds
+    #[arg(long, value_name = "MS", default_value = "30000", value_parser = millis, hide = true)]
+    pub policy_deadline: Duration,
+
     /// The longest that half a message may stay half, in milliseconds
     #[arg(long, value_name = "MS", default_value = "30000", value_parser = millis, hide = true)]
     pub read_deadline: Duration,

@@ -32,7 +32,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
 fn serve(
     options: &Options,
     passed: Option<UnixListener>,
-    sandbox: Sandbox,
+    mut sandbox: Sandbox,
     log: &mut Log,
 ) -> Result<(), StartError> {
     let signals = take_signals()?;
@@ -40,7 +40,7 @@ fn serve(
     // The simulation ends when this does, and its keepers with it.
     let (machine, simulation) = simulation::machine(options)?;
     let mut policy_file = PolicyFile::new(options, machine.clone());
-    let policy = policy_file.read()?;
+    let policy = policy_file.read(&mut sandbox)?;
     let activated = passed.is_some();
     let listening = Listening::new(passed, &options.socket)?;
     let place = keepers_place(options, simulation.is_some().then_some(&machine))?;

@@ -14,6 +14,8 @@ pub enum Role {
     Keeper,
     /// Does what may not be done where there are other files.
     Helper(Helper),
+    /// Reads and compiles the policy.
+    PolicyReader,
     /// Copies the log to where it is read.
     Log,
     /// Plays a kernel.
@@ -46,11 +48,12 @@ pub enum User {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Broker,
         Self::Keeper,
         Self::Helper(Helper::Receiver),
         Self::Helper(Helper::Closer),
+        Self::PolicyReader,
         Self::Log,
         Self::Simulation,
     ];
@@ -62,6 +65,7 @@ impl Role {
             Self::Keeper => c"vfiob-keeper",
             Self::Helper(Helper::Receiver) => c"vfiob-receiver",
             Self::Helper(Helper::Closer) => c"vfiob-closer",
+            Self::PolicyReader => c"vfiob-policy",
             Self::Log => c"vfiob-log",
             Self::Simulation => c"vfiob-sim",
         }
@@ -74,6 +78,8 @@ impl Role {
             // It opens device nodes and writes to sysfs, which are root's.
             Self::Keeper => User::Same,
             Self::Helper(_) => User::Nobody,
+            // The policy can be one that root alone may read.
+            Self::PolicyReader => User::Same,
             Self::Log => User::Overflow,
             // Whoever started it reaches its socket by that, and it reads the memory of who maps.
             Self::Simulation => User::Same,
@@ -86,6 +92,8 @@ impl Role {
             Self::Keeper => Some(&[USUAL, MESSAGES, LOOKS, READS, KEEPS]),
             // Each waits for several closes at a time, in threads.
             Self::Helper(_) => Some(&[USUAL, THREADS, MESSAGES, LOOKS]),
+            // Name services are this system's, and make what calls they like but the hostile ones.
+            Self::PolicyReader => None,
             Self::Log => Some(&[USUAL]),
             // A test aid, with no rights but those of who starts it.
             Self::Simulation => None,
@@ -100,6 +108,7 @@ impl Role {
             Self::Broker => Some(&["/sys", "/proc"]),
             // Landlock would mark each device file that it opens, for whoever is given that.
             Self::Keeper => None,
+            Self::PolicyReader => Some(&["/"]),
             Self::Helper(_) | Self::Log => Some(&[]),
             Self::Simulation => None,
         }

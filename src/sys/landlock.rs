@@ -4,8 +4,8 @@
 
 use super::Error;
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr,
-    RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, path_beneath_rules,
+    ABI, Access, AccessFs, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreatedAttr,
+    RulesetError, RulesetStatus, Scope, path_beneath_rules,
 };
 use nix::errno::Errno;
 use nix::libc;
@@ -33,7 +33,6 @@ pub fn read_only(paths: &[&str]) -> super::Result<()> {
     let enforced = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(ABI))
-        .and_then(|rules| rules.handle_access(AccessNet::from_all(ABI)))
         .and_then(|rules| rules.scope(Scope::from_all(ABI)))
         .and_then(Ruleset::create)
         .and_then(|rules| rules.add_rules(path_beneath_rules(paths, read)))

@@ -10,6 +10,7 @@ pub mod fuse;
 pub mod raw;
 mod until;
 
+#[allow(unused_imports)] // each program uses its part
 pub use children::{children, status};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
