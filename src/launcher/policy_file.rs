@@ -3,7 +3,7 @@
 use super::StartError;
 use super::confine::Sandbox;
 use super::options::Options;
-use super::policy_source::{Compiled, PolicySource, Refused};
+use super::policy_source::{Compiled, PolicySource};
 use crate::keeper::{Machine, Place, PolicyInForce};
 use crate::log;
 use crate::policy::Policy;
@@ -103,12 +103,7 @@ impl PolicyFile {
                 errno.desc()
             ))),
         };
-        let compiled = said?.unwrap_or_else(|why| {
-            let path = self.source.likely().to_string_lossy().into_owned();
-            let why = format!("can't read the policy {path}: {why}");
-            let policy = Err(Refused { text: why.clone(), line: why });
-            Compiled { name: path, policy, broker: None }
-        });
+        let compiled = said?.unwrap_or_else(|why| self.source.unread(&why));
         self.give_up();
         self.read.name.clone_from(&compiled.name);
         match &compiled.policy {
@@ -177,7 +172,10 @@ fn tell_compiled(
     launcher: Pid,
     mut tell: File,
 ) -> Result<(), Box<dyn std::error::Error>> {
-    sandbox.confine(Role::PolicyReader)?;
+    if let Err(why) = sandbox.confine(Role::PolicyReader) {
+        let why = format!("who reads it would have more rights than it should: {why}");
+        return Ok(tell.write_all(&serde_json::to_vec(&source.unread(&why))?)?);
+    }
     // Nobody else ends one that hangs.
     set_pdeathsig(Signal::SIGKILL)?;
     if getppid() != launcher {

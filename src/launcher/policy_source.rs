@@ -70,10 +70,13 @@ impl PolicySource {
         Self { path: options.policy.clone(), sim: options.sim.clone(), machine }
     }
 
-    /// Where it is most likely to be, for who can't look.
-    pub(super) fn likely(&self) -> PathBuf {
+    /// What comes of one that could not be read. It is where it most likely is: nobody has looked.
+    pub(super) fn unread(&self, why: &str) -> Compiled {
         let beside = || self.sim.as_ref().map(|sim| sim.with_extension("policy.toml"));
-        self.path.clone().or_else(beside).unwrap_or_else(|| POLICY_PATH.into())
+        let path = self.path.clone().or_else(beside).unwrap_or_else(|| POLICY_PATH.into());
+        let why = format!("can't read the policy {}: {why}", path.display());
+        let policy = Err(Refused { text: why.clone(), line: why });
+        Compiled { name: path.to_string_lossy().into_owned(), policy, broker: None }
     }
 
     /// Reads and compiles it. May take as long as files and name services like.

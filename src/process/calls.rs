@@ -136,6 +136,7 @@ pub const SERVES: &[SystemCall] = &[
 ];
 
 /// Has one address space: VFIO's files, drivers, and a directory of its own.
+#[allow(clippy::unnecessary_cast)] // a limit's name has another type in musl
 pub const KEEPS: &[SystemCall] = &[
     any(libc::SYS_openat),
     #[cfg(target_arch = "x86_64")]

@@ -62,7 +62,7 @@ impl Filter {
     ) -> Result<Self, String> {
         let mut rules: BTreeMap<libc::c_long, Vec<SeccompRule>> = BTreeMap::new();
         for SystemCall { number, when } in calls {
-            let known = rules.get(&number).is_some();
+            let known = rules.contains_key(&number);
             let list = rules.entry(number).or_default();
             match when {
                 // No rule of a call means any arguments.
