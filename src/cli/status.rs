@@ -29,7 +29,9 @@ fn text(status: &BrokerStatus) -> String {
         line("launcher", format!("pid {pid}"));
     }
     if let Some(sandbox) = &status.sandbox {
-        line("sandbox", sandbox.clone());
+        for (at, part) in sandbox.split("; ").enumerate() {
+            line(if at == 0 { "sandbox" } else { "" }, part.to_owned());
+        }
     }
     if let Some(count) = status.connections {
         line("connections", count.to_string());

@@ -34,6 +34,8 @@ pub(crate) struct Given {
     pub(crate) listener: UnixListener,
     /// To ask the launcher on, and to be told on what to do.
     pub(crate) links: [OwnedFd; 2],
+    /// What its processes have given up, in words.
+    pub(crate) sandbox: String,
     /// The limit of open files.
     pub(crate) files: u64,
     /// The simulated machine ends with the launcher.
@@ -61,6 +63,7 @@ async fn serve(given: Given) -> Result<(), StartError> {
         kernel,
         listener,
         links: [ask, watch],
+        sandbox,
         files,
         machine_ends,
     } = given;
@@ -78,8 +81,15 @@ async fn serve(given: Given) -> Result<(), StartError> {
         deadline: options.call_deadline,
     });
     let open_files = OpenFiles::new(files);
-    let daemon =
-        Daemon::new(broker, observer, Rc::clone(&launcher), open_files, policy_read, &options);
+    let daemon = Daemon::new(
+        broker,
+        observer,
+        Rc::clone(&launcher),
+        open_files,
+        policy_read,
+        sandbox,
+        &options,
+    );
     let accounts = Rc::clone(&daemon.accounts);
     let tasks = LocalSet::new();
     let served = tasks.run_until(serve_clients(Rc::new(daemon), listener, &launcher, orders)).await;

@@ -20,7 +20,7 @@ mod word;
 
 pub use permit::{Judge, PolicyInForce};
 pub use process::{Machine, keep, links};
-pub use serve::{Links, run};
+pub use serve::{Links, run, tell_why};
 pub use state_file::Place;
 
 use crate::kernel::{Group, Kernel};

@@ -53,14 +53,9 @@ pub fn run(
     patience: Vec<Duration>,
     links: Links,
 ) -> crate::kernel::Result<()> {
-    let begun = begin(place, name, links.salvage).inspect_err(|error| {
-        if let Some(link) = links.first.first().and_then(|link| link.try_clone().ok()) {
-            // Whoever asks first is told why it can't begin.
-            let failed = Failed { failure: error.clone().into() };
-            let _ = Answering::new(link).send(&link::error(FAILED, &failed), &[]);
-        }
-    });
-    let (file, listener, saved) = begun?;
+    let begun = begin(place, name, links.salvage);
+    let (file, listener, saved) =
+        begun.inspect_err(|error| tell_why(links.first.first(), error))?;
     let mut keeper = Keeper {
         kernel,
         file,
@@ -79,6 +74,14 @@ pub fn run(
     keeper.serve(&listener, links.machine.as_ref());
     keeper.file.remove();
     Ok(())
+}
+
+/// Tells whoever asks first on this link why the keeper can't begin.
+pub fn tell_why(link: Option<&OwnedFd>, error: &crate::kernel::Error) {
+    let failed = Failed { failure: error.clone().into() };
+    if let Some(link) = link.and_then(|link| link.try_clone().ok()) {
+        let _ = Answering::new(link).send(&link::error(FAILED, &failed), &[]);
+    }
 }
 
 fn begin(

@@ -5,6 +5,11 @@
 use nix::errno::Errno;
 use nix::libc;
 
+/// Reads files and directories whoever may.
+pub const DAC_READ_SEARCH: u32 = 2;
+/// Reads all of a device's configuration space; and much else, most of which takes calls that no role
+/// can make.
+pub const SYS_ADMIN: u32 = 21;
 /// Raises limits, its own and others'.
 pub const SYS_RESOURCE: u32 = 24;
 /// Locks memory whatever the limit.

@@ -10,7 +10,8 @@ pub mod fuse;
 pub mod raw;
 mod until;
 
-pub use children::children;
+#[allow(unused_imports)] // each program uses its part
+pub use children::{children, status};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use raw::Raw;

@@ -296,6 +296,17 @@ fn a_policy_that_others_can_write_to() {
 }
 
 #[test]
+fn a_policy_that_never_comes() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = command(directory.path(), &Setup::default());
+    let fifo = directory.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    command.arg("--policy").arg(&fifo).args(["--policy-deadline", "300"]);
+    let said = refuses(&mut command, directory.path());
+    assert!(said.contains("fifo: the file, or where its users are looked up"), "{said}");
+}
+
+#[test]
 fn a_broken_policy() {
     let directory = tempfile::tempdir().unwrap();
     for broken in ["version = 1\n[[tenant]\n", "version = 1\nnonsense = 2\n"] {

@@ -5,6 +5,7 @@
 mod calls;
 #[path = "../common/mod.rs"]
 mod common;
+mod confined;
 mod contested;
 mod files;
 mod iommufd;
