@@ -41,8 +41,12 @@ impl Keeper {
         client: &OwnedFd,
     ) -> Result<Delivered, Failure> {
         let name = call.lease.clone();
-        let record = &self.lease(&name)?.state.record;
-        self.permit_delivery(record, client).inspect_err(|_| self.undo_pending(&name))?;
+        let lease = self.lease(&name)?;
+        if lease.is_ending() {
+            return Err(Failure::NoSuchLease);
+        }
+        self.permit_holder(&lease.state.record, client)
+            .inspect_err(|_| self.undo_pending(&name))?;
         let pipe = match call.lifeline {
             true => Some(pipe().inspect_err(|_| self.undo_pending(&name))?),
             false => None,

@@ -107,6 +107,7 @@ impl Keeper {
             }
             self.answer_links();
             self.see_hang_ups();
+            self.force(Instant::now());
             self.try_again(Instant::now());
             self.tell();
         }
@@ -124,7 +125,8 @@ impl Keeper {
         let pipes = self.leases.values().flat_map(|lease| &lease.lifelines);
         fds.extend(pipes.map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::empty())));
         fds.extend(machine.map(|machine| PollFd::new(machine.as_fd(), PollFlags::empty())));
-        let until = self.next_attempt().map(|at| at.saturating_duration_since(Instant::now()));
+        let until = self.next_attempt().into_iter().chain(self.next_force()).min();
+        let until = until.map(|at| at.saturating_duration_since(Instant::now()));
         let until = until.map(|left| left + Duration::from_millis(1));
         let until = until.map_or(PollTimeout::NONE, |left| {
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -184,13 +186,13 @@ impl Keeper {
             Reopen::NAME => framed(self.reopen(link, link::parse(parameters)?)),
             Deliver::NAME => framed(self.deliver(link::parse(parameters)?, &file()?)),
             Undo::NAME => framed(self.undo(&link::parse(parameters)?)),
-            Map::NAME => framed(self.map(&link::parse(parameters)?, &file()?)),
-            Unmap::NAME => framed(self.unmap(&link::parse(parameters)?)),
+            Map::NAME => framed(self.map(&link::parse(parameters)?, &file()?, &file()?)),
+            Unmap::NAME => framed(self.unmap(&link::parse(parameters)?, &file()?)),
             Memlock::NAME => framed(self.raise_memlock(&link::parse(parameters)?, &file()?)),
             Check::NAME => framed(self.check(&link::parse(parameters)?)),
-            End::NAME => framed(self.end(&link::parse(parameters)?)),
-            Revoke::NAME => framed(self.revoke(&link::parse(parameters)?)),
-            Confirm::NAME => framed(self.confirm(&link::parse(parameters)?)),
+            End::NAME => framed(self.end(&link::parse(parameters)?, file().ok().as_ref())),
+            Revoke::NAME => framed(self.revoke(&link::parse(parameters)?, &file()?)),
+            Confirm::NAME => framed(self.confirm(&link::parse(parameters)?, &file()?)),
             Mappings::NAME => framed(self.mappings(&link::parse(parameters)?)),
             Watch::NAME => {
                 let all = self.leases.keys().cloned().collect();
