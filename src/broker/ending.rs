@@ -154,6 +154,9 @@ impl Broker {
         *entry.call.borrow_mut() = state.call.clone();
         self.resume_revocation(&entry, &state);
         if matches!(state.phase, Phase::Ending | Phase::Gone) {
+            if state.revoking.is_some_and(|revoking| revoking.forced) {
+                self.force(id);
+            }
             self.end(id, EventKind::Gone);
         }
         let mut books = self.books();

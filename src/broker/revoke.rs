@@ -159,7 +159,7 @@ impl Broker {
 
     /// Goes on with what the broker before this one has begun.
     pub(super) fn resume_revocation(self: &Rc<Self>, entry: &Entry, state: &keeper::LeaseState) {
-        let Some(keeper::Revoking { since, force }) = state.revoking else { return };
+        let Some(keeper::Revoking { since, force, forced }) = state.revoking else { return };
         if entry.revoking.borrow().is_some() {
             return;
         }
@@ -167,7 +167,6 @@ impl Broker {
         let left = force.saturating_sub(now()).min(force.saturating_sub(since));
         let until = Instant::now() + Duration::from_secs(left.min(Revoke::MAX_GRACE));
         let is_held = state.phase == keeper::Phase::Held;
-        let forced = !is_held && now() >= force;
         entry.revoking.replace(Some(Revoking { since, force, until, forced }));
         if is_held {
             self.force_at(entry.id, until);
@@ -175,7 +174,7 @@ impl Broker {
     }
 
     /// The time is over: from here on the holder gets nothing more.
-    fn force(self: &Rc<Self>, id: LeaseId) {
+    pub(super) fn force(self: &Rc<Self>, id: LeaseId) {
         let (entry, lease) = {
             let books = self.books();
             let lease = books.ledger.live(id).cloned();

@@ -41,6 +41,7 @@ impl Keeper {
         if let Some(lease) = self.leases.get(name) {
             self.permit_end(lease, client)?;
         }
+        self.force(Instant::now());
         self.undo_pending(name);
         if self.leases.contains_key(name) {
             self.end_lease(name);

@@ -13,7 +13,7 @@ impl Keeper {
         let at = Instant::now() + Duration::from_millis(*left);
         let lease = self.lease_mut(name)?;
         lease.force_at = Some(lease.force_at.map_or(at, |before| before.min(at)));
-        lease.state.revoking = Some(Revoking { since: *since, force: *force });
+        lease.state.revoking = Some(Revoking { since: *since, force: *force, forced: false });
         self.touch(name);
         self.save()?;
         self.told(name)
@@ -25,6 +25,8 @@ impl Keeper {
         for name in due.map(|lease| lease.state.record.lease.clone()).collect::<Vec<_>>() {
             self.log_unseen_end(&name, "revoked");
             self.undo_pending(&name);
+            let revoking = self.leases.get_mut(&name).and_then(|it| it.state.revoking.as_mut());
+            revoking.into_iter().for_each(|revoking| revoking.forced = true);
             self.end_lease(&name);
             self.take_back(&name);
         }

@@ -392,6 +392,9 @@ pub struct Revoking {
     pub since: u64,
     /// When it is taken by force, in seconds since 1970.
     pub force: u64,
+    /// It was.
+    #[serde(default)]
+    pub forced: bool,
 }
 
 /// A call that has begun.

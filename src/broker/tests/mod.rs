@@ -4,6 +4,7 @@ mod confirm;
 mod dma;
 mod failing;
 mod flow;
+mod garbage;
 mod iommufd;
 mod plan;
 mod race;
