@@ -71,6 +71,9 @@ fn what_the_policy_gives_the_client_is_opened() {
     assert_eq!(opened.state.record.uid, nix::unistd::geteuid().as_raw());
     let (_, files) = link.deliver(ONE).unwrap();
     assert_eq!(files.len(), 3);
+    // The kernel counts a lease pipe's room against root's.
+    let room = nix::fcntl::fcntl(&files[2], nix::fcntl::FcntlArg::F_GETPIPE_SZ).unwrap();
+    assert_eq!(room as u64, crate::keeper::memory::page_size());
     drop((files, link));
     world.is_over(keeper);
 }
