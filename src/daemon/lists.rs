@@ -59,7 +59,7 @@ impl Connection {
     async fn end_all(&self, request: Drain, flags: Flags) -> Result<Answer, End> {
         let mut list = List::new(self, flags, |leases: Vec<Revoked>| Drained { leases });
         let broker = &self.daemon.broker;
-        for begun in broker.drain(&self.caller, request.grace).await? {
+        for begun in broker.drain(&self.caller, &self.socket, request.grace).await? {
             list.extend(vec![broker.revoked(begun).await]).await?;
         }
         list.last()

@@ -11,6 +11,7 @@ use crate::launcher::{Options, StartError};
 use crate::log::{self, LEASES};
 use crate::policy::Policy;
 use crate::process::launcher::{Alive, PolicyRead, Ready, Told};
+use crate::process::link::Lost;
 use crate::protocol::Lease;
 use std::convert::Infallible;
 use std::os::fd::OwnedFd;
@@ -19,7 +20,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Builder;
-use tokio::task::{JoinError, LocalSet, spawn_local};
+use tokio::task::{JoinError, JoinHandle, LocalSet, spawn_local};
 use tracing::info;
 
 /// What a broker begins with.
@@ -41,6 +42,9 @@ pub(crate) struct Given {
     /// The simulated machine ends with the launcher.
     pub(crate) machine_ends: bool,
 }
+
+/// By what a broker was told to stop that has nobody to tell it.
+const NO_LAUNCHER: &str = "none: the launcher is no more";
 
 /// Serves clients until the launcher ends it.
 ///
@@ -69,7 +73,7 @@ async fn serve(given: Given) -> Result<(), StartError> {
     } = given;
     let lost = StartError::set_up::<std::io::Error>;
     // It goes on when all other tasks have ended.
-    let launcher = LauncherLink::new(ask).map_err(lost("the launcher's link"))?;
+    let (launcher, end) = LauncherLink::new(ask).map_err(lost("the launcher's link"))?;
     let orders = launcher.watch(watch).await.map_err(lost("the launcher's link"))?;
     let observer = Rc::new(DaemonObserver::new());
     let broker = Broker::new(Parts {
@@ -92,7 +96,8 @@ async fn serve(given: Given) -> Result<(), StartError> {
     );
     let accounts = Rc::clone(&daemon.accounts);
     let tasks = LocalSet::new();
-    let served = tasks.run_until(serve_clients(Rc::new(daemon), listener, &launcher, orders)).await;
+    let served =
+        tasks.run_until(serve_clients(Rc::new(daemon), listener, (&launcher, end), orders)).await;
     let served = served.map(|(broker, why)| tell_the_end(&broker, &why, machine_ends));
     // What peers sent and nobody has read must not be closed here, not even by the end of the process:
     // the close can hang.
@@ -106,7 +111,7 @@ async fn serve(given: Given) -> Result<(), StartError> {
 async fn serve_clients(
     daemon: Rc<Daemon>,
     listener: UnixListener,
-    launcher: &Rc<LauncherLink>,
+    (launcher, mut end): (&Rc<LauncherLink>, JoinHandle<Lost>),
     mut orders: Orders,
 ) -> Result<(Rc<Broker>, String), StartError> {
     let broker = Rc::clone(&daemon.broker);
@@ -126,7 +131,13 @@ async fn serve_clients(
             end = &mut connections => return Err(ended("the wait for connections", end)),
             told = orders.next() => match told {
                 Some(told) => told,
-                None => return Ok((broker, "none: the launcher is no more".into())),
+                None => return Ok((broker, NO_LAUNCHER.into())),
+            },
+            lost = &mut end => return match lost {
+                Ok(Lost::Closed) => Ok((broker, NO_LAUNCHER.into())),
+                // The launcher has a new broker begin.
+                Ok(lost) => Err(link_ended(lost.to_string())),
+                Err(panicked) => Err(link_ended(panicked.to_string())),
             },
         };
         match told {
@@ -155,6 +166,10 @@ fn tell_the_end(broker: &Broker, signal: &str, machine_ends: bool) {
             }
         }
     }
+}
+
+fn link_ended(why: String) -> StartError {
+    StartError::Ended { what: "the launcher's link", why }
 }
 
 /// The error for a loop that should not have ended.

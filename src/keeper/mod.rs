@@ -34,7 +34,7 @@ use state_file::StateFile;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use take_back::Attempts;
 
 pub use memory::check_memory;
@@ -80,6 +80,8 @@ struct KeptLease {
     /// What was opened and not delivered.
     pending: Option<Pending>,
     attempts: Attempts,
+    /// When a revocation ends it.
+    force_at: Option<Instant>,
 }
 
 impl Keeper {

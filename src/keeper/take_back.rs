@@ -36,8 +36,12 @@ enum Outcome {
 
 impl Keeper {
     /// Ends a lease; of one that has ended, tries at once to take back what is left.
-    pub(super) fn end(&mut self, call: &End) -> Result<Changed, Failure> {
+    pub(super) fn end(&mut self, call: &End, client: Option<&OwnedFd>) -> Result<Changed, Failure> {
         let name = &call.lease;
+        if let Some(lease) = self.leases.get(name) {
+            self.permit_end(lease, client)?;
+        }
+        self.force(Instant::now());
         self.undo_pending(name);
         if self.leases.contains_key(name) {
             self.end_lease(name);
@@ -66,7 +70,7 @@ impl Keeper {
         for (name, is_over) in ended {
             match is_over {
                 true => {
-                    self.log_unseen_end(&name);
+                    self.log_unseen_end(&name, "holder gone");
                     self.end_lease(&name);
                     self.take_back(&name);
                 }
@@ -76,12 +80,12 @@ impl Keeper {
     }
 
     /// Logs the end of a lease, which is a broker's to log where there is one.
-    fn log_unseen_end(&self, name: &str) {
+    pub(super) fn log_unseen_end(&self, name: &str, why: &str) {
         let Some(lease) = self.leases.get(name).filter(|_| self.links.is_empty()) else { return };
         let LeaseRecord { lease, vm, tenant, devices, .. } = &lease.state.record;
         let devices = devices.iter().filter(|device| !device.withheld);
         let devices = devices.map(|device| device.bdf.to_string()).collect::<Vec<_>>().join(" ");
-        info!(target: LEASES, lease, vm, tenant, devices, "lease ends: holder gone, with no broker there");
+        info!(target: LEASES, lease, vm, tenant, devices, "lease ends: {why}, with no broker there");
     }
 
     /// Tries again where it is time for that.

@@ -122,6 +122,9 @@ impl Daemon {
     pub fn spawn(directory: tempfile::TempDir, socket: PathBuf, mut command: Command) -> Self {
         let ready = directory.path().join("notify");
         let ready_socket = UnixDatagram::bind(&ready).unwrap();
+        // The daemon can be another user's.
+        let anybody = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        std::fs::set_permissions(&ready, anybody).unwrap();
         command.arg("--socket").arg(&socket).env("NOTIFY_SOCKET", &ready);
         let child = command.spawn().unwrap();
         let mut daemon = Self { child, directory, socket };

@@ -136,6 +136,17 @@ fn the_socket_is_not_made_where_others_can_replace_it() {
 }
 
 #[test]
+fn a_directory_that_others_can_replace_is_no_place_for_the_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let (open, safe) = (directory.path().join("open"), directory.path().join("open/safe"));
+    std::fs::create_dir_all(&safe).unwrap();
+    std::fs::set_permissions(&open, Permissions::from_mode(0o777)).unwrap();
+    let mut command = command(directory.path(), &Setup::default());
+    let said = refuses(command.arg("--socket").arg(safe.join("broker.sock")), directory.path());
+    assert!(said.contains(open.to_str().unwrap()) && !said.contains("safe"), "{said}");
+}
+
+#[test]
 fn in_a_sticky_directory_only_our_own_files_are_used() {
     let directory = tempfile::tempdir().unwrap();
     let sticky = directory.path().join("sticky");

@@ -15,6 +15,7 @@ mod limits;
 mod log;
 mod processes;
 mod reload;
+mod resources;
 mod restart;
 mod revoking;
 mod status;

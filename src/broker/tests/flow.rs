@@ -185,11 +185,15 @@ fn a_wrong_key_and_no_lease_are_the_same() {
     ] {
         for uid in [1000, 1001, 1002] {
             let release = Release { lease: name.clone(), key: key.clone() };
-            let error = world.run(world.broker.release(&caller(uid), &release)).unwrap_err();
+            let error = world.ask_release(uid, &release).unwrap_err();
             assert_eq!(error, Error::NoSuchLease { lease: name.clone() });
         }
     }
-    // The key is authority for whoever has it.
+    // The key is authority for whoever could have acquired the lease.
+    for uid in [1003, 1004] {
+        let error = world.release(uid, &held.reply).unwrap_err();
+        assert!(matches!(error, Error::Denied { .. }), "{error}");
+    }
     assert_eq!(world.release(1001, &held.reply), Ok(false));
     drop(held);
     world.retry_reclaims();
