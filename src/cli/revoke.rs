@@ -1,5 +1,6 @@
 //! `vfio-broker revoke`: takes a lease back from its holder.
 
+use super::processes;
 use super::style::{complain, print, print_json, printable};
 use super::{Context, EXIT_CODES, Failure};
 use crate::protocol::{Left, Revoke, Revoked, Until};
@@ -78,12 +79,18 @@ pub(super) fn text(revoked: &Revoked) -> String {
     let how = if *forced { "was taken" } else { "was given back" };
     let free = if *proved { ", and all of it is free" } else { "; not free yet:" };
     let mut text = printable(&format!("{lease} ({vm} of {tenant}) {how}{free}")) + "\n";
-    text.extend(left.iter().map(|left| format!("  {}\n", printable(&in_words(left)))));
+    text.extend(left.iter().flat_map(lines).map(|line| format!("  {}\n", printable(&line))));
     text
 }
 
-pub(super) fn in_words(left: &Left) -> String {
-    let Left { device, reason, until } = left;
+/// What keeps a device, and who has it.
+pub(super) fn lines(left: &Left) -> Vec<String> {
+    let who = left.open_in.iter().flat_map(processes::lines).map(|line| format!("  {line}"));
+    std::iter::once(in_words(left)).chain(who).collect()
+}
+
+fn in_words(left: &Left) -> String {
+    let Left { device, reason, until, .. } = left;
     let next = match until {
         Until::Holder => "nobody else gets it until that is closed: end the program that has it",
         Until::Administrator => "or `vfio-broker confirm` says that nobody has it open any more",
@@ -112,6 +119,7 @@ mod tests {
             device: "0000:65:00.0".into(),
             reason: "some process still has a device of /dev/vfio/26 open".into(),
             until: Until::Holder,
+            open_in: None,
         };
         let revoked = Revoked {
             lease: "l".into(),

@@ -2,7 +2,8 @@
 
 use super::broker::Beginning;
 use super::serve::Launcher;
-use crate::keeper::{keep, links};
+use crate::holders;
+use crate::keeper::{Machine, keep, links};
 use crate::log;
 use crate::process::keeper::LeaseState;
 use crate::process::launcher::{
@@ -158,6 +159,10 @@ impl Launcher {
         let pid = child::fork(Role::Helper(helper).name(), [theirs], |[link]| {
             let done = users.confine(Role::Helper(helper)).and_then(|()| match helper {
                 Helper::Receiver => receiver::receive(&link),
+                Helper::Holders => {
+                    let is_simulated = matches!(self.beginning.machine, Machine::Simulated(_));
+                    holders::answer(&link, is_simulated)
+                }
                 Helper::Closer => {
                     receiver::close_as_they_come(link.as_fd());
                     Ok(())

@@ -1,9 +1,11 @@
 //! What a process gives up before it begins.
 
-use crate::process::role::{Role, User};
-use crate::sys::capabilities::{IPC_LOCK, SYS_RAWIO, SYS_RESOURCE, keep_only};
+use crate::process::role::{Helper, Role, User};
+use crate::sys::capabilities::{
+    DAC_READ_SEARCH, IPC_LOCK, SYS_PTRACE, SYS_RAWIO, SYS_RESOURCE, keep_only,
+};
 use nix::errno::Errno;
-use nix::sys::prctl::{set_dumpable, set_no_new_privs};
+use nix::sys::prctl::{set_dumpable, set_keepcaps, set_no_new_privs};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
@@ -54,10 +56,15 @@ impl Users {
             User::Overflow => nobody(OVERFLOW),
         };
         setgroups(&[])?;
+        let looks = role == Role::Helper(Helper::Holders);
+        set_keepcaps(looks)?;
         become_user(user).or_else(|_| become_user(nobody(OVERFLOW)))?;
         match role {
             // It looks into its own /proc, which would be root's.
             Role::Broker => set_dumpable(true),
+            // To see other users' processes takes both; where root has not got them it sees less, and
+            // says so.
+            _ if looks => keep_only(&[SYS_PTRACE, DAC_READ_SEARCH]),
             _ => Ok(()),
         }
     }

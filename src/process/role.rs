@@ -18,7 +18,7 @@ pub enum Role {
     Simulation,
 }
 
-/// A process that has only what a peer sent, and ends with it.
+/// A process for one thing that the broker must not do, and ends with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Helper {
@@ -26,6 +26,8 @@ pub enum Helper {
     Receiver,
     /// Closes sockets that hold what nobody has read.
     Closer,
+    /// Looks for processes that have something open. It has nothing of a peer's.
+    Holders,
 }
 
 /// Whom a process runs as, where it is root who starts it.
@@ -50,6 +52,7 @@ impl Role {
             Self::Keeper => c"vfiob-keeper",
             Self::Helper(Helper::Receiver) => c"vfiob-receiver",
             Self::Helper(Helper::Closer) => c"vfiob-closer",
+            Self::Helper(Helper::Holders) => c"vfiob-holders",
             Self::Log => c"vfiob-log",
             Self::Simulation => c"vfiob-sim",
         }

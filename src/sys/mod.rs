@@ -9,6 +9,8 @@ mod error;
 pub mod fdpass;
 pub mod inherited;
 pub mod memlock;
+#[cfg(feature = "daemon")]
+pub mod node;
 pub mod peer;
 pub mod process;
 #[cfg(feature = "async")]

@@ -4,6 +4,7 @@ mod confirm;
 mod dma;
 mod failing;
 mod flow;
+mod holders;
 mod iommufd;
 mod plan;
 mod race;
