@@ -323,6 +323,7 @@ impl KeptLease {
             lifelines: Vec::new(),
             mappings: BTreeMap::new(),
             pending: None,
+            unset: BTreeSet::new(),
             attempts: super::Attempts::default(),
         }
     }
