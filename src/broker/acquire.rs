@@ -138,11 +138,13 @@ impl Broker {
                 continue;
             }
             // Only who may know the last holder is told of those that still have it.
-            if has_looked || !matches!(*error, Error::Quarantined { holder: Some(_), .. }) {
-                return Err(*error);
+            match &*error {
+                Error::Quarantined { holder: Some(_), device, .. } if !has_looked => {
+                    has_looked = true;
+                    self.look_for_holders_of(device).await;
+                }
+                _ => return Err(*error),
             }
-            has_looked = true;
-            self.look_for_holders(caller).await;
         }
     }
 

@@ -47,14 +47,30 @@ struct Found {
 }
 
 impl Broker {
-    /// Has what the caller may know of holders looked up, unless it was just before. Waits for that, but not
-    /// for ever.
+    /// Has what the caller may know of holders looked up, as far as one look does that and can be had now.
     pub async fn look_for_holders(self: &Rc<Self>, caller: &Caller) {
         let ids = self.left_open(|tenant| self.may_see(caller, tenant));
-        self.look_for(&ids, &[]).await;
+        self.look_for(&ids, &[], false).await;
     }
 
-    /// The same for what an ended lease has left.
+    /// Has those of one device looked up, unless they were just before. Waits for that, but not for ever.
+    pub(super) async fn look_for_holders_of(self: &Rc<Self>, device: &str) {
+        let id = device.parse::<Bdf>().ok().and_then(|bdf| {
+            let books = self.books();
+            let mut groups = books.ledger.groups();
+            let group = groups.find(|(_, group)| group.members.iter().any(|it| it.bdf == bdf));
+            let mut unproved = books.ledger.unproved();
+            let group = group.map(|(id, _)| id);
+            group.or_else(|| {
+                unproved.find(|(_, left)| left.left.contains_key(&bdf)).map(|(id, _)| id)
+            })
+        });
+        if let Some(id) = id.filter(|id| left_since(&self.books(), *id).is_some()) {
+            self.look_for(&[id], &[], true).await;
+        }
+    }
+
+    /// What [`look_for_holders`](Self::look_for_holders) does, for what an ended lease has left.
     pub(super) async fn look_for_left(self: &Rc<Self>, id: LeaseId) {
         let ids: Vec<u32> = {
             let books = self.books();
@@ -63,7 +79,7 @@ impl Broker {
             let all = groups.chain(unproved.map(|(group, _)| group));
             all.filter(|group| left_since(&books, *group).is_some()).collect()
         };
-        self.look_for(&ids, &[]).await;
+        self.look_for(&ids, &[], false).await;
     }
 
     /// Who still has a group that is quarantined or unproved, as far as that was looked for since.
@@ -95,16 +111,21 @@ impl Broker {
         let Some(device) = devices.first().map(ToString::to_string) else { return error };
         let node = object.clone();
         self.looks.found.borrow_mut().remove(&id);
-        self.look_for(&[id], &[self.searched(id, node, &devices)]).await;
+        self.look_for(&[id], &[self.searched(id, node, &devices)], true).await;
         let found = self.looks.found.borrow().get(&id).map(|found| found.processes.clone());
         let open_in = found.unwrap_or_else(|| unknown("not looked for yet"));
         Error::Busy { device, holder: None, since: None, open_in: Some(Box::new(open_in)) }
     }
 
-    /// Has these groups looked for unless what is known of them is fresh.
-    async fn look_for(self: &Rc<Self>, ids: &[u32], extra: &[SearchedGroup]) {
+    /// Has these groups looked for unless what is known of them is fresh. Who is not patient waits for one
+    /// look at most, and for none that can't begin yet: there can be more groups than a look takes.
+    async fn look_for(self: &Rc<Self>, ids: &[u32], extra: &[SearchedGroup], is_patient: bool) {
         let until = Instant::now() + PATIENCE;
+        let mut has_waited = false;
         while !ids.iter().all(|id| self.is_fresh(*id)) {
+            if has_waited && !is_patient {
+                return;
+            }
             let done = self.looks.done.notified();
             let next = self.looks.next.get().filter(|next| *next > Instant::now());
             match next {
@@ -112,8 +133,9 @@ impl Broker {
                     if timeout_at(until, done).await.is_err() {
                         return;
                     }
+                    has_waited = true;
                 }
-                Some(next) if next > until => return,
+                Some(next) if !is_patient || next > until => return,
                 Some(next) => sleep_until(next).await,
                 None => self.begin_to_look(ids, extra),
             }
@@ -132,6 +154,8 @@ impl Broker {
         self.looks.found.borrow_mut().retain(|id, _| all.contains(id) || first.contains(id));
         let stale = first.iter().filter(|id| !self.is_fresh(**id)).copied();
         let mut ids: Vec<u32> = stale.collect();
+        // Those that were never looked for, then those that it is longest ago for.
+        ids.sort_by_key(|id| self.looks.found.borrow().get(id).map(|found| found.when));
         ids.extend(all.into_iter().filter(|id| !first.contains(id)));
         ids.truncate(MOST_GROUPS);
         let groups = ids.into_iter().filter_map(|id| {
