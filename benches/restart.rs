@@ -52,7 +52,7 @@ fn main() {
     let mut client = Client::connect_to(dir.path().join("broker.sock")).unwrap();
     let leases: Vec<_> = (0..LEASES)
         .map(|number| {
-            let wanted = Acquire::new("bench").device(device(number)).handout(Handout::Group);
+            let wanted = Acquire::new("bench").device(&device(number)).handout(Handout::Group);
             client.acquire(wanted).unwrap()
         })
         .collect();

@@ -90,11 +90,14 @@ impl Broker {
         let books = self.books();
         let id = record.lease.parse().ok();
         let owner = id.and_then(|id| books.owners.get(&id));
+        let ended = matches!(state.phase, Phase::Ending | Phase::Gone);
+        let left = id.filter(|_| ended).map_or(Vec::new(), |id| self.left(&books, id));
         KeptLease {
+            left,
             lease: record.lease.clone(),
             vm: record.vm.clone(),
             tenant: owner.map_or(record.tenant.clone(), |owner| owner.tenant(&self.policy())),
-            ended: matches!(state.phase, Phase::Ending | Phase::Gone),
+            ended,
         }
     }
 

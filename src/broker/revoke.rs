@@ -4,7 +4,7 @@
 //! ours, and what somebody still has open keeps the group in quarantine. That a lease is being revoked
 //! stands in its keeper's state, so the next broker goes on with it.
 
-use super::books::Entry;
+use super::books::{Books, Entry};
 use super::error::{another_tenants, told, unproved_reason};
 use super::{Broker, Caller, devices, event, now, said};
 use crate::ledger::{GroupState, Lease, LeaseId};
@@ -204,7 +204,8 @@ impl Broker {
                 break;
             }
         }
-        let left = self.left(entry.id);
+        self.look_for_left(entry.id).await;
+        let left = self.left(&self.books(), entry.id);
         Revoked {
             lease: lease.id.to_string(),
             vm: lease.vm,
@@ -226,45 +227,43 @@ impl Broker {
         }
     }
 
-    fn left(&self, id: LeaseId) -> Vec<Left> {
-        left(&self.books(), id)
+    /// That a lease is being revoked, as it is shown.
+    pub(super) fn shown_revocation(&self, books: &Books, id: LeaseId) -> Option<Revocation> {
+        let Revoking { since, force, forced, .. } = (*books.entries.get(&id)?.revoking.borrow())?;
+        let left = if forced { self.left(books, id) } else { Vec::new() };
+        Some(Revocation { since, force, forced, left })
     }
-}
 
-/// That a lease is being revoked, as it is shown.
-pub(super) fn shown(books: &super::books::Books, id: LeaseId) -> Option<Revocation> {
-    let Revoking { since, force, forced, .. } = (*books.entries.get(&id)?.revoking.borrow())?;
-    let left = if forced { left(books, id) } else { Vec::new() };
-    Some(Revocation { since, force, forced, left })
-}
-
-/// The devices of an ended lease that are not known to be free, each with what keeps it.
-fn left(books: &super::books::Books, id: LeaseId) -> Vec<Left> {
-    let mut all = Vec::new();
-    for (group, state) in books.ledger.groups_of(id) {
-        let (reason, until) = match &state.state {
-            GroupState::Quarantined { why, .. } => told(why),
-            GroupState::Reclaiming { .. } => {
-                ("the kernel is still being asked".into(), Until::Kernel)
-            }
-            GroupState::Acquiring | GroupState::Held => continue,
-        };
-        let lease = books.ledger.lease(id);
-        let its = lease.iter().flat_map(|lease| &lease.devices).filter(|it| it.group == group);
-        all.extend(its.map(|it| Left {
-            device: it.bdf.to_string(),
-            reason: reason.clone(),
-            until,
-        }));
+    /// The devices of an ended lease that are not known to be free, each with what keeps it.
+    pub(super) fn left(&self, books: &Books, id: LeaseId) -> Vec<Left> {
+        let mut all = Vec::new();
+        for (group, state) in books.ledger.groups_of(id) {
+            let (reason, until) = match &state.state {
+                GroupState::Quarantined { why, .. } => told(why),
+                GroupState::Reclaiming { .. } => {
+                    ("the kernel is still being asked".into(), Until::Kernel)
+                }
+                GroupState::Acquiring | GroupState::Held => continue,
+            };
+            let lease = books.ledger.lease(id);
+            let its = lease.iter().flat_map(|lease| &lease.devices).filter(|it| it.group == group);
+            all.extend(its.map(|it| Left {
+                device: it.bdf.to_string(),
+                reason: reason.clone(),
+                until,
+                open_in: self.open_in(books, group),
+            }));
+        }
+        for (group, unproved) in books.ledger.unproved().filter(|(_, left)| left.lease == id) {
+            all.extend(unproved.left.keys().map(|bdf| Left {
+                device: bdf.to_string(),
+                reason: unproved_reason().into(),
+                until: Until::Administrator,
+                open_in: self.open_in(books, group),
+            }));
+        }
+        all
     }
-    for (_, unproved) in books.ledger.unproved().filter(|(_, unproved)| unproved.lease == id) {
-        all.extend(unproved.left.keys().map(|bdf| Left {
-            device: bdf.to_string(),
-            reason: unproved_reason().into(),
-            until: Until::Administrator,
-        }));
-    }
-    all
 }
 
 fn check_grace(grace: u64) -> Result<Duration, Error> {

@@ -54,6 +54,11 @@ fn text(status: &BrokerStatus) -> String {
         rows.extend(status.keepers.iter().map(row));
         text += &format!("\n{}", columns(&rows));
     }
+    for lease in status.keepers.iter().flat_map(|keeper| &keeper.leases) {
+        for line in lease.left.iter().flat_map(super::revoke::lines) {
+            text += &format!("{} has left {line}\n", lease.lease);
+        }
+    }
     text
 }
 
@@ -97,6 +102,7 @@ mod tests {
             vm: "web1".into(),
             tenant: "a".into(),
             ended: lease == "ff",
+            left: Vec::new(),
         };
         let keeper = Keeper {
             name: "0f".into(),

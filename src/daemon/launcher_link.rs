@@ -1,11 +1,13 @@
 //! The link to the launcher, which starts every process that the broker needs.
 
 use crate::broker::{Keepers, Waiting};
+use crate::process::holders::{Report, Search};
 use crate::process::launcher::{
     FAILED, Failed, FindKeeper, Kept, ListKeepers, ReadKeeper, Salvage, Standing, StartKeeper,
     Told, Watch,
 };
 use crate::process::link::{self, Answer, Asking, Call, Lost};
+use std::cell::RefCell;
 use std::io::{Error, Result};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
@@ -16,6 +18,8 @@ use tokio::task::{JoinHandle, spawn_local};
 #[derive(Debug)]
 pub(super) struct LauncherLink {
     asked: mpsc::UnboundedSender<Asked>,
+    /// The process that looked for holders last, where it does not end.
+    pub(super) looker: RefCell<Option<OwnedFd>>,
 }
 
 /// A call, and who waits for what comes of it.
@@ -35,7 +39,7 @@ impl LauncherLink {
     pub(super) fn new(link: OwnedFd) -> Result<(Rc<Self>, JoinHandle<Lost>)> {
         let (asked, asks) = mpsc::unbounded_channel();
         let end = spawn_local(ask_each(Asking::new(link)?, asks));
-        Ok((Rc::new(Self { asked }), end))
+        Ok((Rc::new(Self { asked, looker: RefCell::default() }), end))
     }
 
     /// Makes a call; gives its reply, and the files that came with it. A call that nobody waits for any
@@ -154,5 +158,9 @@ impl Keepers for Rc<LauncherLink> {
                 }
             }
         })
+    }
+
+    fn look<'a>(&'a self, search: &'a Search) -> Waiting<'a, Report> {
+        Box::pin(super::holders::look(self, search))
     }
 }

@@ -8,6 +8,7 @@ mod accept;
 mod account;
 mod calls;
 mod connection;
+mod holders;
 mod incoming;
 mod introspect;
 mod launcher_link;

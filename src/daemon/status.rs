@@ -31,7 +31,10 @@ impl Connection {
         });
         let names = match oversight {
             Oversight::Version => Vec::new(),
-            _ => broker.keepers().await?,
+            _ => {
+                broker.look_for_holders(&self.caller).await;
+                broker.keepers().await?
+            }
         };
         for some in names.chunks(STEP) {
             let mut keepers = Vec::new();

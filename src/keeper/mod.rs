@@ -5,6 +5,7 @@
 //! what the lease had, until the kernel shows that nobody has anything of it. It is one thread: while a
 //! call hangs it answers nobody, and what it is at stands in its state file, written before the call.
 
+mod bare_group;
 mod container;
 mod deliver;
 mod dma;
@@ -79,6 +80,8 @@ struct KeptLease {
     mappings: BTreeMap<u64, u64>,
     /// What was opened and not delivered.
     pending: Option<Pending>,
+    /// The groups that no device was open of when they left the container, whoever has them.
+    unset: BTreeSet<u32>,
     attempts: Attempts,
     /// When a revocation ends it.
     force_at: Option<Instant>,

@@ -337,6 +337,7 @@ impl KeptLease {
             lifelines: Vec::new(),
             mappings: BTreeMap::new(),
             pending: None,
+            unset: BTreeSet::new(),
             attempts: super::Attempts::default(),
             force_at: None,
         }

@@ -128,7 +128,7 @@ impl Keeper {
         let before = self.leases.get(name).map(|lease| lease.state.groups.clone());
         self.unmap_all(name);
         for id in groups {
-            let outcome = self.free(name, id);
+            let outcome = self.free(name, id, is_last);
             let Some(lease) = self.leases.get_mut(name) else { return };
             let stage = match outcome {
                 Ok(Outcome::Free) => {
@@ -201,7 +201,7 @@ impl Keeper {
     }
 
     /// Takes a group out of its container, and has the kernel show that nobody has it.
-    fn free(&mut self, name: &str, id: u32) -> Result<Outcome, NotFree> {
+    fn free(&mut self, name: &str, id: u32, is_last: bool) -> Result<Outcome, NotFree> {
         let kernel = Arc::clone(&self.kernel);
         let Some(lease) = self.leases.get_mut(name) else { return Ok(Outcome::Free) };
         let noiommu = lease.state.record.noiommu;
@@ -222,6 +222,7 @@ impl Keeper {
         if group.attached {
             if let Some(file) = lease.groups.get(&id) {
                 detach(file)?;
+                lease.unset.insert(id);
             }
             // While our own copy is open, opening it again shows nothing.
             lease.groups.remove(&id);
@@ -237,6 +238,14 @@ impl Keeper {
         }
         match Group::open(Arc::clone(&kernel), node(id, noiommu)) {
             Ok(group) => drop(group),
+            // Its holder has had time to end.
+            Err(error) if error.errno == Errno::EBUSY && is_last => {
+                if !self.end_bare_group(name, id)? {
+                    return Err(not_free(error, NotFree::GroupOpen));
+                }
+                let again = Group::open(kernel.clone(), node(id, noiommu));
+                drop(again.map_err(|error| not_free(error, NotFree::GroupOpen))?);
+            }
             // No device of it is on a VFIO driver any more: whatever somebody had is dead.
             Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENODEV | Errno::ENXIO) => {}
             Err(error) => return Err(not_free(error, NotFree::GroupOpen)),
@@ -298,7 +307,7 @@ fn detach(group: &Group) -> Result<(), NotFree> {
     }
 }
 
-fn not_rebound(error: RebindError) -> NotFree {
+pub(super) fn not_rebound(error: RebindError) -> NotFree {
     match error {
         RebindError::StillOpen(device) => NotFree::DriverWaits(device),
         error => NotFree::Kernel("driver unbind".into(), "sysfs".into(), error.to_string()),

@@ -2,7 +2,8 @@
 
 use super::broker::Beginning;
 use super::serve::Launcher;
-use crate::keeper::{keep, links, tell_why};
+use crate::holders;
+use crate::keeper::{Machine, keep, links, tell_why};
 use crate::log;
 use crate::process::keeper::LeaseState;
 use crate::process::launcher::{
@@ -161,6 +162,10 @@ impl Launcher {
             let confined = sandbox.confine(Role::Helper(helper));
             once_confined(confined, None, || match helper {
                 Helper::Receiver => receiver::receive(&link).is_ok(),
+                Helper::Holders => {
+                    let is_simulated = matches!(self.beginning.machine, Machine::Simulated(_));
+                    holders::answer(&link, is_simulated).is_ok()
+                }
                 Helper::Closer => {
                     receiver::close_as_they_come(link.as_fd());
                     true

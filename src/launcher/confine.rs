@@ -3,14 +3,14 @@
 use super::StartError;
 use super::options::SandboxMode;
 use crate::process::calls::HOSTILE;
-use crate::process::role::{Role, User};
+use crate::process::role::{Helper, Role, User};
 use crate::sys::capabilities::{
-    DAC_READ_SEARCH, IPC_LOCK, SYS_ADMIN, SYS_RAWIO, SYS_RESOURCE, keep_only,
+    DAC_READ_SEARCH, IPC_LOCK, SYS_ADMIN, SYS_PTRACE, SYS_RAWIO, SYS_RESOURCE, keep_only,
 };
 use crate::sys::seccomp::{self, Filter, SystemCall};
 use crate::sys::{self, landlock};
 use nix::errno::Errno;
-use nix::sys::prctl::{set_dumpable, set_no_new_privs};
+use nix::sys::prctl::{set_dumpable, set_keepcaps, set_no_new_privs};
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 use std::ffi::CStr;
@@ -100,11 +100,16 @@ impl Sandbox {
             User::Overflow => nobody(OVERFLOW),
         };
         setgroups(&[]).map_err(failed("setgroups"))?;
+        let looks = role == Role::Helper(Helper::Holders);
+        set_keepcaps(looks).map_err(failed("PR_SET_KEEPCAPS"))?;
         let became = become_user(user).or_else(|_| become_user(nobody(OVERFLOW)));
         became.map_err(failed("setresuid"))?;
         match role {
             // It looks into its own /proc, which would be root's.
             Role::Broker => set_dumpable(true).map_err(failed("PR_SET_DUMPABLE")),
+            // To see other users' processes takes both; where root has not got them it sees less, and
+            // says so.
+            _ if looks => keep_only(&[SYS_PTRACE, DAC_READ_SEARCH]).map_err(failed("capset")),
             _ => Ok(()),
         }
     }

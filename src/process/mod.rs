@@ -5,6 +5,7 @@
 //! next.
 
 pub mod calls;
+pub mod holders;
 pub mod keeper;
 pub mod launcher;
 pub mod link;

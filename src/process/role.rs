@@ -22,7 +22,7 @@ pub enum Role {
     Simulation,
 }
 
-/// A process that has only what a peer sent, and ends with it.
+/// A process for one thing that the broker must not do, and ends with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Helper {
@@ -30,6 +30,8 @@ pub enum Helper {
     Receiver,
     /// Closes sockets that hold what nobody has read.
     Closer,
+    /// Looks for processes that have something open. It has nothing of a peer's.
+    Holders,
 }
 
 /// Whom a process runs as, where it is root who starts it.
@@ -48,11 +50,12 @@ pub enum User {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Broker,
         Self::Keeper,
         Self::Helper(Helper::Receiver),
         Self::Helper(Helper::Closer),
+        Self::Helper(Helper::Holders),
         Self::PolicyReader,
         Self::Log,
         Self::Simulation,
@@ -65,6 +68,7 @@ impl Role {
             Self::Keeper => c"vfiob-keeper",
             Self::Helper(Helper::Receiver) => c"vfiob-receiver",
             Self::Helper(Helper::Closer) => c"vfiob-closer",
+            Self::Helper(Helper::Holders) => c"vfiob-holders",
             Self::PolicyReader => c"vfiob-policy",
             Self::Log => c"vfiob-log",
             Self::Simulation => c"vfiob-sim",
@@ -85,13 +89,17 @@ impl Role {
             Self::Simulation => User::Same,
         }
     }
+
     /// The system calls that it makes; `None` where it may make any.
     pub fn calls(self) -> Option<&'static [&'static [SystemCall]]> {
         match self {
             Self::Broker => Some(&[USUAL, MESSAGES, LOOKS, READS, SERVES]),
             Self::Keeper => Some(&[USUAL, MESSAGES, LOOKS, READS, KEEPS]),
+            Self::Helper(Helper::Holders) => Some(&[USUAL, MESSAGES, LOOKS, READS]),
             // Each waits for several closes at a time, in threads.
-            Self::Helper(_) => Some(&[USUAL, THREADS, MESSAGES, LOOKS]),
+            Self::Helper(Helper::Receiver | Helper::Closer) => {
+                Some(&[USUAL, THREADS, MESSAGES, LOOKS])
+            }
             // Name services are this system's, and make what calls they like but the hostile ones.
             Self::PolicyReader => None,
             Self::Log => Some(&[USUAL]),
@@ -108,8 +116,10 @@ impl Role {
             Self::Broker => Some(&["/sys", "/proc"]),
             // Landlock would mark each device file that it opens, for whoever is given that.
             Self::Keeper => None,
+            // Landlock would not let it look into other processes.
+            Self::Helper(Helper::Holders) => None,
             Self::PolicyReader => Some(&["/"]),
-            Self::Helper(_) | Self::Log => Some(&[]),
+            Self::Helper(Helper::Receiver | Helper::Closer) | Self::Log => Some(&[]),
             Self::Simulation => None,
         }
     }

@@ -16,6 +16,8 @@ pub const SYS_RESOURCE: u32 = 24;
 pub const IPC_LOCK: u32 = 14;
 /// Opens groups that no IOMMU is behind.
 pub const SYS_RAWIO: u32 = 17;
+/// Looks into other processes.
+pub const SYS_PTRACE: u32 = 19;
 
 /// `_LINUX_CAPABILITY_VERSION_3`: two words of each set.
 const VERSION: u32 = 0x2008_0522;

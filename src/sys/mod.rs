@@ -11,6 +11,8 @@ pub mod inherited;
 #[cfg(feature = "daemon")]
 pub mod landlock;
 pub mod memlock;
+#[cfg(feature = "daemon")]
+pub mod node;
 pub mod peer;
 pub mod process;
 #[cfg(feature = "async")]

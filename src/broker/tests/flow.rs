@@ -244,7 +244,7 @@ fn busy_names_the_holder_to_those_who_may_know() {
     assert_eq!((holder.lease, holder.uid, holder.pid), (held.reply.lease.clone(), 1000, 11_000));
     let stranger = world.acquire(1002, &want(&["0000:02:00.0"])).unwrap_err();
     let device = "0000:02:00.0".to_owned();
-    assert_eq!(stranger, Error::Busy { device, holder: None, since: None });
+    assert_eq!(stranger, Error::Busy { device, holder: None, since: None, open_in: None });
     let own = world.acquire(1000, &want(&["0000:02:00.0"])).unwrap_err();
     assert!(matches!(own, Error::Busy { holder: Some(_), .. }));
     let seen = |uid| world.broker.leases(&caller(uid)).unwrap().leases.len();

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::broker::{Keepers, Waiting};
+use crate::process::holders::{Report, Search};
 use crate::process::launcher::{Kept, Standing};
 use nix::errno::Errno;
 use std::future::ready;
@@ -58,6 +59,10 @@ impl Keepers for Odd {
 
     fn read<'a>(&'a self, _: &'a str) -> Waiting<'a, Kept> {
         Box::pin(ready(Ok(Kept::Nothing)))
+    }
+
+    fn look<'a>(&'a self, _: &'a Search) -> Waiting<'a, Report> {
+        Box::pin(ready(Err(Errno::EAGAIN.into())))
     }
 }
 

@@ -5,6 +5,7 @@ mod dma;
 mod failing;
 mod flow;
 mod garbage;
+mod holders;
 mod iommufd;
 mod plan;
 mod race;
