@@ -406,6 +406,8 @@ impl Broker {
             allowed.and_then(|()| self.check_kept(&books, &tenant, 1)).and_then(|()| {
                 let commit = Request::Commit { lease: entry.id };
                 books.ledger.apply(commit).map_err(|_| no_such_lease(entry.id))?;
+                // What was told before it was opened is older than what is committed here.
+                entry.revision.set(entry.revision.get().max(opened.state.revision));
                 books.entries.insert(entry.id, Rc::clone(entry));
                 books.ledger.live(entry.id).cloned().ok_or_else(|| no_such_lease(entry.id))
             })

@@ -5,7 +5,7 @@ use super::keeper::KeeperHandle;
 use super::{Broker, Caller, devices, event, no_such_lease, now};
 use crate::ledger::{GroupState, Lease, LeaseId, NotFree, Request};
 use crate::process::keeper::{Check, End, LeaseState, Phase, Stage};
-use crate::protocol::{Error, EventKind, Release, Released};
+use crate::protocol::{Bdf, Error, EventKind, Release, Released};
 use std::collections::BTreeSet;
 use std::os::fd::AsFd;
 use std::rc::Rc;
@@ -201,8 +201,9 @@ impl Broker {
 /// What a lease's state says that the ledger does not know yet.
 fn reports(books: &Books, lease: &Lease, state: &LeaseState) -> Vec<Request> {
     let mut reports = Vec::new();
+    let undone = undone(books, lease, state);
     for (id, group) in books.ledger.groups_of(lease.id) {
-        if matches!(group.state, GroupState::Acquiring) {
+        if matches!(group.state, GroupState::Acquiring) || undone.1.contains(&id) {
             continue;
         }
         let told = state.groups.iter().find(|told| told.group.id == id);
@@ -226,7 +227,25 @@ fn reports(books: &Books, lease: &Lease, state: &LeaseState) -> Vec<Request> {
         // Before the groups: with the last of them the lease is forgotten.
         reports.insert(0, Request::NothingMapped { lease: lease.id });
     }
+    let (devices, groups) = undone;
+    if !devices.is_empty() || !groups.is_empty() {
+        reports.push(Request::Retract { lease: lease.id, devices, groups });
+    }
     reports
+}
+
+/// What a lease that goes on has here, and with its keeper no more: an extension that was under way when
+/// this broker adopted it, and was undone since.
+fn undone(books: &Books, lease: &Lease, state: &LeaseState) -> (Vec<Bdf>, Vec<u32>) {
+    let goes_on = lease.phase == crate::ledger::Phase::Held && state.phase == Phase::Held;
+    if !goes_on || lease.adding().next().is_some() {
+        return Default::default();
+    }
+    let has = |bdf| state.record.devices.iter().any(|device| device.bdf == bdf);
+    let devices = lease.devices.iter().map(|handed| handed.bdf).filter(|bdf| !has(*bdf));
+    let groups = books.ledger.groups_of(lease.id).map(|(id, _)| id);
+    let groups = groups.filter(|id| state.groups.iter().all(|told| told.group.id != *id));
+    (devices.collect(), groups.collect())
 }
 
 /// The lease's groups that are quarantined.

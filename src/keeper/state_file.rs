@@ -92,6 +92,13 @@ impl Place {
         match (saved, boot_id()) {
             (Some(Err(error)), _) => unusable(error.to_string()),
             (_, Err(error)) => unusable(error.to_string()),
+            // Its keeper was killed after it had let go of everything.
+            (Some(Ok(saved)), Ok(boot))
+                if saved.boot == boot && saved.leases.is_empty() && !self.is_locked(name) =>
+            {
+                remove(&self.0.join(name));
+                Kept::Nothing
+            }
             (Some(Ok(saved)), Ok(boot)) if saved.boot == boot => match saved.version {
                 0..=VERSION => Kept::Saved(SavedKeeper {
                     pid: saved.pid,

@@ -241,7 +241,10 @@ impl Launcher {
         }
         self.ends.retain(|end| now.duration_since(*end) < ENDS_COUNT_FOR);
         self.ends.push(now);
-        if !self.broker.is_ready || self.ends.len() > MOST_ENDS {
+        // The first one that does not get ready won't the next time; one in place of another may have been
+        // killed before it was.
+        let never_ready = !self.broker.is_ready && self.ends.len() == 1;
+        if never_ready || self.ends.len() > MOST_ENDS {
             return Err(StartError::Ended { what: "the broker", why: ended.to_owned() });
         }
         error!(why = ended, "the broker has ended, and is started again; leases go on");

@@ -117,6 +117,30 @@ fn live_leases_go_on() {
     world.assert_idle();
 }
 
+/// A broker that dies in an extension leaves it in the keeper's state file; the keeper undoes it, perhaps
+/// after the next broker has read that.
+#[test]
+fn an_extension_that_is_undone_after_a_restart_leaves_its_devices_to_others() {
+    const OTHER: &str = "0000:08:00.0";
+    let world = World::new();
+    let other = world.acquire(1000, &want(&[OTHER])).unwrap();
+    let of_other = written(&world).remove(0).1.remove(0);
+    drop(other);
+    world.serve_hang_ups();
+    let held = world.acquire(1000, &want(&[NIC])).unwrap();
+    let before = world.ledger();
+    let (name, mut leases) = written(&world).remove(0);
+    leases[0].record.devices.extend(of_other.record.devices);
+    leases[0].groups.extend(of_other.groups);
+    write_down(&world, &name, leases);
+    let world = restarted(world);
+    world.until(|| world.ledger() == before);
+    drop(world.acquire(1001, &want_as(Handout::Group, &[OTHER])).unwrap());
+    drop(held);
+    world.serve_hang_ups();
+    world.assert_idle();
+}
+
 #[test]
 fn quotas_and_the_rules_of_functions_still_hold() {
     let world = World::new();
