@@ -9,6 +9,7 @@
 //! - `daemon`: serves the broker on a socket (feature `daemon`).
 //! - `pci`: what a PCI function is (feature `daemon`).
 //! - `policy`: who may have what (feature `daemon`).
+//! - `holders`: looks for processes that have something open (feature `daemon`).
 //! - `host`: what is in this machine (feature `daemon`).
 //! - `drivers`: binds devices to drivers (feature `daemon`).
 //! - `ledger`: who has what, and the rules of sharing (feature `daemon`).
@@ -35,6 +36,8 @@ pub mod client;
 pub mod daemon;
 #[cfg(feature = "daemon")]
 pub mod drivers;
+#[cfg(feature = "daemon")]
+pub mod holders;
 #[cfg(feature = "daemon")]
 pub mod host;
 #[cfg(feature = "daemon")]

@@ -178,7 +178,7 @@ fn the_first_group_comes_before_the_last_is_read() {
 
 #[test]
 fn who_asks_for_a_list_and_does_not_read_it_holds_up_nobody() {
-    let daemon = Daemon::with(setup().argument("--write-deadline", "1"));
+    let daemon = Daemon::with(setup().argument("--write-deadline", "2000"));
     let mut silent: Vec<_> = (0..8).map(|_| daemon.connect()).collect();
     for client in &silent {
         client.send(&more());
@@ -194,7 +194,7 @@ fn who_asks_for_a_list_and_does_not_read_it_holds_up_nobody() {
 
 #[test]
 fn a_pager_that_stops_to_read_loses_nothing() {
-    let daemon = Daemon::with(setup().argument("--write-deadline", "1"));
+    let daemon = Daemon::with(setup().argument("--write-deadline", "2000"));
     let mut topology = command(&daemon);
     let mut topology = topology.arg("topology").stdout(Stdio::piped()).spawn().unwrap();
     let mut output = topology.stdout.take().unwrap();

@@ -89,7 +89,11 @@ impl Broker {
         let entry = entry.inspect_err(|_| self.abort(id))?;
         let call =
             self.open_call(&entry, &plan, &chosen, effects).inspect_err(|_| self.abort(id))?;
-        let ready = self.open(&entry, call, Rc::clone(&client), until).await?;
+        let devices = call.record.devices.clone();
+        let ready = match self.open(&entry, call, Rc::clone(&client), until).await {
+            Ok(ready) => ready,
+            Err(error) => return Err(self.or_open_elsewhere(caller, &devices, error).await),
+        };
         let planned = Planned { policy: &tenant.policy, chosen: &chosen };
         self.hand_over(&entry, ready, client.as_fd(), planned, request.lease.is_none()).await
     }
@@ -111,7 +115,7 @@ impl Broker {
         known: &Option<Rc<Entry>>,
     ) -> Result<Reserved, Error> {
         let until = Instant::now() + self.patience;
-        let mut asked = None;
+        let (mut asked, mut has_looked) = (None, false);
         loop {
             let seen = self.generation.get();
             let Refused { error, holder, is_soon } =
@@ -130,8 +134,16 @@ impl Broker {
                     can_pass && self.changes(seen, until).await
                 }
             };
-            if !can_pass {
-                return Err(*error);
+            if can_pass {
+                continue;
+            }
+            // Only who may know the last holder is told of those that still have it.
+            match &*error {
+                Error::Quarantined { holder: Some(_), device, .. } if !has_looked => {
+                    has_looked = true;
+                    self.look_for_holders_of(device).await;
+                }
+                _ => return Err(*error),
             }
         }
     }

@@ -1,6 +1,7 @@
 //! What the broker takes from and gives to the daemon.
 
 use crate::policy::Peer;
+use crate::process::holders::{Report, Search};
 use crate::process::launcher::{Kept, Standing};
 use crate::protocol::Event;
 use std::future::Future;
@@ -69,4 +70,10 @@ pub trait Keepers {
     /// # Errors
     /// It can't be told.
     fn read<'a>(&'a self, name: &'a str) -> Waiting<'a, Kept>;
+
+    /// Looks for processes that have something open, for a few seconds at most.
+    ///
+    /// # Errors
+    /// What starting a process for it says, or that it has not answered.
+    fn look<'a>(&'a self, search: &'a Search) -> Waiting<'a, Report>;
 }

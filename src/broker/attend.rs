@@ -62,7 +62,14 @@ async fn listen(broker: Weak<Broker>, keeper: Weak<KeeperHandle>, mut watch: Opt
     let mut salvaged: Option<Instant> = None;
     loop {
         if let Some(link) = watch.take() {
-            let lost = hear(&broker, &keeper, link).await;
+            let Some(broken) = keeper.upgrade().map(|keeper| Rc::clone(&keeper.broken)) else {
+                return;
+            };
+            let lost = tokio::select! {
+                lost = hear(&broker, &keeper, link) => lost,
+                // One link alone can break, where a keeper had no room for the files of a call.
+                () = broken.notified() => Lost::Closed,
+            };
             debug!(%lost, "a keeper's link has ended");
             pause = FIRST_PAUSE;
         }

@@ -8,6 +8,7 @@ use crate::process::keeper::{self, Stage};
 use crate::process::launcher::Kept;
 use crate::process::link::Asking;
 use crate::protocol::{Bdf, Confirm, Confirmed, Error};
+use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 use tokio::task::yield_now;
 use tokio::time::{Instant, timeout_at};
@@ -25,6 +26,7 @@ impl Broker {
     pub async fn confirm(
         self: &Rc<Self>,
         caller: &Caller,
+        client: BorrowedFd<'_>,
         request: &Confirm,
     ) -> Result<Confirmed, Error> {
         if !self.administers(caller) {
@@ -43,7 +45,7 @@ impl Broker {
         self.look_for_proof("", |_| true);
         let group = self.unproved_of(device).ok_or_else(|| self.not_to_confirm(device))?;
         let until = Instant::now() + self.deadline;
-        self.have_forgotten(group, device, until).await?;
+        self.have_forgotten(group, device, client, until).await?;
         let mut books = self.books();
         let unproved = books.ledger.unproved_group(group);
         let registration = unproved.and_then(|unproved| unproved.left.get(&device).copied());
@@ -82,7 +84,13 @@ impl Broker {
     }
 
     /// Has the keepers that would tell the next broker of it forget it.
-    async fn have_forgotten(&self, group: u32, device: Bdf, until: Instant) -> Result<(), Error> {
+    async fn have_forgotten(
+        &self,
+        group: u32,
+        device: Bdf,
+        client: BorrowedFd<'_>,
+        until: Instant,
+    ) -> Result<(), Error> {
         for (at, name) in self.keepers().await?.into_iter().enumerate() {
             if at % STEP == STEP - 1 {
                 yield_now().await;
@@ -99,7 +107,8 @@ impl Broker {
             };
             for state in saved.leases.iter().filter(|state| remembers(state)) {
                 let lease = state.record.lease.clone();
-                self.ask_anew(&name, keeper::Confirm { lease, group, device }, until).await?;
+                let call = keeper::Confirm { lease, group, device };
+                self.ask_anew(&name, call, client, until).await?;
             }
         }
         Ok(())
@@ -110,6 +119,7 @@ impl Broker {
         &self,
         name: &str,
         call: keeper::Confirm,
+        client: BorrowedFd<'_>,
         until: Instant,
     ) -> Result<(), Error> {
         let failed = |error: std::io::Error| super::attend::started("connect", name, &error);
@@ -118,7 +128,7 @@ impl Broker {
         let handle = KeeperHandle::new(name.to_owned());
         handle.set_link(Some(Asking::new(link).map_err(failed)?));
         let mut turn = handle.turn_until("Confirm", until).await?;
-        let asked = timeout_at(until, turn.ask(&call, &[])).await;
+        let asked = timeout_at(until, turn.ask(&call, &[client])).await;
         match asked.map_err(|_| super::error::no_answer("Confirm", name))? {
             Ok(_) => Ok(()),
             Err(why) => {

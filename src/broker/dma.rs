@@ -6,12 +6,12 @@ use super::{Broker, Caller, no_such_lease};
 use crate::ledger::{Effect, Lease, LeaseId, Request, Space as Kind};
 use crate::process::keeper;
 use crate::protocol::{Empty, Error, Handout, MapDma, UnmapDma, Unmapped};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use tokio::time::Instant;
 
 impl Broker {
-    /// Maps memory for a lease. `files` is a socket with the request's files in its queue, for the
+    /// Maps memory for a lease of whoever made the connection `client`. `files` is a socket with the request's files in its queue, for the
     /// keeper alone to read.
     ///
     /// # Errors
@@ -19,6 +19,7 @@ impl Broker {
     pub async fn map_dma(
         self: &Rc<Self>,
         caller: &Caller,
+        client: Rc<impl AsFd + 'static>,
         request: &MapDma,
         files: impl AsFd + 'static,
     ) -> Result<Empty, Error> {
@@ -33,8 +34,9 @@ impl Broker {
         let (broker, id) = (Rc::clone(self), entry.id);
         let lease = id.to_string();
         let call = keeper::Map { lease, iova, size, read, write, memory, offset };
+        let asker = Rc::clone(&client);
         let work = async move {
-            let done = turn.ask(&call, &[files.as_fd()]).await;
+            let done = turn.ask(&call, &[files.as_fd(), asker.as_fd()]).await;
             broker.report(id, Request::MapDone { lease: id, iova, made: done.is_ok() });
             done.map_err(|why| broker.not_done(why, id, &[], "MapDma"))?;
             Ok(turn)
@@ -42,7 +44,7 @@ impl Broker {
         let broker = Rc::clone(self);
         let late = move |turn| async move {
             // It can only fail if the mapping is gone already, with its lease.
-            let _ = broker.unmap_range(id, iova, size, turn).await;
+            let _ = broker.unmap_range(id, iova, size, turn, client.as_fd()).await;
         };
         self.in_time(("MapDma", &request.lease), until, work, late).await?;
         Ok(Empty {})
@@ -55,6 +57,7 @@ impl Broker {
     pub async fn unmap_dma(
         self: &Rc<Self>,
         caller: &Caller,
+        client: Rc<impl AsFd + 'static>,
         request: &UnmapDma,
     ) -> Result<Unmapped, Error> {
         let until = Instant::now() + self.deadline;
@@ -64,7 +67,7 @@ impl Broker {
         let turn = entry.keeper.turn_until("UnmapDma", until).await?;
         let effects = self.enter_mapping(caller, Request::Unmap { lease: entry.id, iova, size })?;
         let (broker, id) = (Rc::clone(self), entry.id);
-        let work = async move { broker.unmap_each(id, effects, turn).await };
+        let work = async move { broker.unmap_each(id, effects, turn, client.as_fd()).await };
         let done = self.in_time(("UnmapDma", &request.lease), until, work, |_| async {}).await?;
         Ok(Unmapped { unmapped: done })
     }
@@ -75,9 +78,10 @@ impl Broker {
         iova: u64,
         size: u64,
         turn: super::keeper::Turn,
+        client: BorrowedFd<'_>,
     ) -> Result<u64, Error> {
         let effects = self.books().ledger.apply(Request::Unmap { lease: id, iova, size });
-        self.unmap_each(id, effects.unwrap_or_default(), turn).await
+        self.unmap_each(id, effects.unwrap_or_default(), turn, client).await
     }
 
     async fn unmap_each(
@@ -85,12 +89,13 @@ impl Broker {
         id: LeaseId,
         effects: Vec<Effect>,
         mut turn: super::keeper::Turn,
+        client: BorrowedFd<'_>,
     ) -> Result<u64, Error> {
         let (mut unmapped, mut failed) = (0, None);
         for effect in effects {
             let Effect::Unmap { iova, size } = effect else { continue };
             let call = keeper::Unmap { lease: id.to_string(), iova, size };
-            let done = turn.ask(&call, &[]).await;
+            let done = turn.ask(&call, &[client]).await;
             self.report(id, Request::UnmapDone { lease: id, iova, gone: done.is_ok() });
             match done {
                 Ok(done) => unmapped += done.unmapped,

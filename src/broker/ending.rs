@@ -7,6 +7,7 @@ use crate::ledger::{GroupState, Lease, LeaseId, NotFree, Request};
 use crate::process::keeper::{Check, End, LeaseState, Phase, Stage};
 use crate::protocol::{Bdf, Error, EventKind, Release, Released};
 use std::collections::BTreeSet;
+use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -17,22 +18,25 @@ use tokio::time::{Instant, sleep, timeout_at};
 pub(super) const SILENCE: Duration = Duration::from_secs(1);
 
 impl Broker {
-    /// Ends a lease and reclaims its devices.
+    /// Ends a lease and reclaims its devices, for whoever made the connection `client`.
     ///
     /// # Errors
-    /// No such lease, or not its key. What can't be reclaimed is no error: `proved` is false then.
+    /// No such lease, not its key, or one who may not have its devices. What can't be reclaimed is no error: `proved` is false then.
     pub async fn release(
         self: &Rc<Self>,
         caller: &Caller,
+        client: Rc<impl AsFd + 'static>,
         request: &Release,
     ) -> Result<Released, Error> {
         let until = Instant::now() + self.patience + SILENCE;
         let entry = self.authorize(caller, &request.lease, &request.key)?;
+        // Its keeper looks for itself, but by then the lease has ended here.
+        self.judge_holder(caller, entry.id)?;
         if !self.end(entry.id, EventKind::Released) {
             return Err(no_such_lease(entry.id));
         }
         let id = entry.id;
-        let _ = timeout_at(until, self.have_taken_back(&entry)).await;
+        let _ = timeout_at(until, self.have_taken_back(&entry, Some(client))).await;
         loop {
             let seen = self.generation.get();
             let is_over = self.books().ledger.groups_of(id).next().is_none();
@@ -47,13 +51,18 @@ impl Broker {
     }
 
     /// Has its keeper take a lease back that has ended, however long that is at something else; tells
-    /// when it has tried once.
-    pub(super) fn have_taken_back(self: &Rc<Self>, entry: &Rc<Entry>) -> oneshot::Receiver<()> {
+    /// when it has tried once. It is a client that ends it, or a revocation that the keeper knows of.
+    pub(super) fn have_taken_back(
+        self: &Rc<Self>,
+        entry: &Rc<Entry>,
+        client: Option<Rc<impl AsFd + 'static>>,
+    ) -> oneshot::Receiver<()> {
         let (broker, entry) = (Rc::clone(self), Rc::clone(entry));
         let (sender, done) = oneshot::channel();
         spawn_local(async move {
+            let files: Vec<_> = client.iter().map(|client| client.as_fd()).collect();
             if let Some(mut turn) = entry.keeper.turn_once_linked().await
-                && let Ok(told) = turn.ask(&End { lease: entry.id.to_string() }, &[]).await
+                && let Ok(told) = turn.ask(&End { lease: entry.id.to_string() }, &files).await
             {
                 broker.learn(&entry.keeper, told.state);
             }
@@ -145,6 +154,9 @@ impl Broker {
         *entry.call.borrow_mut() = state.call.clone();
         self.resume_revocation(&entry, &state);
         if matches!(state.phase, Phase::Ending | Phase::Gone) {
+            if state.revoking.is_some_and(|revoking| revoking.forced) {
+                self.force(id);
+            }
             self.end(id, EventKind::Gone);
         }
         let mut books = self.books();

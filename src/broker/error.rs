@@ -204,7 +204,7 @@ pub(super) fn unproved_reason() -> &'static str {
 fn not_yet(device: String, since: u64, holder: Option<Box<Holder>>) -> Error {
     let reason = "its last lease has just ended and the kernel is being asked".into();
     let (until, unbind) = (Until::Kernel, Vec::new());
-    Error::Quarantined { device, since, reason, until, holder, unbind }
+    Error::Quarantined { device, since, reason, until, holder, unbind, open_in: None }
 }
 
 impl Broker {
@@ -222,16 +222,17 @@ impl Broker {
                 self.busy(caller, device.to_string(), lease)
             }
             Refusal::Quarantined { device, group, since, why } => {
-                quarantined(books, device.to_string(), group, since, &why, seen)
+                self.quarantined(books, device.to_string(), group, since, &why, seen)
             }
             Refusal::Unproved { device, group, since, left } => {
-                let last = books.ledger.unproved_group(group);
+                let last = books.ledger.unproved_group(group).filter(|last| seen(&last.tenant));
                 Error::Quarantined {
                     device: device.to_string(),
                     since,
                     reason: unproved_reason().into(),
                     until: Until::Administrator,
-                    holder: last.filter(|last| seen(&last.tenant)).map(last_holder),
+                    open_in: last.and_then(|_| self.open_in(books, group)).map(Box::new),
+                    holder: last.map(last_holder),
                     unbind: left.iter().map(ToString::to_string).collect(),
                 }
             }
@@ -260,7 +261,7 @@ impl Broker {
         let seen = |other: &str| self.sees(tenant, other);
         match &books.ledger.group(group)?.state {
             GroupState::Quarantined { since, why } => {
-                Some(quarantined(books, device, group, *since, why, seen))
+                Some(self.quarantined(books, device, group, *since, why, seen))
             }
             GroupState::Reclaiming { since } => {
                 Some(not_yet(device, *since, holder_of(books, group, seen)))
@@ -272,7 +273,23 @@ impl Broker {
     /// That a device is busy; with the holder where the caller may know it.
     pub(super) fn busy(&self, caller: &Caller, device: String, lease: Option<&Lease>) -> Error {
         let seen = lease.filter(|lease| self.may_see(caller, &lease.tenant));
-        Error::Busy { device, holder: seen.map(holder), since: seen.map(|lease| lease.since) }
+        let (holder, since) = (seen.map(holder), seen.map(|lease| lease.since));
+        Error::Busy { device, holder, since, open_in: None }
+    }
+
+    fn quarantined(
+        &self,
+        books: &Books,
+        device: String,
+        group: u32,
+        since: u64,
+        why: &NotFree,
+        seen: impl Fn(&str) -> bool,
+    ) -> Error {
+        let (reason, until) = told(why);
+        let (holder, unbind) = (holder_of(books, group, seen), Vec::new());
+        let open_in = holder.as_ref().and_then(|_| self.open_in(books, group)).map(Box::new);
+        Error::Quarantined { device, since, reason, until, holder, unbind, open_in }
     }
 
     /// Why a keeper did not do what was asked of it for a lease and these devices.
@@ -355,21 +372,9 @@ impl Broker {
             // Only the tenant that had it gets here.
             holder: Some(last_holder(last)),
             since: Some(last.since),
+            open_in: None,
         })
     }
-}
-
-fn quarantined(
-    books: &Books,
-    device: String,
-    group: u32,
-    since: u64,
-    why: &NotFree,
-    seen: impl Fn(&str) -> bool,
-) -> Error {
-    let (reason, until) = told(why);
-    let (holder, unbind) = (holder_of(books, group, seen), Vec::new());
-    Error::Quarantined { device, since, reason, until, holder, unbind }
 }
 
 /// Who had a group that is being taken back, where that may be seen.

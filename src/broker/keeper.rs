@@ -27,6 +27,8 @@ pub(super) struct KeeperHandle {
     linked: Notify,
     /// There is nothing of it any more.
     is_gone: Cell<bool>,
+    /// Told when a link to it has been lost, so that others are looked for.
+    pub(super) broken: Rc<Notify>,
     /// Told when nothing here needs it any more.
     pub(super) over: Rc<Notify>,
     /// The leases of it that are known or were; what is told of these too late is old news.
@@ -41,7 +43,10 @@ impl Drop for KeeperHandle {
 
 /// The right to ask a keeper; whoever else wants to waits.
 #[derive(Debug)]
-pub(super) struct Turn(OwnedMutexGuard<Asking>);
+pub(super) struct Turn {
+    link: OwnedMutexGuard<Asking>,
+    broken: Rc<Notify>,
+}
 
 /// Why a keeper did not do it.
 #[derive(Debug)]
@@ -59,6 +64,7 @@ impl KeeperHandle {
             link: RefCell::default(),
             linked: Notify::new(),
             is_gone: Cell::default(),
+            broken: Rc::default(),
             over: Rc::default(),
             seen: RefCell::default(),
         }
@@ -84,7 +90,7 @@ impl KeeperHandle {
     /// Waits for one's turn, however long that takes. `None` where there is no way to it just now.
     pub(super) async fn turn(&self) -> Option<Turn> {
         let link = self.link.borrow().clone()?;
-        Some(Turn(link.lock_owned().await))
+        Some(Turn { link: link.lock_owned().await, broken: Rc::clone(&self.broken) })
     }
 
     /// The same; after a restart, and after a keeper's death, the way to it may come later. `None` where
@@ -112,15 +118,28 @@ impl Turn {
         call: &C,
         fds: &[BorrowedFd<'_>],
     ) -> Result<C::Reply, NotDone> {
+        let done = self.exchange(call, fds).await;
+        if let Err(NotDone::Lost(_)) = done {
+            // What answers later on this link would be taken for the answer to another call.
+            self.broken.notify_one();
+        }
+        done
+    }
+
+    async fn exchange<C: Call>(
+        &mut self,
+        call: &C,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<C::Reply, NotDone> {
         // One that could not begin has said why before it was asked.
-        match self.0.send(&link::call(call, false), fds).await {
+        match self.link.send(&link::call(call, false), fds).await {
             Ok(()) | Err(Lost::Closed) => {}
             Err(lost) => return Err(NotDone::Lost(lost)),
         }
         let malformed = |error: serde_json::Error| {
             NotDone::Lost(Lost::Malformed(format!("{}: {error}", C::NAME)))
         };
-        match self.0.next_answer().await.map_err(NotDone::Lost)? {
+        match self.link.next_answer().await.map_err(NotDone::Lost)? {
             Answer::Reply(parameters, _) => serde_json::from_str(&parameters).map_err(malformed),
             Answer::Error(name, parameters) if name == FAILED => {
                 let Failed { failure } = serde_json::from_str(&parameters).map_err(malformed)?;

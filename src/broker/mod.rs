@@ -15,6 +15,7 @@ mod ending;
 pub(crate) mod error;
 mod fds;
 mod form;
+mod holders;
 mod keeper;
 mod key;
 mod memlock;
@@ -78,6 +79,8 @@ pub struct Broker {
     changed: Notify,
     /// Whose turn it is to take a lease by force.
     forcing: Mutex<()>,
+    /// Who has what leases have left open.
+    looks: holders::Looks,
 }
 
 impl Broker {
@@ -96,6 +99,7 @@ impl Broker {
             generation: Cell::default(),
             changed: Notify::new(),
             forcing: Mutex::default(),
+            looks: holders::Looks::default(),
         })
     }
 

@@ -90,11 +90,14 @@ impl Broker {
         let books = self.books();
         let id = record.lease.parse().ok();
         let owner = id.and_then(|id| books.owners.get(&id));
+        let ended = matches!(state.phase, Phase::Ending | Phase::Gone);
+        let left = id.filter(|_| ended).map_or(Vec::new(), |id| self.left(&books, id));
         KeptLease {
+            left,
             lease: record.lease.clone(),
             vm: record.vm.clone(),
             tenant: owner.map_or(record.tenant.clone(), |owner| owner.tenant(&self.policy())),
-            ended: matches!(state.phase, Phase::Ending | Phase::Gone),
+            ended,
         }
     }
 
@@ -106,7 +109,8 @@ impl Broker {
             entry.call.borrow().clone()
         });
         let written = saved.leases.into_iter().find_map(|state| state.call);
-        let long = told.or(written).filter(|call| now().saturating_sub(call.since) > 1);
+        // Of what seems to begin later the clock was set back: nobody knows how long it has been.
+        let long = told.or(written).filter(|call| now().abs_diff(call.since) > 1);
         if let Some(call) = long.filter(|_| keeper.alive) {
             keeper.call = Some(call.call);
             keeper.object = Some(call.object);

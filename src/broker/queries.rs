@@ -1,10 +1,10 @@
 //! Leases and Topology: who has what, as far as the caller may know.
 
 use super::books::Books;
-use super::{Broker, Caller, container_name, devices, revoke};
+use super::{Broker, Caller, container_name, devices};
 use crate::host::{self, Survey, group_ids};
 use crate::kernel::Node;
-use crate::ledger::{self, GroupState as Stage, LeaseId, Ledger, Phase};
+use crate::ledger::{self, GroupState as Stage, LeaseId, Phase};
 use crate::policy::{Tenant, Verb};
 use crate::protocol::{Device, Error, Group, GroupState, Groups, Lease, LeaseList, Unproved};
 use std::rc::Rc;
@@ -61,10 +61,10 @@ impl Broker {
         *after = some.last().filter(|_| some.len() == STEP).map(|lease| lease.id);
         let live = some.into_iter().filter(|lease| {
             lease.phase == Phase::Held
-                || revoke::shown(&books, lease.id).is_some_and(|it| it.forced)
+                || self.shown_revocation(&books, lease.id).is_some_and(|it| it.forced)
         });
         let seen = live.filter(|lease| self.may_see(caller, &lease.tenant));
-        Ok(seen.map(|lease| describe(&books, lease)).collect())
+        Ok(seen.map(|lease| self.describe(&books, lease)).collect())
     }
 
     /// Whether there is such a lease, live or being taken back, that the caller may see. Never
@@ -79,7 +79,7 @@ impl Broker {
     pub fn held(&self) -> Vec<Lease> {
         let books = self.books();
         let held = books.ledger.leases().filter(|lease| lease.phase == Phase::Held);
-        held.map(|lease| describe(&books, lease)).collect()
+        held.map(|lease| self.describe(&books, lease)).collect()
     }
 
     /// The groups the caller may see: those with a device it may have, or with the right to observe
@@ -127,7 +127,7 @@ impl Broker {
         }
         let books = self.books();
         let groups = seen.iter();
-        Ok(groups.map(|group| self.describe_group(caller, &tenant, group, &books.ledger)).collect())
+        Ok(groups.map(|group| self.describe_group(caller, &tenant, group, &books)).collect())
     }
 
     fn any_allowed(&self, tenant: &Tenant, group: &host::Group) -> bool {
@@ -140,8 +140,9 @@ impl Broker {
         caller: &Caller,
         tenant: &Tenant,
         group: &host::Group,
-        ledger: &Ledger,
+        books: &Books,
     ) -> Group {
+        let ledger = &books.ledger;
         let known = ledger.group(group.id);
         let lease = known.and_then(|known| ledger.lease(known.lease));
         let lease = lease.filter(|lease| self.may_see(caller, &lease.tenant));
@@ -170,7 +171,9 @@ impl Broker {
         let blockers = group.blockers(|device| policy.device(tenant, &device.facts).allowed);
         let unproved = ledger.unproved_group(group.id);
         let unproved = unproved.filter(|left| self.may_see(caller, &left.tenant));
+        let is_seen = lease.is_some() || unproved.is_some();
         Group {
+            open_in: is_seen.then(|| self.open_in(books, group.id)).flatten(),
             id: group.id,
             viable: blockers.is_empty(),
             state,
@@ -185,26 +188,26 @@ impl Broker {
             devices: group.devices.iter().map(device).collect(),
         }
     }
-}
 
-fn describe(books: &Books, lease: &ledger::Lease) -> Lease {
-    let entry = books.entries.get(&lease.id);
-    let mapped = lease.mapped();
-    Lease {
-        lease: lease.id.to_string(),
-        vm: lease.vm.clone(),
-        tenant: lease.tenant.clone(),
-        uid: lease.uid,
-        pid: lease.pid,
-        backend: lease.handout.backend(),
-        handout: lease.handout,
-        container: container_name(lease),
-        devices: devices(lease, false),
-        withheld: devices(lease, true),
-        mappings: mapped.map(|(count, _)| count),
-        mapped_bytes: mapped.map(|(_, bytes)| bytes),
-        since: lease.since,
-        policy: entry.and_then(|entry| entry.objection.borrow().clone()),
-        revoked: revoke::shown(books, lease.id),
+    fn describe(&self, books: &Books, lease: &ledger::Lease) -> Lease {
+        let entry = books.entries.get(&lease.id);
+        let mapped = lease.mapped();
+        Lease {
+            lease: lease.id.to_string(),
+            vm: lease.vm.clone(),
+            tenant: lease.tenant.clone(),
+            uid: lease.uid,
+            pid: lease.pid,
+            backend: lease.handout.backend(),
+            handout: lease.handout,
+            container: container_name(lease),
+            devices: devices(lease, false),
+            withheld: devices(lease, true),
+            mappings: mapped.map(|(count, _)| count),
+            mapped_bytes: mapped.map(|(_, bytes)| bytes),
+            since: lease.since,
+            policy: entry.and_then(|entry| entry.objection.borrow().clone()),
+            revoked: self.shown_revocation(books, lease.id),
+        }
     }
 }

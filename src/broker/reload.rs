@@ -1,10 +1,10 @@
 //! Another policy while leases are held. They stay until they end; what the new policy would not give
 //! is said of each.
 
-use super::{Broker, error};
+use super::{Broker, Caller, error};
 use crate::host::{Group, allows, allows_unsafe_interrupts};
 use crate::ledger::{Lease, LeaseId, Request, Space, Trust};
-use crate::policy::{self, Policy, Verb};
+use crate::policy::{self, Policy, Tenant, Verb};
 use crate::process::keeper::LeaseRecord;
 use crate::protocol::Error;
 use std::collections::BTreeSet;
@@ -113,11 +113,29 @@ impl Broker {
                 return Err(policy.another_trust(shared).into());
             }
         }
+        self.judge_devices(&policy, tenant, &lease)
+    }
+
+    /// Whether who has a lease's key may use it: whoever acquired it, its tenant, or who could acquire it.
+    pub(super) fn judge_holder(&self, caller: &Caller, id: LeaseId) -> Result<(), Error> {
+        let lease = self.books().ledger.lease(id).cloned();
+        let lease = lease.ok_or_else(|| error::no_such_lease(id))?;
+        if caller.peer.uid == lease.uid {
+            return Ok(());
+        }
+        let tenant = self.tenant(caller)?;
+        match tenant.name == lease.tenant {
+            true => Ok(()),
+            false => self.judge_devices(&tenant.policy, &tenant, &lease),
+        }
+    }
+
+    fn judge_devices(&self, policy: &Policy, tenant: &Tenant, lease: &Lease) -> Result<(), Error> {
         let unsafe_interrupts = allows_unsafe_interrupts(&*self.kernel)?;
-        for (group, devices) in self.groups_of(&lease)? {
+        for (group, devices) in self.groups_of(lease)? {
             for device in &devices {
                 let Some(device) = group.device(*device) else { continue };
-                allows(&policy, tenant, &group, device, lease.handout, unsafe_interrupts)?;
+                allows(policy, tenant, &group, device, lease.handout, unsafe_interrupts)?;
             }
         }
         Ok(())

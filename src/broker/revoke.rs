@@ -4,13 +4,14 @@
 //! ours, and what somebody still has open keeps the group in quarantine. That a lease is being revoked
 //! stands in its keeper's state, so the next broker goes on with it.
 
-use super::books::Entry;
+use super::books::{Books, Entry};
 use super::error::{another_tenants, told, unproved_reason};
 use super::{Broker, Caller, devices, event, now, said};
 use crate::ledger::{GroupState, Lease, LeaseId};
 use crate::policy::Verb;
 use crate::process::keeper;
 use crate::protocol::{Error, Event, EventKind, Left, Revocation, Revoke, Revoked, Until};
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::task::{spawn_local, yield_now};
@@ -35,25 +36,35 @@ pub struct Begun {
 }
 
 impl Broker {
-    /// Begins to end a lease, which goes on whatever becomes of the caller.
+    /// Begins to end a lease for whoever made the connection `client`; it goes on whatever becomes of that.
     ///
     /// # Errors
     /// No such lease that the caller may see, or it is not the caller's to end.
-    pub fn revoke(self: &Rc<Self>, caller: &Caller, request: &Revoke) -> Result<Begun, Error> {
+    pub fn revoke(
+        self: &Rc<Self>,
+        caller: &Caller,
+        client: &Rc<impl AsFd + 'static>,
+        request: &Revoke,
+    ) -> Result<Begun, Error> {
         let grace = check_grace(request.grace)?;
         let refused = || Error::NoSuchLease { lease: said(&request.lease) };
         let id: LeaseId = request.lease.parse().map_err(|_| refused())?;
         let tenant = self.books().ledger.lease(id).map(|lease| lease.tenant.clone());
         let tenant = tenant.filter(|tenant| self.may_see(caller, tenant)).ok_or_else(refused)?;
         self.check_may_end(caller, id, &tenant)?;
-        self.begin_to_end(id, grace).ok_or_else(refused)
+        self.begin_to_end(id, client, grace).ok_or_else(refused)
     }
 
     /// The same for all leases that there are, as far as they are the caller's to end.
     ///
     /// # Errors
     /// The caller may end none.
-    pub async fn drain(self: &Rc<Self>, caller: &Caller, grace: u64) -> Result<Vec<Begun>, Error> {
+    pub async fn drain(
+        self: &Rc<Self>,
+        caller: &Caller,
+        client: &Rc<impl AsFd + 'static>,
+        grace: u64,
+    ) -> Result<Vec<Begun>, Error> {
         let grace = check_grace(grace)?;
         if !self.administers(caller) {
             let tenant = self.tenant(caller)?;
@@ -67,7 +78,7 @@ impl Broker {
         for (id, tenant) in all {
             let is_live = self.books().ledger.live(id).is_some();
             if is_live && self.check_may_end(caller, id, &tenant).is_ok() {
-                begun.extend(self.begin_to_end(id, grace));
+                begun.extend(self.begin_to_end(id, client, grace));
                 // Who watches hears of each before there is more than it can be told.
                 yield_now().await;
             }
@@ -85,7 +96,12 @@ impl Broker {
     }
 
     /// An earlier end stands. One that has ended already is only waited for.
-    fn begin_to_end(self: &Rc<Self>, id: LeaseId, grace: Duration) -> Option<Begun> {
+    fn begin_to_end(
+        self: &Rc<Self>,
+        id: LeaseId,
+        client: &Rc<impl AsFd + 'static>,
+        grace: Duration,
+    ) -> Option<Begun> {
         let (entry, lease, is_live) = {
             let books = self.books();
             let lease = books.ledger.lease(id)?.clone();
@@ -99,7 +115,7 @@ impl Broker {
         }
         let (since, force) = (before.map_or_else(now, |it| it.since), now() + grace.as_secs());
         entry.revoking.replace(Some(Revoking { since, force, until, forced: false }));
-        self.write_down(&entry, since, force);
+        self.write_down(&entry, Rc::clone(client), until);
         if grace.is_zero() {
             self.force(id);
             return Some(begun);
@@ -111,14 +127,19 @@ impl Broker {
         Some(begun)
     }
 
-    /// The next broker is to know of it.
-    fn write_down(&self, entry: &Rc<Entry>, since: u64, force: u64) {
+    /// Its keeper is to end it then, and to tell the next broker.
+    fn write_down(&self, entry: &Rc<Entry>, client: Rc<impl AsFd + 'static>, until: Instant) {
         let entry = Rc::clone(entry);
         spawn_local(async move {
-            if let Some(mut turn) = entry.keeper.turn_once_linked().await {
+            let Some(mut turn) = entry.keeper.turn_once_linked().await else { return };
+            let revoking = *entry.revoking.borrow();
+            if let Some(Revoking { since, force, .. }) = revoking {
                 let lease = entry.id.to_string();
+                let left = until.saturating_duration_since(Instant::now()).as_millis();
+                let left = u64::try_from(left).unwrap_or(u64::MAX);
                 // One of an older build does not know the call, and can't pass it on.
-                let _ = turn.ask(&keeper::Revoke { lease, since, force }, &[]).await;
+                let call = keeper::Revoke { lease, since, force, left };
+                let _ = turn.ask(&call, &[client.as_fd()]).await;
             }
         });
     }
@@ -138,7 +159,7 @@ impl Broker {
 
     /// Goes on with what the broker before this one has begun.
     pub(super) fn resume_revocation(self: &Rc<Self>, entry: &Entry, state: &keeper::LeaseState) {
-        let Some(keeper::Revoking { since, force }) = state.revoking else { return };
+        let Some(keeper::Revoking { since, force, forced }) = state.revoking else { return };
         if entry.revoking.borrow().is_some() {
             return;
         }
@@ -146,7 +167,6 @@ impl Broker {
         let left = force.saturating_sub(now()).min(force.saturating_sub(since));
         let until = Instant::now() + Duration::from_secs(left.min(Revoke::MAX_GRACE));
         let is_held = state.phase == keeper::Phase::Held;
-        let forced = !is_held && now() >= force;
         entry.revoking.replace(Some(Revoking { since, force, until, forced }));
         if is_held {
             self.force_at(entry.id, until);
@@ -154,7 +174,7 @@ impl Broker {
     }
 
     /// The time is over: from here on the holder gets nothing more.
-    fn force(self: &Rc<Self>, id: LeaseId) {
+    pub(super) fn force(self: &Rc<Self>, id: LeaseId) {
         let (entry, lease) = {
             let books = self.books();
             let lease = books.ledger.live(id).cloned();
@@ -166,7 +186,7 @@ impl Broker {
         }
         self.tell(&event(EventKind::Force, &lease, devices(&lease, false)));
         if self.end(id, EventKind::Gone) {
-            drop(self.have_taken_back(&entry));
+            drop(self.have_taken_back(&entry, None::<Rc<OwnedFd>>));
         }
     }
 
@@ -184,7 +204,8 @@ impl Broker {
                 break;
             }
         }
-        let left = self.left(entry.id);
+        self.look_for_left(entry.id).await;
+        let left = self.left(&self.books(), entry.id);
         Revoked {
             lease: lease.id.to_string(),
             vm: lease.vm,
@@ -206,45 +227,43 @@ impl Broker {
         }
     }
 
-    fn left(&self, id: LeaseId) -> Vec<Left> {
-        left(&self.books(), id)
+    /// That a lease is being revoked, as it is shown.
+    pub(super) fn shown_revocation(&self, books: &Books, id: LeaseId) -> Option<Revocation> {
+        let Revoking { since, force, forced, .. } = (*books.entries.get(&id)?.revoking.borrow())?;
+        let left = if forced { self.left(books, id) } else { Vec::new() };
+        Some(Revocation { since, force, forced, left })
     }
-}
 
-/// That a lease is being revoked, as it is shown.
-pub(super) fn shown(books: &super::books::Books, id: LeaseId) -> Option<Revocation> {
-    let Revoking { since, force, forced, .. } = (*books.entries.get(&id)?.revoking.borrow())?;
-    let left = if forced { left(books, id) } else { Vec::new() };
-    Some(Revocation { since, force, forced, left })
-}
-
-/// The devices of an ended lease that are not known to be free, each with what keeps it.
-fn left(books: &super::books::Books, id: LeaseId) -> Vec<Left> {
-    let mut all = Vec::new();
-    for (group, state) in books.ledger.groups_of(id) {
-        let (reason, until) = match &state.state {
-            GroupState::Quarantined { why, .. } => told(why),
-            GroupState::Reclaiming { .. } => {
-                ("the kernel is still being asked".into(), Until::Kernel)
-            }
-            GroupState::Acquiring | GroupState::Held => continue,
-        };
-        let lease = books.ledger.lease(id);
-        let its = lease.iter().flat_map(|lease| &lease.devices).filter(|it| it.group == group);
-        all.extend(its.map(|it| Left {
-            device: it.bdf.to_string(),
-            reason: reason.clone(),
-            until,
-        }));
+    /// The devices of an ended lease that are not known to be free, each with what keeps it.
+    pub(super) fn left(&self, books: &Books, id: LeaseId) -> Vec<Left> {
+        let mut all = Vec::new();
+        for (group, state) in books.ledger.groups_of(id) {
+            let (reason, until) = match &state.state {
+                GroupState::Quarantined { why, .. } => told(why),
+                GroupState::Reclaiming { .. } => {
+                    ("the kernel is still being asked".into(), Until::Kernel)
+                }
+                GroupState::Acquiring | GroupState::Held => continue,
+            };
+            let lease = books.ledger.lease(id);
+            let its = lease.iter().flat_map(|lease| &lease.devices).filter(|it| it.group == group);
+            all.extend(its.map(|it| Left {
+                device: it.bdf.to_string(),
+                reason: reason.clone(),
+                until,
+                open_in: self.open_in(books, group),
+            }));
+        }
+        for (group, unproved) in books.ledger.unproved().filter(|(_, left)| left.lease == id) {
+            all.extend(unproved.left.keys().map(|bdf| Left {
+                device: bdf.to_string(),
+                reason: unproved_reason().into(),
+                until: Until::Administrator,
+                open_in: self.open_in(books, group),
+            }));
+        }
+        all
     }
-    for (_, unproved) in books.ledger.unproved().filter(|(_, unproved)| unproved.lease == id) {
-        all.extend(unproved.left.keys().map(|bdf| Left {
-            device: bdf.to_string(),
-            reason: unproved_reason().into(),
-            until: Until::Administrator,
-        }));
-    }
-    all
 }
 
 fn check_grace(grace: u64) -> Result<Duration, Error> {

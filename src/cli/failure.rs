@@ -1,5 +1,6 @@
 //! What went wrong, for a person, for a program, and as an exit code.
 
+use super::processes;
 use super::style::{self, Style, complain, printable, printable_lines};
 use crate::client;
 use crate::protocol::{Bdf, Blocker, Error, Holder};
@@ -162,18 +163,20 @@ fn tell(error: Error) -> (String, Vec<String>) {
             format!("group {group} can't be used: not all of it is on VFIO drivers"),
             blockers.iter().map(Blocker::with_fix).collect(),
         ),
-        Error::Busy { device, holder, since } => {
-            let holder = holder.iter().map(|holder| held_by(holder, since)).collect();
-            (format!("{device} is busy"), holder)
+        Error::Busy { device, holder, since, open_in } => {
+            let holder = holder.iter().map(|holder| held_by(holder, since));
+            let open_in = open_in.iter().flat_map(|open_in| processes::lines(open_in));
+            (format!("{device} is busy"), holder.chain(open_in).collect())
         }
-        Error::Quarantined { device, since, reason, holder, .. } => {
+        Error::Quarantined { device, since, reason, holder, open_in, .. } => {
             let why = format!("{reason}; so since {}", style::since(since));
             let holder = holder.map(|holder| {
                 let Holder { lease, vm, tenant, uid, pid } = *holder;
                 format!("{vm} of {tenant} (uid {uid}, pid {pid}) had it last, as lease {lease}")
             });
             let what = format!("{device} is not known to be free yet");
-            (what, std::iter::once(why).chain(holder).collect())
+            let open_in = open_in.iter().flat_map(|open_in| processes::lines(open_in));
+            (what, std::iter::once(why).chain(holder).chain(open_in).collect())
         }
         Error::Kernel { call, object, errno, name, note } => {
             let what = format!("the kernel refused {call} on {object}: {name} ({errno})");
@@ -296,7 +299,8 @@ mod tests {
     fn what_the_broker_advises_is_told_as_it_is() {
         let (device, reason) = ("d".to_owned(), "an administrator; must close it".to_owned());
         let (until, holder, unbind) = (Until::Kernel, None, Vec::new());
-        let error = Error::Quarantined { device, since: 0, reason, until, holder, unbind };
+        let error =
+            Error::Quarantined { device, since: 0, reason, until, holder, unbind, open_in: None };
         let told = |advice: Option<&str>| {
             let advice = advice.map(Into::into);
             let error = client::Error::Broker { error: error.clone(), advice };
@@ -327,7 +331,7 @@ mod tests {
         let holder = Holder { lease: hostile(), vm: hostile(), tenant: hostile(), uid: 0, pid: 0 };
         let holder = Box::new(holder);
         let errors = [
-            Error::Busy { device: hostile(), holder: Some(holder), since: None },
+            Error::Busy { device: hostile(), holder: Some(holder), since: None, open_in: None },
             Error::Denied {
                 rule: hostile(),
                 reason: hostile(),
@@ -362,12 +366,17 @@ mod tests {
             uid: 1000,
             pid: 42,
         };
-        let busy = Error::Busy { device: "d".into(), holder: Some(holder.into()), since: None };
+        let busy = Error::Busy {
+            device: "d".into(),
+            holder: Some(holder.into()),
+            since: None,
+            open_in: None,
+        };
         assert_eq!(Failure::from(busy.clone()).code, BUSY);
         let text = text(busy);
         assert!(text.contains("web1 of alice (uid 1000, pid 42)"), "{text}");
         assert!(text.contains("`vfio-broker watch l7` tells"), "{text}");
-        let unknown = Error::Busy { device: "d".into(), holder: None, since: None };
+        let unknown = Error::Busy { device: "d".into(), holder: None, since: None, open_in: None };
         let text = self::text(unknown);
         assert!(text.contains("try again later") && !text.contains("watch"), "{text}");
     }

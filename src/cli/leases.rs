@@ -40,7 +40,7 @@ fn revoked(lease: &Lease) -> Option<String> {
     if !forced {
         return Some(format!("{name} is being revoked, and is taken at {} UTC\n", clock(*force)));
     }
-    let lines = left.iter().map(|left| format!("  {}\n", super::revoke::in_words(left)));
+    let lines = left.iter().flat_map(super::revoke::lines).map(|line| format!("  {line}\n"));
     Some(format!("{name} was revoked, and is not free yet:\n{}", lines.collect::<String>()))
 }
 

@@ -15,6 +15,7 @@ mod leases;
 mod man;
 mod pci_names;
 mod policy;
+mod processes;
 mod qemu;
 mod revoke;
 mod status;

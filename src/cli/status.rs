@@ -29,7 +29,9 @@ fn text(status: &BrokerStatus) -> String {
         line("launcher", format!("pid {pid}"));
     }
     if let Some(sandbox) = &status.sandbox {
-        line("sandbox", sandbox.clone());
+        for (at, part) in sandbox.split("; ").enumerate() {
+            line(if at == 0 { "sandbox" } else { "" }, part.to_owned());
+        }
     }
     if let Some(count) = status.connections {
         line("connections", count.to_string());
@@ -51,6 +53,11 @@ fn text(status: &BrokerStatus) -> String {
         let mut rows = vec![head.map(str::to_owned).to_vec()];
         rows.extend(status.keepers.iter().map(row));
         text += &format!("\n{}", columns(&rows));
+    }
+    for lease in status.keepers.iter().flat_map(|keeper| &keeper.leases) {
+        for line in lease.left.iter().flat_map(super::revoke::lines) {
+            text += &format!("{} has left {line}\n", lease.lease);
+        }
     }
     text
 }
@@ -95,6 +102,7 @@ mod tests {
             vm: "web1".into(),
             tenant: "a".into(),
             ended: lease == "ff",
+            left: Vec::new(),
         };
         let keeper = Keeper {
             name: "0f".into(),

@@ -160,7 +160,7 @@ pub(super) fn limit(most: u64) -> String {
 
 /// How long ago a time in seconds since 1970 was: `12 s`, `5 min`, `3 h`, `2 d`.
 pub(super) fn ago(at: u64) -> String {
-    match now().saturating_sub(at) {
+    match crate::sys::process::now().saturating_sub(at) {
         seconds @ 0..=119 => format!("{seconds} s"),
         seconds @ 120..=7199 => format!("{} min", seconds / 60),
         seconds @ 7200..=172_799 => format!("{} h", seconds / 3600),
@@ -179,14 +179,10 @@ pub(super) fn clock(at: u64) -> String {
     format!("{hours:02}:{minutes:02}:{seconds:02}")
 }
 
-fn now() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.map_or(0, |now| now.as_secs())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::process::now;
     use serde_json::json;
 
     #[test]

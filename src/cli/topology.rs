@@ -77,6 +77,9 @@ impl Tree {
                 ago(*since)
             );
         }
+        for line in group.open_in.iter().flat_map(super::processes::lines) {
+            text += &format!("   {} {line}\n", self.style.yellow("!"));
+        }
         for blocker in &group.blockers {
             text += &format!("   {} {blocker}\n", self.style.red("!"));
         }
@@ -165,6 +168,7 @@ mod tests {
             state: GroupState::Free,
             blockers: vec![],
             unproved: None,
+            open_in: None,
             devices: vec![device],
         };
         let port = Device { class: "060400".into(), ..device("0000:00:01.0", "pcieport", None) };
@@ -175,6 +179,7 @@ mod tests {
                 state: GroupState::Held,
                 blockers: vec![],
                 unproved: None,
+                open_in: None,
                 devices: vec![
                     device("0000:65:00.0", "vfio-pci", Some("l1")),
                     device("0000:65:00.1", "vfio-pci", None),
@@ -186,6 +191,7 @@ mod tests {
                 state: GroupState::Free,
                 blockers: vec![blocker],
                 unproved: None,
+                open_in: None,
                 devices: vec![device("0000:00:1f.2", "ahci", None)],
             },
             free(

@@ -43,19 +43,20 @@ impl Connection {
     }
 
     pub(super) async fn release(&self, request: Release) -> Result<Answer, Error> {
-        let broker = &self.daemon.broker;
-        self.in_place(broker.release(&self.caller, &request)).await.map(Answer::reply)
+        let (broker, client) = (&self.daemon.broker, Rc::clone(&self.socket));
+        self.in_place(broker.release(&self.caller, client, &request)).await.map(Answer::reply)
     }
 
     pub(super) async fn map_dma(&self, request: MapDma, fds: Sent) -> Result<Answer, Error> {
         let files = fds.queue_with(request.memory)?;
-        let broker = &self.daemon.broker;
-        self.in_place(broker.map_dma(&self.caller, &request, files)).await.map(Answer::reply)
+        let (broker, client) = (&self.daemon.broker, Rc::clone(&self.socket));
+        let call = broker.map_dma(&self.caller, client, &request, files);
+        self.in_place(call).await.map(Answer::reply)
     }
 
     pub(super) async fn unmap_dma(&self, request: UnmapDma) -> Result<Answer, Error> {
-        let broker = &self.daemon.broker;
-        self.in_place(broker.unmap_dma(&self.caller, &request)).await.map(Answer::reply)
+        let (broker, client) = (&self.daemon.broker, Rc::clone(&self.socket));
+        self.in_place(broker.unmap_dma(&self.caller, client, &request)).await.map(Answer::reply)
     }
 
     /// The process at the other end may have its limit raised.
@@ -72,12 +73,13 @@ impl Connection {
     /// Not in one of its tenant's places: what takes them up may be what is to be ended.
     pub(super) async fn revoke(&self, request: Revoke) -> Result<Answer, Error> {
         let broker = &self.daemon.broker;
-        let begun = broker.revoke(&self.caller, &request)?;
+        let begun = broker.revoke(&self.caller, &self.socket, &request)?;
         Ok(Answer::reply(broker.revoked(begun).await))
     }
 
     pub(super) async fn confirm(&self, request: Confirm) -> Result<Answer, Error> {
-        self.daemon.broker.confirm(&self.caller, &request).await.map(Answer::reply)
+        let (broker, client) = (&self.daemon.broker, self.socket.as_fd());
+        broker.confirm(&self.caller, client, &request).await.map(Answer::reply)
     }
 
     /// Makes a call in one of its tenant's places; waits for one.

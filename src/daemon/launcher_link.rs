@@ -1,21 +1,25 @@
 //! The link to the launcher, which starts every process that the broker needs.
 
 use crate::broker::{Keepers, Waiting};
+use crate::process::holders::{Report, Search};
 use crate::process::launcher::{
     FAILED, Failed, FindKeeper, Kept, ListKeepers, ReadKeeper, Salvage, Standing, StartKeeper,
     Told, Watch,
 };
 use crate::process::link::{self, Answer, Asking, Call, Lost};
+use std::cell::RefCell;
 use std::io::{Error, Result};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::spawn_local;
+use tokio::task::{JoinHandle, spawn_local};
 
 /// The end of the link that asks. Lives on the event loop.
 #[derive(Debug)]
 pub(super) struct LauncherLink {
     asked: mpsc::UnboundedSender<Asked>,
+    /// The process that looked for holders last, where it does not end.
+    pub(super) looker: RefCell<Option<OwnedFd>>,
 }
 
 /// A call, and who waits for what comes of it.
@@ -30,11 +34,12 @@ struct Asked {
 pub(super) struct Orders(Asking);
 
 impl LauncherLink {
-    /// Takes the link. Within a [`LocalSet`](tokio::task::LocalSet).
-    pub(super) fn new(link: OwnedFd) -> Result<Rc<Self>> {
+    /// Takes the link; what ends is the link, which is the broker's end as well: without it nothing can be
+    /// started. Within a [`LocalSet`](tokio::task::LocalSet).
+    pub(super) fn new(link: OwnedFd) -> Result<(Rc<Self>, JoinHandle<Lost>)> {
         let (asked, asks) = mpsc::unbounded_channel();
-        spawn_local(ask_each(Asking::new(link)?, asks));
-        Ok(Rc::new(Self { asked }))
+        let end = spawn_local(ask_each(Asking::new(link)?, asks));
+        Ok((Rc::new(Self { asked, looker: RefCell::default() }), end))
     }
 
     /// Makes a call; gives its reply, and the files that came with it. A call that nobody waits for any
@@ -71,7 +76,7 @@ impl Orders {
 }
 
 /// One call after the other.
-async fn ask_each(mut link: Asking, mut asks: mpsc::UnboundedReceiver<Asked>) {
+async fn ask_each(mut link: Asking, mut asks: mpsc::UnboundedReceiver<Asked>) -> Lost {
     while let Some(Asked { call, answer }) = asks.recv().await {
         let answered = match ask(&mut link, &call).await {
             Ok(Answer::Reply(parameters, fds)) => Ok((parameters, fds)),
@@ -80,11 +85,15 @@ async fn ask_each(mut link: Asking, mut asks: mpsc::UnboundedReceiver<Asked>) {
                     .map_or_else(Into::into, |failed| failed.errno().into()))
             }
             Ok(Answer::Error(name, _)) => Err(Error::other(name)),
-            Err(lost) => return drop(answer.send(Err(Error::other(lost)))),
+            Err(lost) => {
+                let _ = answer.send(Err(Error::other(lost.clone())));
+                return lost;
+            }
         };
         // What nobody waits for is closed, and with its link whatever was started ends.
         let _ = answer.send(answered);
     }
+    Lost::Closed
 }
 
 async fn ask(link: &mut Asking, call: &[u8]) -> std::result::Result<Answer, Lost> {
@@ -149,5 +158,9 @@ impl Keepers for Rc<LauncherLink> {
                 }
             }
         })
+    }
+
+    fn look<'a>(&'a self, search: &'a Search) -> Waiting<'a, Report> {
+        Box::pin(super::holders::look(self, search))
     }
 }

@@ -33,6 +33,7 @@ impl Connection {
     async fn list_groups(&self, flags: Flags) -> Result<Answer, End> {
         let mut list = List::new(self, flags, |groups: Vec<Group>| Groups { groups });
         let mut tour = self.daemon.broker.tour(&self.caller)?;
+        self.daemon.broker.look_for_holders(&self.caller).await;
         while !tour.is_over() {
             let groups = self.daemon.broker.next_groups(&self.caller, &mut tour)?;
             list.extend(groups).await?;
@@ -45,6 +46,7 @@ impl Connection {
     async fn list_leases(&self, flags: Flags) -> Result<Answer, End> {
         let mut list = List::new(self, flags, |leases: Vec<Lease>| LeaseList { leases });
         let mut after = None;
+        self.daemon.broker.look_for_holders(&self.caller).await;
         loop {
             list.extend(self.daemon.broker.leases_after(&self.caller, &mut after)?).await?;
             if after.is_none() {
@@ -59,7 +61,7 @@ impl Connection {
     async fn end_all(&self, request: Drain, flags: Flags) -> Result<Answer, End> {
         let mut list = List::new(self, flags, |leases: Vec<Revoked>| Drained { leases });
         let broker = &self.daemon.broker;
-        for begun in broker.drain(&self.caller, request.grace).await? {
+        for begun in broker.drain(&self.caller, &self.socket, request.grace).await? {
             list.extend(vec![broker.revoked(begun).await]).await?;
         }
         list.last()

@@ -8,6 +8,7 @@ mod accept;
 mod account;
 mod calls;
 mod connection;
+mod holders;
 mod incoming;
 mod introspect;
 mod launcher_link;
@@ -52,6 +53,8 @@ struct Daemon {
     deadlines: Deadlines,
     /// The policy's file, and what came of reading it.
     policy: RefCell<PolicyRead>,
+    /// What its processes have given up, in words.
+    sandbox: String,
     /// When it was started, in seconds since 1970.
     since: u64,
     /// What is received passes through here, so that idle connections have no buffers.
@@ -72,6 +75,7 @@ impl Daemon {
         launcher: Rc<LauncherLink>,
         open_files: OpenFiles,
         policy: PolicyRead,
+        sandbox: String,
         options: &Options,
     ) -> Self {
         let most_connections = most_connections(&open_files);
@@ -88,6 +92,7 @@ impl Daemon {
                 write: options.write_deadline,
             },
             policy: RefCell::new(policy),
+            sandbox,
             since: now(),
             buffer: RefCell::new(vec![0; MAX_MESSAGE].into()),
         }

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use tokio::sync::broadcast;
 use tracing::{debug, info, warn};
 
-/// How many events a watcher may lag behind before it is dropped.
-const QUEUE: usize = 256;
+/// How many events a watcher may lag behind before it is dropped. A thousand leases that end at the same
+/// moment have three events each, and a watcher that reads is not to be dropped for that.
+const QUEUE: usize = 4096;
 
 /// Takes events to the log and to those who watch.
 #[derive(Debug)]

@@ -172,7 +172,10 @@ async fn take(receiver: &HelperProcess, socket: &OwnedFd) -> Result<Taken, NotTa
     taken(report, got.fds.into_iter().next())
 }
 
-async fn receive(link: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> std::io::Result<Received> {
+pub(super) async fn receive(
+    link: &AsyncFd<OwnedFd>,
+    buffer: &mut [u8],
+) -> std::io::Result<Received> {
     loop {
         let mut readable = link.readable().await?;
         let flags = MsgFlags::MSG_DONTWAIT;
@@ -199,14 +202,14 @@ fn taken(report: Report, queue: Option<OwnedFd>) -> Result<Taken, NotTaken> {
 
 /// A process that the launcher has started, and the link to it.
 #[derive(Debug)]
-struct HelperProcess {
+pub(super) struct HelperProcess {
     pid: i32,
     pidfd: AsyncFd<OwnedFd>,
-    link: AsyncFd<OwnedFd>,
+    pub(super) link: AsyncFd<OwnedFd>,
 }
 
 impl HelperProcess {
-    async fn start(launcher: &LauncherLink, helper: Helper) -> std::io::Result<Self> {
+    pub(super) async fn start(launcher: &LauncherLink, helper: Helper) -> std::io::Result<Self> {
         let (started, fds) = launcher.ask(&StartHelper { helper }).await?;
         let fds = <[OwnedFd; 2]>::try_from(fds);
         let [link, pidfd] = fds.map_err(|_| std::io::Error::from(Errno::EPROTO))?;
@@ -216,7 +219,11 @@ impl HelperProcess {
 
     /// Waits for its end, and has it killed when the time is up. Gives its pidfd where even that does
     /// not end it.
-    async fn end_within(self, launcher: &LauncherLink, patience: Duration) -> Result<(), OwnedFd> {
+    pub(super) async fn end_within(
+        self,
+        launcher: &LauncherLink,
+        patience: Duration,
+    ) -> Result<(), OwnedFd> {
         let Self { pid, pidfd, link } = self;
         drop(link);
         if timeout(patience, pidfd.readable()).await.is_ok() {
@@ -231,6 +238,6 @@ impl HelperProcess {
 }
 
 /// Whether a process is there still; one of which that can't be told is.
-fn has_not_ended(pidfd: &OwnedFd) -> bool {
+pub(super) fn has_not_ended(pidfd: &OwnedFd) -> bool {
     is_alive(pidfd.as_fd()).unwrap_or(true)
 }

@@ -11,6 +11,7 @@ use crate::launcher::{Options, StartError};
 use crate::log::{self, LEASES};
 use crate::policy::Policy;
 use crate::process::launcher::{Alive, PolicyRead, Ready, Told};
+use crate::process::link::Lost;
 use crate::protocol::Lease;
 use std::convert::Infallible;
 use std::os::fd::OwnedFd;
@@ -19,7 +20,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Builder;
-use tokio::task::{JoinError, LocalSet, spawn_local};
+use tokio::task::{JoinError, JoinHandle, LocalSet, spawn_local};
 use tracing::info;
 
 /// What a broker begins with.
@@ -34,11 +35,16 @@ pub(crate) struct Given {
     pub(crate) listener: UnixListener,
     /// To ask the launcher on, and to be told on what to do.
     pub(crate) links: [OwnedFd; 2],
+    /// What its processes have given up, in words.
+    pub(crate) sandbox: String,
     /// The limit of open files.
     pub(crate) files: u64,
     /// The simulated machine ends with the launcher.
     pub(crate) machine_ends: bool,
 }
+
+/// By what a broker was told to stop that has nobody to tell it.
+const NO_LAUNCHER: &str = "none: the launcher is no more";
 
 /// Serves clients until the launcher ends it.
 ///
@@ -61,12 +67,13 @@ async fn serve(given: Given) -> Result<(), StartError> {
         kernel,
         listener,
         links: [ask, watch],
+        sandbox,
         files,
         machine_ends,
     } = given;
     let lost = StartError::set_up::<std::io::Error>;
     // It goes on when all other tasks have ended.
-    let launcher = LauncherLink::new(ask).map_err(lost("the launcher's link"))?;
+    let (launcher, end) = LauncherLink::new(ask).map_err(lost("the launcher's link"))?;
     let orders = launcher.watch(watch).await.map_err(lost("the launcher's link"))?;
     let observer = Rc::new(DaemonObserver::new());
     let broker = Broker::new(Parts {
@@ -78,11 +85,19 @@ async fn serve(given: Given) -> Result<(), StartError> {
         deadline: options.call_deadline,
     });
     let open_files = OpenFiles::new(files);
-    let daemon =
-        Daemon::new(broker, observer, Rc::clone(&launcher), open_files, policy_read, &options);
+    let daemon = Daemon::new(
+        broker,
+        observer,
+        Rc::clone(&launcher),
+        open_files,
+        policy_read,
+        sandbox,
+        &options,
+    );
     let accounts = Rc::clone(&daemon.accounts);
     let tasks = LocalSet::new();
-    let served = tasks.run_until(serve_clients(Rc::new(daemon), listener, &launcher, orders)).await;
+    let served =
+        tasks.run_until(serve_clients(Rc::new(daemon), listener, (&launcher, end), orders)).await;
     let served = served.map(|(broker, why)| tell_the_end(&broker, &why, machine_ends));
     // What peers sent and nobody has read must not be closed here, not even by the end of the process:
     // the close can hang.
@@ -96,7 +111,7 @@ async fn serve(given: Given) -> Result<(), StartError> {
 async fn serve_clients(
     daemon: Rc<Daemon>,
     listener: UnixListener,
-    launcher: &Rc<LauncherLink>,
+    (launcher, mut end): (&Rc<LauncherLink>, JoinHandle<Lost>),
     mut orders: Orders,
 ) -> Result<(Rc<Broker>, String), StartError> {
     let broker = Rc::clone(&daemon.broker);
@@ -116,7 +131,13 @@ async fn serve_clients(
             end = &mut connections => return Err(ended("the wait for connections", end)),
             told = orders.next() => match told {
                 Some(told) => told,
-                None => return Ok((broker, "none: the launcher is no more".into())),
+                None => return Ok((broker, NO_LAUNCHER.into())),
+            },
+            lost = &mut end => return match lost {
+                Ok(Lost::Closed) => Ok((broker, NO_LAUNCHER.into())),
+                // The launcher has a new broker begin.
+                Ok(lost) => Err(link_ended(lost.to_string())),
+                Err(panicked) => Err(link_ended(panicked.to_string())),
             },
         };
         match told {
@@ -145,6 +166,10 @@ fn tell_the_end(broker: &Broker, signal: &str, machine_ends: bool) {
             }
         }
     }
+}
+
+fn link_ended(why: String) -> StartError {
+    StartError::Ended { what: "the launcher's link", why }
 }
 
 /// The error for a loop that should not have ended.

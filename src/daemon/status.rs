@@ -31,7 +31,10 @@ impl Connection {
         });
         let names = match oversight {
             Oversight::Version => Vec::new(),
-            _ => broker.keepers().await?,
+            _ => {
+                broker.look_for_holders(&self.caller).await;
+                broker.keepers().await?
+            }
         };
         for some in names.chunks(STEP) {
             let mut keepers = Vec::new();
@@ -69,7 +72,7 @@ impl Daemon {
             pid: is_seen.then(std::process::id),
             since: is_seen.then_some(self.since),
             launcher: is_seen.then(|| getppid().as_raw().unsigned_abs()),
-            sandbox: is_seen.then(sandbox),
+            sandbox: is_seen.then(|| format!("{}; {}", rights(), self.sandbox)),
             connections: is_seen.then(|| self.accounts.connections() as u64),
             policy: is_seen.then(|| self.describe_policy()),
             keepers: Vec::new(),
@@ -89,7 +92,7 @@ impl Daemon {
 }
 
 /// Whom this process runs as, and what of root's rights it has.
-fn sandbox() -> String {
+fn rights() -> String {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let field = |name: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(name));
@@ -104,9 +107,5 @@ fn sandbox() -> String {
         "1" => "no new privileges",
         _ => "new privileges possible",
     };
-    let calls = match field("Seccomp:") {
-        "2" => "system calls filtered",
-        _ => "system calls not filtered",
-    };
-    format!("uid {}, {capabilities}, {privileges}, {calls}", geteuid())
+    format!("broker: uid {}, {capabilities}, {privileges}", geteuid())
 }

@@ -10,4 +10,4 @@ mod rebind;
 mod tests;
 
 pub use plan::Failed;
-pub use rebind::{RebindError, rebind};
+pub use rebind::{RebindError, rebind, rebind_all};

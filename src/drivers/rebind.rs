@@ -77,3 +77,14 @@ pub fn rebind(
         }
     }
 }
+
+/// Takes all these devices off their drivers, and binds each again when the last one is off: the group that
+/// they are all of ends in between. Returns when the last of their files is closed, whenever that is.
+///
+/// # Errors
+/// [`Failed`]: a write failed; what was done before is undone.
+pub fn rebind_all(kernel: &dyn Kernel, devices: &[(Bdf, String)]) -> Result<(), Failed> {
+    let unbinds = devices.iter().map(|(device, driver)| unbind(*device, driver));
+    let binds = devices.iter().map(|(device, driver)| bind(*device, driver));
+    apply(kernel, &unbinds.chain(binds).collect::<Vec<_>>())
+}

@@ -7,7 +7,7 @@ use crate::process::keeper::{Deliver, Delivered, Failure, LeaseRecord, Phase};
 use crate::protocol::{Fd, FdKind, Handout};
 use crate::sys::fdpass;
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::MsgFlags;
 use serde_json::Value;
@@ -41,8 +41,12 @@ impl Keeper {
         client: &OwnedFd,
     ) -> Result<Delivered, Failure> {
         let name = call.lease.clone();
-        let record = &self.lease(&name)?.state.record;
-        self.permit_delivery(record, client).inspect_err(|_| self.undo_pending(&name))?;
+        let lease = self.lease(&name)?;
+        if lease.is_ending() {
+            return Err(Failure::NoSuchLease);
+        }
+        self.permit_holder(&lease.state.record, client)
+            .inspect_err(|_| self.undo_pending(&name))?;
         let pipe = match call.lifeline {
             true => Some(pipe().inspect_err(|_| self.undo_pending(&name))?),
             false => None,
@@ -150,7 +154,11 @@ fn container_name(record: &LeaseRecord) -> &str {
 /// The holder's end of a lease pipe and ours, in this order.
 fn pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
     let made = nix::unistd::pipe2(OFlag::O_CLOEXEC);
-    made.map_err(|errno| Error::new("pipe2", "lease pipe", errno).into())
+    let made = made.map_err(|errno| Error::new("pipe2", "lease pipe", errno))?;
+    // Nothing is ever in it, and the kernel counts its room against root's: 1,000 pipes of the usual 16
+    // pages would be all that root's processes without rights can have.
+    let _ = fcntl(&made.1, FcntlArg::F_SETPIPE_SZ(1));
+    Ok(made)
 }
 
 /// Sends a message, its files with the first byte. Whether all of it went; an error where nothing did.

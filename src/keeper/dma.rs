@@ -13,9 +13,14 @@ const PAGE: usize = 1000;
 
 impl Keeper {
     /// Maps a peer's memory, which is in the queue of a socket. On an error nothing is mapped.
-    pub(super) fn map(&mut self, call: &Map, queue: &OwnedFd) -> Result<Changed, Failure> {
+    pub(super) fn map(
+        &mut self,
+        call: &Map,
+        queue: &OwnedFd,
+        client: &OwnedFd,
+    ) -> Result<Changed, Failure> {
         let name = &call.lease;
-        self.check_maps(name)?;
+        self.check_maps(name, client)?;
         let memory = Memory::take(queue, call.memory)?;
         memory.check_range(call.offset, call.size)?;
         let container = self.container.as_mut().ok_or(Failure::NoSuchLease)?;
@@ -47,9 +52,9 @@ impl Keeper {
     }
 
     /// Unmaps one mapping.
-    pub(super) fn unmap(&mut self, call: &Unmap) -> Result<Unmapped, Failure> {
+    pub(super) fn unmap(&mut self, call: &Unmap, client: &OwnedFd) -> Result<Unmapped, Failure> {
         let name = &call.lease;
-        self.check_maps(name)?;
+        self.check_maps(name, client)?;
         self.begin(name, "VFIO_IOMMU_UNMAP_DMA", format!("0x{:x}", call.iova));
         let _ = self.save();
         let container = self.container.as_ref().ok_or(Failure::NoSuchLease)?;
@@ -69,10 +74,10 @@ impl Keeper {
         Ok(MappingsPage { mappings: mappings.map(|(iova, size)| (*iova, *size)).collect() })
     }
 
-    fn check_maps(&self, name: &str) -> Result<(), Failure> {
+    fn check_maps(&self, name: &str, client: &OwnedFd) -> Result<(), Failure> {
         let state = &self.lease(name)?.state;
         match state.phase == Phase::Held && state.record.keeper_maps() {
-            true => Ok(()),
+            true => self.permit_holder(&state.record, client),
             false => Err(Failure::NoSuchLease),
         }
     }

@@ -5,6 +5,7 @@
 //! what the lease had, until the kernel shows that nobody has anything of it. It is one thread: while a
 //! call hangs it answers nobody, and what it is at stands in its state file, written before the call.
 
+mod bare_group;
 mod container;
 mod deliver;
 mod dma;
@@ -20,7 +21,7 @@ mod word;
 
 pub use permit::{Judge, PolicyInForce};
 pub use process::{Machine, keep, links};
-pub use serve::{Links, run};
+pub use serve::{Links, run, tell_why};
 pub use state_file::Place;
 
 use crate::kernel::{Group, Kernel};
@@ -34,7 +35,7 @@ use state_file::StateFile;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use take_back::Attempts;
 
 pub use memory::check_memory;
@@ -79,7 +80,11 @@ struct KeptLease {
     mappings: BTreeMap<u64, u64>,
     /// What was opened and not delivered.
     pending: Option<Pending>,
+    /// The groups that no device was open of when they left the container, whoever has them.
+    unset: BTreeSet<u32>,
     attempts: Attempts,
+    /// When a revocation ends it.
+    force_at: Option<Instant>,
 }
 
 impl Keeper {

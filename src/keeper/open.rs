@@ -128,6 +128,8 @@ impl Keeper {
         {
             return Err(Failure::NoSuchLease);
         }
+        check_record(call, known.map(|lease| &lease.state.record))?;
+        self.check_space(&call.record)?;
         let before = known.map(|lease| lease.state.clone());
         let fresh = call.groups.iter().cloned().map(group_state);
         match self.leases.get_mut(name) {
@@ -141,6 +143,18 @@ impl Keeper {
             }
         }
         Ok(before)
+    }
+
+    /// Whoever has the files of an address space reaches all of it: it is one lease's, or one shared
+    /// container's.
+    fn check_space(&self, record: &LeaseRecord) -> Result<(), Failure> {
+        let mut others = self.leases.values().map(|lease| &lease.state.record);
+        let is_shared =
+            |other: &LeaseRecord| other.container.is_some() && other.container == record.container;
+        match others.all(|other| other.lease == record.lease || is_shared(other)) {
+            true => Ok(()),
+            false => Err(bad("container", "this address space is another lease's")),
+        }
     }
 
     fn carry_out(&mut self, call: &Open, pending: &mut Pending) -> Result<(), Failure> {
@@ -323,7 +337,9 @@ impl KeptLease {
             lifelines: Vec::new(),
             mappings: BTreeMap::new(),
             pending: None,
+            unset: BTreeSet::new(),
             attempts: super::Attempts::default(),
+            force_at: None,
         }
     }
 }
@@ -341,6 +357,22 @@ fn group_state(group: LeasedGroup) -> GroupState {
 
 pub(super) fn node(id: u32, noiommu: bool) -> Node {
     if noiommu { Node::NoIommuGroup(id) } else { Node::Group(id) }
+}
+
+/// A lease that is there stays as it is, but for devices that are added.
+fn check_record(call: &Open, known: Option<&LeaseRecord>) -> Result<(), Failure> {
+    let Some(known) = known else { return Ok(()) };
+    let LeaseRecord { rebind, devices, .. } = known.clone();
+    let as_known = LeaseRecord { rebind, devices, ..call.record.clone() };
+    let keeps_all = known.devices.iter().all(|device| call.record.devices.contains(device));
+    match as_known == *known && keeps_all {
+        true => Ok(()),
+        false => Err(bad("record", "the lease is another one than the broker says")),
+    }
+}
+
+fn bad(field: &str, reason: &str) -> Failure {
+    Failure::Bad { field: field.into(), reason: reason.into() }
 }
 
 fn describe(call: &Open) -> String {

@@ -1,18 +1,19 @@
 //! Whom a keeper gives devices to: it asks the kernel who has the client's connection, reads the devices
 //! itself, and applies the policy again. What the broker says of it counts for nothing.
 
-use super::Keeper;
+use super::{Keeper, KeptLease};
 use crate::host::{self, Group, NotAllowed, allows, allows_unsafe_interrupts};
-use crate::policy::{Peer, Policy, Tenant, Trust, Verb};
-use crate::process::keeper::{Failure, LeaseRecord, LeasedDevice, Open, Step};
+use crate::policy::{Peer, Policy, Tenant, Trust, Verb, administers};
+use crate::process::keeper::{Failure, LeaseRecord, LeasedDevice, Open, Phase, Step};
 use crate::process::peer::describe;
-use crate::protocol::Handout;
+use crate::protocol::{Bdf, Handout};
 use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// The policy as the launcher compiled it, in a file that only root can have written.
 #[derive(Clone, Debug)]
@@ -69,12 +70,18 @@ impl Keeper {
         let Some(policy) = self.policy()? else { return Ok(()) };
         let record = &mut call.record;
         let peer = peer(&policy, client)?;
-        // Whoever acquired it first, whoever adds to it.
-        let known = self.leases.get(&record.lease).map(|lease| &lease.state.record);
-        (record.uid, record.pid) = known.map_or((peer.uid, peer.pid), |it| (it.uid, it.pid));
         let tenant = policy.tenant(&peer).map_err(denied)?;
         policy.may(tenant, Verb::Acquire).ok().map_err(denied)?;
-        if record.tenant != tenant.name {
+        let known = self.leases.get(&record.lease).map(|lease| &lease.state);
+        match known.map(|state| &state.record) {
+            // Whoever acquired it first, whoever adds to it.
+            Some(known) => (record.uid, record.pid) = (known.uid, known.pid),
+            None => {
+                (record.uid, record.pid) = (peer.uid, peer.pid);
+                record.principals = policy.principals(&tenant.name).unwrap_or_default();
+            }
+        }
+        if !is_of(&policy, record, tenant) {
             return Err(denied(policy.no_such_tenant(&record.tenant)));
         }
         policy.handout(tenant, Some(record.handout)).map_err(denied)?;
@@ -86,13 +93,15 @@ impl Keeper {
             }
         }
         record.rebind &= tenant.rebind || tenant.managed;
-        check_steps(call)?;
+        let kept = known.into_iter().flat_map(|state| &state.groups).map(|group| group.group.id);
+        check_steps(call, &kept.collect::<Vec<_>>())?;
         self.permit_devices(&policy, tenant, &call.record, call.record.devices.iter())
     }
 
-    /// Whether a client may be given what is kept of a lease. Whoever acquired it may as long as it
-    /// lasts, whatever the policy has come to be; others must be such as could acquire it.
-    pub(super) fn permit_delivery(
+    /// Whether a client may use a lease: be given what is kept of it, map and unmap, end it. Whoever
+    /// acquired it may as long as it lasts, whatever the policy has come to be; others must be such as
+    /// could acquire it.
+    pub(super) fn permit_holder(
         &self,
         record: &LeaseRecord,
         client: &OwnedFd,
@@ -103,10 +112,59 @@ impl Keeper {
             return Ok(());
         }
         let tenant = policy.tenant(&peer).map_err(denied)?;
-        if tenant.name == record.tenant {
+        if is_of(&policy, record, tenant) {
             return Ok(());
         }
         self.permit_devices(&policy, tenant, record, record.devices.iter())
+    }
+
+    /// Whether a lease may end, for this client or without any.
+    pub(super) fn permit_end(
+        &self,
+        lease: &KeptLease,
+        client: Option<&OwnedFd>,
+    ) -> Result<(), Failure> {
+        // What was never delivered is undone by whoever has opened it.
+        if lease.state.phase != Phase::Held || lease.is_forced(Instant::now()) {
+            return Ok(());
+        }
+        match client {
+            Some(client) => self.permit_holder(&lease.state.record, client),
+            None if self.judge.is_none() => Ok(()),
+            None => Err(Failure::Bad {
+                field: "client".into(),
+                reason: "a lease that is held ends for a client, and none came with this".into(),
+            }),
+        }
+    }
+
+    /// Whether a client may end a lease against its holder's will.
+    pub(super) fn permit_revocation(
+        &self,
+        record: &LeaseRecord,
+        client: &OwnedFd,
+    ) -> Result<(), Failure> {
+        let Some(policy) = self.policy()? else { return Ok(()) };
+        let peer = peer(&policy, client)?;
+        if is_administrator(&peer) {
+            return Ok(());
+        }
+        let tenant = policy.tenant(&peer).map_err(denied)?;
+        policy.may(tenant, Verb::Manage).ok().map_err(denied)?;
+        match is_of(&policy, record, tenant) {
+            true => Ok(()),
+            false => Err(denied(policy.no_such_tenant(&record.tenant))),
+        }
+    }
+
+    /// Whether a client's word is enough where the kernel shows nothing.
+    pub(super) fn permit_administrator(&self, client: &OwnedFd) -> Result<(), Failure> {
+        let Some(policy) = self.policy()? else { return Ok(()) };
+        let peer = peer(&policy, client)?;
+        match is_administrator(&peer) {
+            true => Ok(()),
+            false => Err(denied(policy.no_administrator(peer.uid))),
+        }
     }
 
     /// Whether the limit of a client's process may be raised so far.
@@ -165,13 +223,32 @@ fn denied(refusal: crate::policy::Refusal) -> Failure {
     Failure::Denied(Box::new(refusal))
 }
 
-/// Nothing is opened but what was judged: each step is about a device of the lease, or its group.
-fn check_steps(call: &Open) -> Result<(), Failure> {
-    let Open { record, steps, groups, deliver_groups, .. } = call;
-    let has_group = |id: &u32| record.devices.iter().any(|device| device.group == *id);
+/// Root, and whoever runs the daemon. The broker's own user is neither, where it has one.
+fn is_administrator(peer: &Peer) -> bool {
+    administers(peer.uid, nix::unistd::geteuid().as_raw())
+}
+
+/// Whether a lease is of this tenant, which means nobody who was not meant when it was acquired.
+fn is_of(policy: &Policy, record: &LeaseRecord, tenant: &Tenant) -> bool {
+    tenant.name == record.tenant && policy.means(&record.tenant, &record.principals)
+}
+
+/// Nothing is opened but what was judged: each step is about a device of the lease, or its group, which
+/// is written down as the lease's until it is free.
+fn check_steps(call: &Open, kept: &[u32]) -> Result<(), Failure> {
+    let Open { record, steps, groups, deliver_groups, names, .. } = call;
+    let in_lease = |id: &u32| record.devices.iter().any(|device| device.group == *id);
+    let has_group = |id: &u32| {
+        in_lease(id) && (kept.contains(id) || groups.iter().any(|group| group.id == *id))
+    };
     let uses = |id: &u32, bdf| {
         let is_it = |it: &&LeasedDevice| it.bdf == bdf && it.group == *id && !it.withheld;
-        record.devices.iter().any(|device| is_it(&device))
+        has_group(id) && record.devices.iter().any(|device| is_it(&device))
+    };
+    // The kernel is asked for the device that the name begins with.
+    let is_named = |(bdf, name): (&Bdf, &String)| {
+        let rest = name.strip_prefix(&bdf.to_string());
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(' '))
     };
     let is_judged = |step: &Step| match step {
         Step::OpenContainer => record.handout != Handout::Iommufd,
@@ -181,7 +258,8 @@ fn check_steps(call: &Open) -> Result<(), Failure> {
         Step::OpenCdev(id, bdf) => record.handout == Handout::Iommufd && uses(id, *bdf),
     };
     let good = steps.iter().all(is_judged)
-        && groups.iter().all(|group| has_group(&group.id))
+        && groups.iter().all(|group| in_lease(&group.id))
+        && names.iter().all(is_named)
         && (deliver_groups.is_empty() || record.handout.gives_group());
     match good {
         true => Ok(()),

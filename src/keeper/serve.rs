@@ -13,10 +13,14 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// How long no link is taken in where one can't be.
+const DEAF: Duration = Duration::from_millis(100);
 
 /// How a keeper begins.
 #[derive(Debug)]
@@ -53,14 +57,9 @@ pub fn run(
     patience: Vec<Duration>,
     links: Links,
 ) -> crate::kernel::Result<()> {
-    let begun = begin(place, name, links.salvage).inspect_err(|error| {
-        if let Some(link) = links.first.first().and_then(|link| link.try_clone().ok()) {
-            // Whoever asks first is told why it can't begin.
-            let failed = Failed { failure: error.clone().into() };
-            let _ = Answering::new(link).send(&link::error(FAILED, &failed), &[]);
-        }
-    });
-    let (file, listener, saved) = begun?;
+    let begun = begin(place, name, links.salvage);
+    let (file, listener, saved) =
+        begun.inspect_err(|error| tell_why(links.first.first(), error))?;
     let mut keeper = Keeper {
         kernel,
         file,
@@ -81,6 +80,14 @@ pub fn run(
     Ok(())
 }
 
+/// Tells whoever asks first on this link why the keeper can't begin.
+pub fn tell_why(link: Option<&OwnedFd>, error: &crate::kernel::Error) {
+    let failed = Failed { failure: error.clone().into() };
+    if let Some(link) = link.and_then(|link| link.try_clone().ok()) {
+        let _ = Answering::new(link).send(&link::error(FAILED, &failed), &[]);
+    }
+}
+
 fn begin(
     place: &Place,
     name: &str,
@@ -97,24 +104,42 @@ fn begin(
 
 impl Keeper {
     fn serve(&mut self, listener: &UnixListener, machine: Option<&OwnedFd>) {
+        let mut deaf_until = None;
         while !(self.leases.is_empty() && self.links.is_empty()) {
-            if self.wait(listener, machine) {
+            if self.wait(listener, machine, deaf_until) {
                 // With its machine all that was kept is gone.
                 return;
             }
-            while let Ok((socket, _)) = listener.accept() {
-                self.take_in(socket.into());
-            }
+            deaf_until = self.accept(listener);
             self.answer_links();
             self.see_hang_ups();
+            self.force(Instant::now());
             self.try_again(Instant::now());
             self.tell();
         }
     }
 
+    /// Takes in the links that wait. Until when none can be: where files or memory have run out, a link
+    /// that waits would be poll's answer at once, again and again.
+    fn accept(&mut self, listener: &UnixListener) -> Option<Instant> {
+        loop {
+            match listener.accept() {
+                Ok((socket, _)) => self.take_in(socket.into()),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
+                Err(_) => return Some(Instant::now() + DEAF),
+            }
+        }
+    }
+
     /// Waits for something to do. True at the end of the machine.
-    fn wait(&self, listener: &UnixListener, machine: Option<&OwnedFd>) -> bool {
-        let mut fds = vec![PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    fn wait(
+        &self,
+        listener: &UnixListener,
+        machine: Option<&OwnedFd>,
+        deaf_until: Option<Instant>,
+    ) -> bool {
+        let heard = if deaf_until.is_none() { PollFlags::POLLIN } else { PollFlags::empty() };
+        let mut fds = vec![PollFd::new(listener.as_fd(), heard)];
         for link in &self.links {
             let untold = link.untold.as_ref().is_some_and(|untold| !untold.is_empty());
             let untold = untold || link.is_listing;
@@ -124,7 +149,9 @@ impl Keeper {
         let pipes = self.leases.values().flat_map(|lease| &lease.lifelines);
         fds.extend(pipes.map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::empty())));
         fds.extend(machine.map(|machine| PollFd::new(machine.as_fd(), PollFlags::empty())));
-        let until = self.next_attempt().map(|at| at.saturating_duration_since(Instant::now()));
+        let until =
+            [self.next_attempt(), self.next_force(), deaf_until].into_iter().flatten().min();
+        let until = until.map(|at| at.saturating_duration_since(Instant::now()));
         let until = until.map(|left| left + Duration::from_millis(1));
         let until = until.map_or(PollTimeout::NONE, |left| {
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -184,13 +211,13 @@ impl Keeper {
             Reopen::NAME => framed(self.reopen(link, link::parse(parameters)?)),
             Deliver::NAME => framed(self.deliver(link::parse(parameters)?, &file()?)),
             Undo::NAME => framed(self.undo(&link::parse(parameters)?)),
-            Map::NAME => framed(self.map(&link::parse(parameters)?, &file()?)),
-            Unmap::NAME => framed(self.unmap(&link::parse(parameters)?)),
+            Map::NAME => framed(self.map(&link::parse(parameters)?, &file()?, &file()?)),
+            Unmap::NAME => framed(self.unmap(&link::parse(parameters)?, &file()?)),
             Memlock::NAME => framed(self.raise_memlock(&link::parse(parameters)?, &file()?)),
             Check::NAME => framed(self.check(&link::parse(parameters)?)),
-            End::NAME => framed(self.end(&link::parse(parameters)?)),
-            Revoke::NAME => framed(self.revoke(&link::parse(parameters)?)),
-            Confirm::NAME => framed(self.confirm(&link::parse(parameters)?)),
+            End::NAME => framed(self.end(&link::parse(parameters)?, file().ok().as_ref())),
+            Revoke::NAME => framed(self.revoke(&link::parse(parameters)?, &file()?)),
+            Confirm::NAME => framed(self.confirm(&link::parse(parameters)?, &file()?)),
             Mappings::NAME => framed(self.mappings(&link::parse(parameters)?)),
             Watch::NAME => {
                 let all = self.leases.keys().cloned().collect();

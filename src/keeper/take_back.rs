@@ -36,8 +36,12 @@ enum Outcome {
 
 impl Keeper {
     /// Ends a lease; of one that has ended, tries at once to take back what is left.
-    pub(super) fn end(&mut self, call: &End) -> Result<Changed, Failure> {
+    pub(super) fn end(&mut self, call: &End, client: Option<&OwnedFd>) -> Result<Changed, Failure> {
         let name = &call.lease;
+        if let Some(lease) = self.leases.get(name) {
+            self.permit_end(lease, client)?;
+        }
+        self.force(Instant::now());
         self.undo_pending(name);
         if self.leases.contains_key(name) {
             self.end_lease(name);
@@ -66,7 +70,7 @@ impl Keeper {
         for (name, is_over) in ended {
             match is_over {
                 true => {
-                    self.log_unseen_end(&name);
+                    self.log_unseen_end(&name, "holder gone");
                     self.end_lease(&name);
                     self.take_back(&name);
                 }
@@ -76,12 +80,12 @@ impl Keeper {
     }
 
     /// Logs the end of a lease, which is a broker's to log where there is one.
-    fn log_unseen_end(&self, name: &str) {
+    pub(super) fn log_unseen_end(&self, name: &str, why: &str) {
         let Some(lease) = self.leases.get(name).filter(|_| self.links.is_empty()) else { return };
         let LeaseRecord { lease, vm, tenant, devices, .. } = &lease.state.record;
         let devices = devices.iter().filter(|device| !device.withheld);
         let devices = devices.map(|device| device.bdf.to_string()).collect::<Vec<_>>().join(" ");
-        info!(target: LEASES, lease, vm, tenant, devices, "lease ends: holder gone, with no broker there");
+        info!(target: LEASES, lease, vm, tenant, devices, "lease ends: {why}, with no broker there");
     }
 
     /// Tries again where it is time for that.
@@ -124,7 +128,7 @@ impl Keeper {
         let before = self.leases.get(name).map(|lease| lease.state.groups.clone());
         self.unmap_all(name);
         for id in groups {
-            let outcome = self.free(name, id);
+            let outcome = self.free(name, id, is_last);
             let Some(lease) = self.leases.get_mut(name) else { return };
             let stage = match outcome {
                 Ok(Outcome::Free) => {
@@ -197,7 +201,7 @@ impl Keeper {
     }
 
     /// Takes a group out of its container, and has the kernel show that nobody has it.
-    fn free(&mut self, name: &str, id: u32) -> Result<Outcome, NotFree> {
+    fn free(&mut self, name: &str, id: u32, is_last: bool) -> Result<Outcome, NotFree> {
         let kernel = Arc::clone(&self.kernel);
         let Some(lease) = self.leases.get_mut(name) else { return Ok(Outcome::Free) };
         let noiommu = lease.state.record.noiommu;
@@ -218,6 +222,7 @@ impl Keeper {
         if group.attached {
             if let Some(file) = lease.groups.get(&id) {
                 detach(file)?;
+                lease.unset.insert(id);
             }
             // While our own copy is open, opening it again shows nothing.
             lease.groups.remove(&id);
@@ -233,6 +238,14 @@ impl Keeper {
         }
         match Group::open(Arc::clone(&kernel), node(id, noiommu)) {
             Ok(group) => drop(group),
+            // Its holder has had time to end.
+            Err(error) if error.errno == Errno::EBUSY && is_last => {
+                if !self.end_bare_group(name, id)? {
+                    return Err(not_free(error, NotFree::GroupOpen));
+                }
+                let again = Group::open(kernel.clone(), node(id, noiommu));
+                drop(again.map_err(|error| not_free(error, NotFree::GroupOpen))?);
+            }
             // No device of it is on a VFIO driver any more: whatever somebody had is dead.
             Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENODEV | Errno::ENXIO) => {}
             Err(error) => return Err(not_free(error, NotFree::GroupOpen)),
@@ -304,7 +317,7 @@ fn detach(group: &Group) -> Result<(), NotFree> {
     }
 }
 
-fn not_rebound(error: RebindError) -> NotFree {
+pub(super) fn not_rebound(error: RebindError) -> NotFree {
     match error {
         RebindError::StillOpen(device) => NotFree::DriverWaits(device),
         error => NotFree::Kernel("driver unbind".into(), "sysfs".into(), error.to_string()),

@@ -157,10 +157,14 @@ impl Asker {
         self.answer::<C>()
     }
 
-    fn open(&mut self, call: &Open) -> Result<Opened, Failure> {
-        let (client, _) = UnixStream::pair().unwrap();
+    /// Asks for whoever has made this connection.
+    fn ask_for<C: Call>(&mut self, call: &C, client: &UnixStream) -> Result<C::Reply, Failure> {
         self.send(call, &[client.as_fd()]);
-        self.answer::<Open>()
+        self.answer::<C>()
+    }
+
+    fn open(&mut self, call: &Open) -> Result<Opened, Failure> {
+        self.ask_for(call, &UnixStream::pair().unwrap().0)
     }
 
     /// Delivers what is pending; gives the client's files.
@@ -177,8 +181,7 @@ impl Asker {
     fn deliver_to(&mut self, lease: &str, client: &UnixStream) -> Result<Delivered, Failure> {
         let (lease, parameters) = (lease.to_owned(), serde_json::Map::new());
         let deliver = Deliver { lease, parameters, lifeline: true, kept: None };
-        self.send(&deliver, &[client.as_fd()]);
-        self.answer::<Deliver>()
+        self.ask_for(&deliver, client)
     }
 
     fn map(&mut self, lease: &str, iova: u64) {
@@ -197,7 +200,8 @@ impl Asker {
     ) -> Result<Changed, Failure> {
         let (read, write, offset, size) = (true, true, 0, 4096);
         let map = Map { lease: lease.into(), iova, size, read, write, memory, offset };
-        self.send(&map, &[queue]);
+        let (client, _) = UnixStream::pair().unwrap();
+        self.send(&map, &[queue, client.as_fd()]);
         self.answer::<Map>()
     }
 }

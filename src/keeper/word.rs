@@ -1,20 +1,46 @@
-//! What an administrator has told the broker, and the next broker is to know.
+//! What an administrator or a manager says of a lease.
 
-use super::Keeper;
-use crate::process::keeper::{Changed, Confirm, Failure, Revoke, Revoking, Stage};
+use super::{Keeper, KeptLease};
+use crate::process::keeper::{Changed, Confirm, Failure, Phase, Revoke, Revoking, Stage};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 
 impl Keeper {
-    /// Notes that a lease is being revoked. Its end is the broker's to ask for.
-    pub(super) fn revoke(&mut self, call: &Revoke) -> Result<Changed, Failure> {
-        let Revoke { lease: name, since, force } = call;
-        self.lease_mut(name)?.state.revoking = Some(Revoking { since: *since, force: *force });
+    /// Notes that a lease is to be ended, and when.
+    pub(super) fn revoke(&mut self, call: &Revoke, client: &OwnedFd) -> Result<Changed, Failure> {
+        let Revoke { lease: name, since, force, left } = call;
+        self.permit_revocation(&self.lease(name)?.state.record, client)?;
+        let at = Instant::now() + Duration::from_millis(*left);
+        let lease = self.lease_mut(name)?;
+        lease.force_at = Some(lease.force_at.map_or(at, |before| before.min(at)));
+        lease.state.revoking = Some(Revoking { since: *since, force: *force, forced: false });
         self.touch(name);
         self.save()?;
         self.told(name)
     }
 
+    /// Ends the leases whose revocation's time has come, whether a broker is there or not.
+    pub(super) fn force(&mut self, now: Instant) {
+        let due = self.leases.values().filter(|lease| lease.is_forced(now));
+        for name in due.map(|lease| lease.state.record.lease.clone()).collect::<Vec<_>>() {
+            self.log_unseen_end(&name, "revoked");
+            self.undo_pending(&name);
+            let revoking = self.leases.get_mut(&name).and_then(|it| it.state.revoking.as_mut());
+            revoking.into_iter().for_each(|revoking| revoking.forced = true);
+            self.end_lease(&name);
+            self.take_back(&name);
+        }
+    }
+
+    /// When the first of them is to end.
+    pub(super) fn next_force(&self) -> Option<Instant> {
+        let held = self.leases.values().filter(|lease| lease.state.phase == Phase::Held);
+        held.filter_map(|lease| lease.force_at).min()
+    }
+
     /// Forgets that a device may be open, for its group has nobody who has it.
-    pub(super) fn confirm(&mut self, call: &Confirm) -> Result<Changed, Failure> {
+    pub(super) fn confirm(&mut self, call: &Confirm, client: &OwnedFd) -> Result<Changed, Failure> {
+        self.permit_administrator(client)?;
         let Confirm { lease: name, group: id, device } = call;
         let lease = self.lease_mut(name)?;
         let group = lease.group_state(*id).ok_or(Failure::NoSuchLease)?;
@@ -29,5 +55,12 @@ impl Keeper {
         }
         self.save()?;
         self.told(name)
+    }
+}
+
+impl KeptLease {
+    /// Whether a revocation is to have ended it by now, and nothing has.
+    pub(super) fn is_forced(&self, now: Instant) -> bool {
+        self.state.phase == Phase::Held && self.force_at.is_some_and(|at| at <= now)
     }
 }

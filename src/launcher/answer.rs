@@ -2,7 +2,8 @@
 
 use super::broker::Beginning;
 use super::serve::Launcher;
-use crate::keeper::{keep, links};
+use crate::holders;
+use crate::keeper::{Machine, keep, links, tell_why};
 use crate::log;
 use crate::process::keeper::LeaseState;
 use crate::process::launcher::{
@@ -22,6 +23,7 @@ use sd_notify::NotifyState;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
+use tracing::error;
 
 /// Names in one message.
 const PAGE_OF_NAMES: usize = 1000;
@@ -113,12 +115,13 @@ impl Launcher {
         files: [OwnedFd; N],
         links: impl FnOnce([OwnedFd; N]) -> Option<[OwnedFd; 2]>,
     ) -> Result<(), Errno> {
-        let Beginning { machine, policy, users, .. } = &self.beginning;
+        let Beginning { machine, policy, sandbox, .. } = &self.beginning;
         child::fork(Role::Keeper.name(), files, |files| {
-            let _ = users.confine(Role::Keeper);
-            let kept = keep(machine, &self.place, name, links(files), policy.clone());
-            log::flush();
-            u8::from(kept.is_err())
+            let links = links(files);
+            let confined = sandbox.confine(Role::Keeper);
+            let asked = links.as_ref().and_then(|[asked, _]| asked.try_clone().ok());
+            let kept = || keep(machine, &self.place, name, links, policy.clone()).is_ok();
+            once_confined(confined, asked, kept)
         })
         .map(drop)
     }
@@ -150,20 +153,24 @@ impl Launcher {
     }
 
     fn start_helper(&mut self, StartHelper { helper }: &StartHelper) -> Answer<HelperStarted> {
-        let (helper, users) = (*helper, self.beginning.users);
+        let (helper, sandbox) = (*helper, &self.beginning.sandbox);
         let pair =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
         let (ours, theirs) = pair?;
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let pid = child::fork(Role::Helper(helper).name(), [theirs], |[link]| {
-            let done = users.confine(Role::Helper(helper)).and_then(|()| match helper {
-                Helper::Receiver => receiver::receive(&link),
+            let confined = sandbox.confine(Role::Helper(helper));
+            once_confined(confined, None, || match helper {
+                Helper::Receiver => receiver::receive(&link).is_ok(),
+                Helper::Holders => {
+                    let is_simulated = matches!(self.beginning.machine, Machine::Simulated(_));
+                    holders::answer(&link, is_simulated).is_ok()
+                }
                 Helper::Closer => {
                     receiver::close_as_they_come(link.as_fd());
-                    Ok(())
+                    true
                 }
-            });
-            u8::from(done.is_err())
+            })
         })?;
         let pidfd = child::pidfd(pid).inspect_err(|_| {
             let _ = kill(pid, Signal::SIGKILL);
@@ -182,6 +189,28 @@ impl Launcher {
     }
 }
 
+/// The life of a process, if it has given up what it should; else whoever is at the other end of the link is
+/// told why not.
+fn once_confined(
+    confined: crate::sys::Result<()>,
+    link: Option<OwnedFd>,
+    begin: impl FnOnce() -> bool,
+) -> u8 {
+    let is_well = match confined {
+        Ok(()) => {
+            drop(link);
+            begin()
+        }
+        Err(why) => {
+            error!(%why, "a process would have more rights than it should, and does not begin");
+            tell_why(link.as_ref(), &why);
+            false
+        }
+    };
+    log::flush();
+    u8::from(!is_well)
+}
+
 fn done() -> Answer<Done> {
     Ok((Done {}, Vec::new()))
 }
@@ -190,5 +219,31 @@ fn framed<T: Serialize>(answer: Answer<T>) -> (Vec<u8>, Vec<OwnedFd>) {
     match answer {
         Ok((reply, fds)) => (link::reply(&reply, false), fds),
         Err(errno) => (link::error(FAILED, &Failed { errno: errno as i32 }), Vec::new()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::link::{Answering, Lost};
+    use nix::errno::Errno;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn what_is_not_confined_does_not_begin_and_whoever_wants_it_is_told() {
+        let (asks, asked) = UnixStream::pair().unwrap();
+        let why = crate::sys::Error::new("capset", "the process vfiob-keeper", Errno::EPERM);
+        let mut begun = false;
+        let code = once_confined(Err(why), Some(asked.into()), || {
+            begun = true;
+            true
+        });
+        assert!(!begun && code == 1);
+        let mut answers = Answering::new(asks.into());
+        let said = String::from_utf8(answers.next_call().unwrap().unwrap().bytes).unwrap();
+        assert!(said.contains(crate::process::keeper::FAILED) && said.contains("capset"), "{said}");
+        assert_eq!(answers.next_call().unwrap_err(), Lost::Closed);
+        assert_eq!(once_confined(Ok(()), None, || true), 0);
+        assert_eq!(once_confined(Ok(()), None, || false), 1);
     }
 }

@@ -1,7 +1,7 @@
 //! The broker's process, as the launcher has to do with it.
 
 use super::StartError;
-use super::confine::Users;
+use super::confine::Sandbox;
 use super::options::Options;
 use super::policy_file::PolicyFile;
 use super::simulation;
@@ -12,7 +12,6 @@ use crate::process::launcher::{GiveUp, PolicyRead, Told};
 use crate::process::link::{self, Answering};
 use crate::process::role::Role;
 use crate::sys::{child, fdpass};
-use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::MsgFlags;
 use nix::unistd::Pid;
@@ -28,7 +27,7 @@ pub(super) struct Beginning {
     pub(super) policy: PolicyInForce,
     pub(super) policy_file: PolicyFile,
     pub(super) machine: Machine,
-    pub(super) users: Users,
+    pub(super) sandbox: Sandbox,
     /// The limit of open files.
     pub(super) files: u64,
     /// The simulated machine ends with the launcher.
@@ -96,7 +95,8 @@ impl Broker {
 fn serve(beginning: &Beginning, [ask, watch, listener, lock]: [OwnedFd; 4]) -> u8 {
     let Ok(says) = ask.try_clone() else { return 1 };
     let served = prepared(beginning, &lock).and_then(|kernel| {
-        let Beginning { options, policy, policy_file, files, machine_ends, .. } = beginning;
+        let Beginning { options, policy, policy_file, sandbox, files, machine_ends, .. } =
+            beginning;
         daemon::run(Given {
             options: options.clone(),
             policy: Arc::clone(policy.policy()),
@@ -104,6 +104,7 @@ fn serve(beginning: &Beginning, [ask, watch, listener, lock]: [OwnedFd; 4]) -> u
             kernel,
             listener: listener.into(),
             links: [ask, watch],
+            sandbox: sandbox.to_string(),
             files: *files,
             machine_ends: *machine_ends,
         })
@@ -127,8 +128,7 @@ fn prepared(
     super::listen::lock_as_broker(lock.as_fd()).map_err(StartError::set_up("the broker's lock"))?;
     // Its socket may be one that only root can reach.
     let kernel = simulation::kernel(&beginning.machine)?;
-    let confined = beginning.users.confine(Role::Broker);
-    confined.map_err(StartError::set_up::<Errno>("the broker's user"))?;
+    beginning.sandbox.confine(Role::Broker).map_err(StartError::Unconfined)?;
     Ok(kernel)
 }
 

@@ -128,10 +128,13 @@ pub(super) fn make_directory(socket: &Path) -> Result<(), StartError> {
         info!(directory = %directory.display(), "making the socket's directory");
     }
     DirBuilder::new().recursive(true).mode(0o755).create(directory).map_err(at)?;
-    match file_mode::is_directory_safe(&std::fs::metadata(directory).map_err(at)?) {
-        true => Ok(()),
-        false => Err(StartError::UnsafeDirectory(directory.to_owned())),
+    // Who can replace one above it can replace it.
+    for above in std::fs::canonicalize(directory).map_err(at)?.ancestors() {
+        if !file_mode::is_directory_safe(&std::fs::metadata(above).map_err(at)?) {
+            return Err(StartError::UnsafeDirectory(above.to_owned()));
+        }
     }
+    Ok(())
 }
 
 /// The path of a file that goes with another one.

@@ -1,7 +1,7 @@
 //! The daemon's command line.
 
 use crate::log::LogFormat;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -31,6 +31,10 @@ pub struct Options {
     #[arg(long, value_name = "SOCKET", conflicts_with = "sim", hide = true)]
     pub sim_at: Option<PathBuf>,
 
+    /// Whether processes give up the system calls and files that their work does not take
+    #[arg(long, value_name = "WHEN", default_value = "try")]
+    pub sandbox: SandboxMode,
+
     /// How the log on standard error is written
     #[arg(long, value_name = "FORMAT", default_value = "text")]
     pub log_format: LogFormat,
@@ -39,6 +43,10 @@ pub struct Options {
     #[arg(long, value_name = "MS", default_value = "30000", value_parser = millis, hide = true)]
     pub call_deadline: Duration,
 
+    /// The longest that reading the policy may take, in milliseconds
+    #[arg(long, value_name = "MS", default_value = "30000", value_parser = millis, hide = true)]
+    pub policy_deadline: Duration,
+
     /// The longest that half a message may stay half, in milliseconds
     #[arg(long, value_name = "MS", default_value = "30000", value_parser = millis, hide = true)]
     pub read_deadline: Duration,
@@ -46,6 +54,17 @@ pub struct Options {
     /// The longest that a client may leave a reply unread, in milliseconds
     #[arg(long, value_name = "MS", default_value = "10000", value_parser = millis, hide = true)]
     pub write_deadline: Duration,
+}
+
+/// How much of a sandbox there must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SandboxMode {
+    /// They do, and where this system can't have it all, nothing is started
+    Require,
+    /// They do as far as this system can; the log's first line and "vfio-broker status" say how far
+    Try,
+    /// They don't, to find out whether that is what something fails for
+    Off,
 }
 
 fn millis(text: &str) -> Result<Duration, std::num::ParseIntError> {

@@ -1,47 +1,60 @@
-//! Where the policy is, reading it, and what came of that.
+//! The policy as the launcher has to do with it: having it read, and putting it in force.
 
+use super::StartError;
+use super::confine::Sandbox;
 use super::options::Options;
-use super::{StartError, file_mode, simulation};
-use crate::host::Host;
+use super::policy_source::{Compiled, PolicySource};
 use crate::keeper::{Machine, Place, PolicyInForce};
-use crate::kernel::Kernel;
-use crate::policy::{BUILT_IN, POLICY_PATH, Policy};
+use crate::log;
+use crate::policy::Policy;
 use crate::process::launcher::PolicyRead;
+use crate::process::role::Role;
+use crate::sys::child;
 use crate::sys::process::now;
-use crate::users::SystemUsers;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::{Pid, getpid, getppid};
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tracing::{info, warn};
+use std::time::{Duration, Instant};
+use tracing::error;
 
-/// What a policy is read from.
+/// The most that a compiled policy may take.
+const MOST: usize = 64 << 20;
+
+/// The policy's file, and what came of reading it.
 #[derive(Debug)]
 pub(super) struct PolicyFile {
-    path: Option<PathBuf>,
-    sim: Option<PathBuf>,
-    machine: Machine,
+    source: PolicySource,
+    /// How long reading it may take.
+    patience: Duration,
     read: PolicyRead,
+    reading: Option<nix::Result<Reading>>,
+}
+
+/// A process that reads it.
+#[derive(Debug)]
+struct Reading {
+    /// None once it was waited for: another process may have its number then.
+    pid: Option<Pid>,
+    pipe: File,
+    said: Vec<u8>,
+    until: Instant,
 }
 
 impl PolicyFile {
     pub(super) fn new(options: &Options, machine: Machine) -> Self {
-        let read = PolicyRead::default();
-        Self { path: options.policy.clone(), sim: options.sim.clone(), machine, read }
-    }
-
-    /// Reads it, and takes down what came of that.
-    pub(super) fn read(&mut self) -> Result<Policy, StartError> {
-        let path = self.path();
-        self.read.name =
-            path.as_ref().map_or(BUILT_IN.into(), |path| path.to_string_lossy().into_owned());
-        let policy = self.parsed(path.as_deref());
-        match &policy {
-            Ok(_) => (self.read.read, self.read.refused) = (now(), None),
-            Err(error) => self.read.refused = Some((now(), in_a_line(error))),
+        Self {
+            source: PolicySource::new(options, machine),
+            patience: options.policy_deadline,
+            read: PolicyRead::default(),
+            reading: None,
         }
-        policy
     }
 
     /// What came of reading it.
@@ -49,46 +62,129 @@ impl PolicyFile {
         &self.read
     }
 
-    fn parsed(&self, path: Option<&Path>) -> Result<Policy, StartError> {
-        let text = match path {
-            Some(path) => text(path)?,
-            None => sim_policy(&*simulation::kernel(&self.machine)?)?,
-        };
-        let name = &self.read.name;
-        let policy = Policy::parse(name, &text, &SystemUsers).map_err(StartError::Policy)?;
-        let policy = self.with_serials(policy)?;
-        for problem in policy.warnings().iter() {
-            warn!("{}:{}: {}", problem.file, problem.line, problem.message);
-        }
-        info!(policy = name, tenants = policy.tenants().len(), "policy read");
-        Ok(policy)
-    }
-
-    /// The policy with what its rules may want to know and only root can read.
-    fn with_serials(&self, policy: Policy) -> Result<Policy, StartError> {
-        if !policy.names_serials() {
-            return Ok(policy);
-        }
-        let kernel = simulation::kernel(&self.machine)?;
-        match Host::scan(&*kernel).and_then(|mut host| host.serials(&*kernel)) {
-            Ok(serials) => Ok(policy.with_serials(serials)),
-            Err(error) => {
-                warn!(%error, "can't read serial numbers: no entry that names one allows anything");
-                Ok(policy)
+    /// Has it read, and waits for that: at the start there is nothing else to do.
+    ///
+    /// # Errors
+    /// Why it can't be used.
+    pub(super) fn read(&mut self, sandbox: &mut Sandbox) -> Result<Policy, StartError> {
+        self.begin(sandbox);
+        loop {
+            if let Some(compiled) = self.take() {
+                sandbox.set_broker(compiled.broker);
+                return compiled.policy.map_err(|why| StartError::Policy(why.text));
+            }
+            if let Some((pipe, until)) = self.waits_for() {
+                let left = until.saturating_duration_since(Instant::now());
+                let left = PollTimeout::try_from(left + Duration::from_millis(1));
+                // Whatever poll says: what there is to do is looked for.
+                let _ = poll(&mut [pipe], left.unwrap_or(PollTimeout::MAX));
             }
         }
     }
 
-    /// The file of the options, or the default one for the kernel they name; none where all of a
-    /// simulated host is everybody's.
-    fn path(&self) -> Option<PathBuf> {
-        let beside = self.sim.as_ref().map(|sim| sim.with_extension("policy.toml"));
-        match (&self.path, beside) {
-            (Some(path), _) => Some(path.clone()),
-            (None, Some(beside)) => beside.exists().then_some(beside),
-            (None, None) => Some(PathBuf::from(POLICY_PATH)),
+    /// Begins to have it read. Who is at that still may have looked too early, and is ended.
+    pub(super) fn begin(&mut self, sandbox: &Sandbox) {
+        self.give_up();
+        self.reading = Some(Reading::begin(&self.source, sandbox, self.patience));
+    }
+
+    /// What becomes readable as it is read, and how long that is waited for.
+    pub(super) fn waits_for(&self) -> Option<(PollFd<'_>, Instant)> {
+        let reading = self.reading.as_ref()?.as_ref().ok()?;
+        Some((PollFd::new(reading.pipe.as_fd(), PollFlags::POLLIN), reading.until))
+    }
+
+    /// What came of reading it, once something has.
+    pub(super) fn take(&mut self) -> Option<Compiled> {
+        let said = match self.reading.as_mut()? {
+            Ok(reading) => reading.said(),
+            Err(errno) => Some(Err(format!(
+                "can't start a process that reads it: {} ({errno:?})",
+                errno.desc()
+            ))),
+        };
+        let compiled = said?.unwrap_or_else(|why| self.source.unread(&why));
+        self.give_up();
+        self.read.name.clone_from(&compiled.name);
+        match &compiled.policy {
+            Ok(_) => (self.read.read, self.read.refused) = (now(), None),
+            Err(why) => self.read.refused = Some((now(), why.line.clone())),
+        }
+        Some(compiled)
+    }
+
+    /// A child has ended.
+    pub(super) fn reaped(&mut self, pid: Pid) {
+        if let Some(Ok(reading)) = &mut self.reading {
+            reading.pid = reading.pid.filter(|reader| *reader != pid);
         }
     }
+
+    fn give_up(&mut self) {
+        if let Some(Ok(Reading { pid: Some(pid), .. })) = self.reading.take() {
+            // Not waited for: a file can keep it from ending.
+            let _ = kill(pid, Signal::SIGKILL);
+        }
+    }
+}
+
+impl Reading {
+    fn begin(source: &PolicySource, sandbox: &Sandbox, patience: Duration) -> nix::Result<Self> {
+        let (pipe, tell) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+        let launcher = getpid();
+        let pid = child::fork(Role::PolicyReader.name(), [tell], |[tell]| {
+            let told = tell_compiled(source, sandbox, launcher, tell.into())
+                .inspect_err(|why| error!(%why, "the policy can't be read"));
+            u8::from(told.is_err())
+        })?;
+        let until = Instant::now() + patience;
+        Ok(Self { pid: Some(pid), pipe: pipe.into(), said: Vec::new(), until })
+    }
+
+    /// What it has said, once that is all, or why it says nothing.
+    fn said(&mut self) -> Option<Result<Compiled, String>> {
+        let mut buffer = [0; 16 << 10];
+        loop {
+            match self.pipe.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(len) if self.said.len() + len <= MOST => self.said.extend(&buffer[..len]),
+                Ok(_) => return Some(Err(format!("compiled it takes more than {MOST} bytes"))),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    let is_late = Instant::now() >= self.until;
+                    return is_late.then(|| {
+                        Err("the file, or where its users are looked up, does not answer".into())
+                    });
+                }
+                Err(error) => return Some(Err(error.to_string())),
+            }
+        }
+        let compiled = serde_json::from_slice(&self.said);
+        Some(compiled.map_err(|_| "the process that reads it has died".into()))
+    }
+}
+
+/// The life of a process that reads the policy.
+fn tell_compiled(
+    source: &PolicySource,
+    sandbox: &Sandbox,
+    launcher: Pid,
+    mut tell: File,
+) -> Result<(), Box<dyn std::error::Error>> {
+    if let Err(why) = sandbox.confine(Role::PolicyReader) {
+        let why = format!("who reads it would have more rights than it should: {why}");
+        return Ok(tell.write_all(&serde_json::to_vec(&source.unread(&why))?)?);
+    }
+    // Nobody else ends one that hangs.
+    set_pdeathsig(Signal::SIGKILL)?;
+    if getppid() != launcher {
+        return Ok(());
+    }
+    let compiled = source.compile();
+    // What it has logged comes before what is said of it.
+    log::flush();
+    Ok(tell.write_all(&serde_json::to_vec(&compiled)?)?)
 }
 
 /// Puts the compiled policy where keepers find it, those of earlier launchers too; gives it as a file to
@@ -104,7 +200,7 @@ pub(super) fn put_in_force(
     let mut options = OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
     match std::fs::remove_file(&new) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let mut file = options.custom_flags(nix::libc::O_NOFOLLOW).open(&new)?;
@@ -113,45 +209,4 @@ pub(super) fn put_in_force(
     let file = File::open(&new)?;
     std::fs::rename(&new, &path)?;
     Ok((PolicyInForce::new(path, &file, Arc::new(policy))?, file))
-}
-
-/// What is wrong, with its place, without the lines of the file.
-fn in_a_line(error: &StartError) -> String {
-    let problems = match error {
-        StartError::Policy(problems) => problems,
-        // Without the example for those who begin.
-        StartError::NoPolicy(path) => return format!("there is no {} any more", path.display()),
-        error => return error.to_string(),
-    };
-    let each = problems.iter().map(|it| {
-        let help = it.help.as_ref().map_or(String::new(), |help| format!(" ({help})"));
-        format!("{}:{}:{}: {}{help}", it.file, it.line, it.column, it.message)
-    });
-    each.collect::<Vec<_>>().join("; ")
-}
-
-/// The text of a policy that nobody but root and us has written.
-fn text(path: &Path) -> Result<String, StartError> {
-    let unreadable = |source: std::io::Error| match source.kind() {
-        std::io::ErrorKind::NotFound => StartError::NoPolicy(path.to_owned()),
-        _ => StartError::UnreadablePolicy { path: path.to_owned(), source },
-    };
-    // What is looked at is what is read, whatever becomes of the path in between.
-    let file = File::open(path).map_err(unreadable)?;
-    if !file_mode::is_file_safe(&file.metadata().map_err(unreadable)?) {
-        return Err(StartError::UnsafePolicy(path.to_owned()));
-    }
-    std::io::read_to_string(file).map_err(unreadable)
-}
-
-/// Lets everybody have every device of a simulated host, each handout and each risk included.
-fn sim_policy(kernel: &dyn Kernel) -> Result<String, StartError> {
-    let host = Host::scan(kernel).map_err(|error| StartError::Sim(error.to_string()))?;
-    let devices: Vec<_> = host.devices().map(|(_, d)| format!("\"{}\"", d.facts.bdf)).collect();
-    Ok(format!(
-        "version = 1\n[[tenant]]\nname = \"everybody\"\nanyone = true\ndevices = [{}]\n\
-         handouts = [\"container\", \"group\", \"devices\", \"iommufd\"]\n\
-         accept = [\"unsafe-interrupts\", \"no-iommu\"]\n",
-        devices.join(", ")
-    ))
 }

@@ -100,6 +100,7 @@ impl Launcher {
         loop {
             self.wait(log.keep_process());
             self.read_signals();
+            self.take_policy();
             if self.answer_broker().is_err() {
                 let ended = self.reap_broker();
                 if self.stop.is_some() {
@@ -124,7 +125,11 @@ impl Launcher {
             PollFd::new(self.broker.asks.as_fd(), readable),
         ];
         fds.extend(self.broker.tells.as_ref().map(|link| PollFd::new(link.as_fd(), readable)));
-        let until = self.stop.as_ref().map(|stop| stop.until).into_iter().chain(again).min();
+        let reading = self.beginning.policy_file.waits_for();
+        let (reading, late) = reading.unzip();
+        fds.extend(reading);
+        let until =
+            self.stop.as_ref().map(|stop| stop.until).into_iter().chain(again).chain(late).min();
         let left = until.map(|until| until.saturating_duration_since(Instant::now()));
         let left = left.map(|left| left + Duration::from_millis(1));
         let left = left.map_or(PollTimeout::NONE, |left| {
@@ -155,13 +160,18 @@ impl Launcher {
         }
     }
 
-    /// Reads the policy again. One that can't be used leaves the one that is in force, and brokers to
-    /// come begin with that.
+    /// Has the policy read again.
     fn reload(&mut self) {
         let since = NotifyState::monotonic_usec_now().ok();
         notify(&[Some(NotifyState::Reloading), since].into_iter().flatten().collect::<Vec<_>>());
-        let policy = self.beginning.policy_file.read().ok();
-        let compiled = policy.and_then(|policy| self.put_in_force(policy));
+        self.beginning.policy_file.begin(&self.beginning.sandbox);
+    }
+
+    /// Takes what came of reading the policy again. One that can't be used leaves the one that is in force,
+    /// and brokers to come begin with that.
+    fn take_policy(&mut self) {
+        let Some(read) = self.beginning.policy_file.take() else { return };
+        let compiled = read.policy.ok().and_then(|policy| self.put_in_force(policy));
         let read = self.beginning.policy_file.status();
         if !self.broker.tell_policy(read, compiled.as_ref()) {
             self.missed = Some(compiled);
@@ -196,6 +206,7 @@ impl Launcher {
                 _ => return Ok(()),
             };
             self.helpers.remove(&pid);
+            self.beginning.policy_file.reaped(pid);
             if self.simulation.as_ref().is_some_and(|simulation| simulation.pid == pid) {
                 let why = "its process has died".into();
                 return Err(StartError::Ended { what: "the simulation", why });

@@ -1,7 +1,7 @@
 //! From the command line to the broker.
 
 use super::broker::Beginning;
-use super::confine::Users;
+use super::confine::Sandbox;
 use super::listen::{self, Listening};
 use super::options::Options;
 use super::policy_file::{self, PolicyFile};
@@ -21,10 +21,10 @@ use tracing::info;
 /// It could not start, or can't go on.
 pub fn run(options: &Options) -> Result<(), StartError> {
     let passed = listen::passed()?;
-    let users = Users::find();
-    let mut log = log::start(options.log_format, users)
+    let sandbox = Sandbox::find(options.sandbox)?;
+    let mut log = log::start(options.log_format, sandbox.clone())
         .map_err(StartError::set_up("the process that writes the log"))?;
-    let served = serve(options, passed, users, &mut log);
+    let served = serve(options, passed, sandbox, &mut log);
     log.end();
     served
 }
@@ -32,7 +32,7 @@ pub fn run(options: &Options) -> Result<(), StartError> {
 fn serve(
     options: &Options,
     passed: Option<UnixListener>,
-    users: Users,
+    mut sandbox: Sandbox,
     log: &mut Log,
 ) -> Result<(), StartError> {
     let signals = take_signals()?;
@@ -40,7 +40,7 @@ fn serve(
     // The simulation ends when this does, and its keepers with it.
     let (machine, simulation) = simulation::machine(options)?;
     let mut policy_file = PolicyFile::new(options, machine.clone());
-    let policy = policy_file.read()?;
+    let policy = policy_file.read(&mut sandbox)?;
     let activated = passed.is_some();
     let listening = Listening::new(passed, &options.socket)?;
     let place = keepers_place(options, simulation.is_some().then_some(&machine))?;
@@ -48,10 +48,12 @@ fn serve(
     let lock = listen::be_the_only_one(place.path())?;
     let (policy, _) = policy_file::put_in_force(policy, &place)
         .map_err(StartError::set_up("the policy's file for keepers"))?;
+    info!(%sandbox, "confined");
     tell_the_start(options, activated);
     let machine_ends = simulation.is_some();
     let options = options.clone();
-    let beginning = Beginning { options, policy, policy_file, machine, users, files, machine_ends };
+    let beginning =
+        Beginning { options, policy, policy_file, machine, sandbox, files, machine_ends };
     Launcher::new(beginning, place, signals, simulation, lock, listening)?.serve(log)
 }
 

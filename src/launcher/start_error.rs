@@ -1,33 +1,13 @@
 //! Why a daemon does not start, or does not go on.
 
-use crate::policy::Problems;
 use std::path::PathBuf;
 
 /// Why the daemon did not start or can't go on, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// There is no policy file.
-    #[error(
-        "there is no policy at {0}: nobody may have anything without one. A first one:\n\n{EXAMPLE}"
-    )]
-    NoPolicy(PathBuf),
-    /// The policy can't be read.
-    #[error("can't read the policy {path}: {source}")]
-    UnreadablePolicy {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// Others could give themselves devices.
-    #[error(
-        "others than root and you can write to the policy {0}: \"chown root {0}; chmod go-w {0}\" \
-         once you have read what it says now"
-    )]
-    UnsafePolicy(PathBuf),
-    /// The policy is wrong.
+    /// The policy can't be used.
     #[error("{0}")]
-    Policy(Problems),
+    Policy(String),
     /// The kernel has no VFIO.
     #[error("there is no /dev/vfio/vfio: load VFIO with \"modprobe vfio-pci\", or try --sim")]
     NoVfio,
@@ -105,6 +85,14 @@ pub enum StartError {
     /// What the service manager passed is of no use.
     #[error("socket activation: {0}")]
     Activation(String),
+    /// The sandbox that was asked for can't be had.
+    #[error(
+        "--sandbox=require, and this system lacks what that takes: {0}; with --sandbox=try it starts without that"
+    )]
+    Sandbox(String),
+    /// A process can't give up what it must not have.
+    #[error("can't confine the broker, which is not to begin with more rights than it needs: {0}")]
+    Unconfined(crate::sys::Error),
     /// The broker says why.
     #[error("{0}")]
     Broker(String),
@@ -135,9 +123,6 @@ fn next_step(source: &std::io::Error, otherwise: &'static str) -> &'static str {
         _ => otherwise,
     }
 }
-
-/// The start of a policy, for those who have none.
-const EXAMPLE: &str = include_str!("example.policy.toml");
 
 impl StartError {
     pub(crate) fn set_up<E: Into<std::io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {

@@ -9,7 +9,7 @@ mod outlet;
 mod process;
 mod queue;
 
-use crate::launcher::Users;
+use crate::launcher::Sandbox;
 use crate::process::role::Role;
 use crate::sys::child;
 use clap::ValueEnum;
@@ -19,7 +19,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use outlet::{Lines, Outlet};
 use std::fs::File;
-use std::io::Result;
+use std::io::{Result, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -62,7 +62,7 @@ pub(crate) struct Log {
     stderr: OwnedFd,
     process: Pid,
     started: Instant,
-    users: Users,
+    sandbox: Sandbox,
 }
 
 /// Starts logging, and puts the log's pipe in the place of standard error: whatever writes there, in this
@@ -70,25 +70,27 @@ pub(crate) struct Log {
 ///
 /// # Errors
 /// What pipe(2), fcntl(2), dup2(2) or fork(2) says.
-pub(crate) fn start(format: LogFormat, users: Users) -> Result<Log> {
+pub(crate) fn start(format: LogFormat, sandbox: Sandbox) -> Result<Log> {
     let (reader, pipe) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
     // Of this end alone: the standard error that was given is others' too.
     fcntl(&pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     let stderr = std::io::stderr().as_fd().try_clone_to_owned()?;
-    let process = start_process(&reader, &stderr, users)?;
+    let process = start_process(&reader, &stderr, &sandbox)?;
     nix::unistd::dup2_stderr(&pipe)?;
     subscribe(format);
-    Ok(Log { reader, stderr, process, started: Instant::now(), users })
+    Ok(Log { reader, stderr, process, started: Instant::now(), sandbox })
 }
 
-fn start_process(reader: &OwnedFd, stderr: &OwnedFd, users: Users) -> Result<Pid> {
+fn start_process(reader: &OwnedFd, stderr: &OwnedFd, sandbox: &Sandbox) -> Result<Pid> {
     let files = [reader.try_clone()?, stderr.try_clone()?];
     let pid = child::fork(Role::Log.name(), files, |[pipe, stderr]| {
         // Standard error comes in place of the pipe's other end.
         let moved = nix::unistd::dup2_stderr(&stderr).and_then(|()| nix::unistd::dup2_stdin(&pipe));
         drop((pipe, stderr));
-        // In a user namespace without such a user root is a plain user outside.
-        let _ = users.confine(Role::Log);
+        if let Err(why) = sandbox.confine(Role::Log) {
+            let _ = writeln!(std::io::stderr(), "nobody writes the log: {why}");
+            return 1;
+        }
         u8::from(moved.and_then(|()| process::copy(std::io::stdin())).is_err())
     })?;
     Ok(pid)
@@ -124,7 +126,7 @@ impl Log {
             return Some(earliest);
         }
         self.started = Instant::now();
-        match start_process(&self.reader, &self.stderr, self.users) {
+        match start_process(&self.reader, &self.stderr, &self.sandbox) {
             Ok(process) => {
                 self.process = process;
                 warn!("the process that writes the log was gone: there is another one");

@@ -119,6 +119,12 @@ impl Policy {
         self.refusal(default_deny(), None, reason)
     }
 
+    /// That what only administrators may say was said by another user.
+    pub fn no_administrator(&self, uid: u32) -> Refusal {
+        let reason = format!("uid {uid} is no administrator: root, or whoever runs the daemon");
+        self.refusal(default_deny(), None, reason)
+    }
+
     /// That a lease is in a shared container which was of the other kind.
     pub fn another_trust(&self, container: &SharedContainer) -> Refusal {
         let SharedContainer { name, line, .. } = container;

@@ -217,8 +217,8 @@ pub struct Undo {
     pub lease: String,
 }
 
-/// Maps memory. The socket beside this call has its file in its queue; see
-/// [`queued_files`](super::queued_files).
+/// Maps memory for the client whose own connection is the second file beside this call. The first is a
+/// socket that has the memory's file in its queue; see [`queued_files`](super::queued_files).
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Map {
     /// Which lease.
@@ -237,7 +237,7 @@ pub struct Map {
     pub offset: u64,
 }
 
-/// Unmaps one mapping.
+/// Unmaps one mapping for the client whose own connection comes beside this call.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Unmap {
     /// Which lease.
@@ -281,14 +281,16 @@ pub struct Check {
     pub lease: String,
 }
 
-/// Ends a lease, or tries at once to take back what one that has ended had.
+/// Ends a lease for the client whose own connection comes beside this call. Without one, tries at once to
+/// take back what a lease had that has ended, or that a revocation is to end by now.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct End {
     /// Which lease.
     pub lease: String,
 }
 
-/// Notes that a lease is being revoked, for the next broker.
+/// Revokes a lease for the client whose own connection comes beside this call. The keeper ends it when it
+/// is time, and the next broker is told of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Revoke {
     /// Which lease.
@@ -297,9 +299,12 @@ pub struct Revoke {
     pub since: u64,
     /// When it is taken by force, in seconds since 1970.
     pub force: u64,
+    /// How long that is from now on, in milliseconds: a clock can be set.
+    pub left: u64,
 }
 
-/// Forgets that a device of an ended lease may be open.
+/// Forgets that a device of an ended lease may be open, on the word of the administrator whose own
+/// connection comes beside this call.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Confirm {
     /// Which lease.
@@ -387,6 +392,9 @@ pub struct Revoking {
     pub since: u64,
     /// When it is taken by force, in seconds since 1970.
     pub force: u64,
+    /// It was.
+    #[serde(default)]
+    pub forced: bool,
 }
 
 /// A call that has begun.

@@ -4,6 +4,8 @@
 //! speaks Varlink, in the framing of the broker's own socket: one call at a time, answered before the
 //! next.
 
+pub mod calls;
+pub mod holders;
 pub mod keeper;
 pub mod launcher;
 pub mod link;

@@ -1,6 +1,6 @@
 //! The calls of administrators and what they return.
 
-use super::Until;
+use super::{Processes, Until};
 use serde::{Deserialize, Serialize};
 
 /// Asks what the broker is at; with `more`, one keeper in each reply.
@@ -94,6 +94,9 @@ pub struct KeptLease {
     pub tenant: String,
     /// It has ended, and not all of it is known to be free.
     pub ended: bool,
+    /// What is left of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left: Vec<Left>,
 }
 
 /// Ends a lease against its holder's will.
@@ -148,6 +151,9 @@ pub struct Left {
     /// Whom that waits for.
     #[serde(default)]
     pub until: Until,
+    /// Who has it still, for those who may know.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub open_in: Option<Processes>,
 }
 
 /// That a lease is being revoked.

@@ -1,5 +1,6 @@
 //! The errors of the interface, as they are on the wire: a name, and what goes with it.
 
+use super::Processes;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -104,6 +105,8 @@ pub enum Error {
         holder: Option<Box<Holder>>,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         since: Option<u64>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        open_in: Option<Box<Processes>>,
     },
     /// Nobody has it, and the kernel has not shown yet that it is free.
     #[serde(rename = "org.vfiobroker.Broker.Quarantined")]
@@ -118,6 +121,8 @@ pub enum Error {
         holder: Option<Box<Holder>>,
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         unbind: Vec<String>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        open_in: Option<Box<Processes>>,
     },
     /// It does not fit with what is there.
     #[serde(rename = "org.vfiobroker.Broker.Conflict")]

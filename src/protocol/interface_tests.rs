@@ -173,7 +173,7 @@ fn every_type_is_as_described() {
             compared.insert(name.to_owned());
         )*};
     }
-    compare!(Fd Holder Blocker Device Unproved Group Lease PolicyStatus KeptLease Keeper Left Revoked Revocation);
+    compare!(Fd Holder Blocker Device Unproved Group Lease PolicyStatus KeptLease Keeper Left Revoked Revocation OpenFile Process Processes);
     // Enums are compared where they are used.
     let objects = description.0.custom_types().filter(|known| known.is_object());
     assert_eq!(names(objects.map(CustomType::name)), compared);

@@ -2,7 +2,7 @@
 //! clients in other languages; a test compares the two.
 
 use super::administration::Revocation;
-use super::{Blocker, DeviceSpec, Error};
+use super::{Blocker, DeviceSpec, Error, Processes};
 use serde::{Deserialize, Serialize};
 
 /// In which form the fds of a lease are given.
@@ -314,6 +314,9 @@ pub struct Group {
     /// Whom it is kept for, because devices of it may still be open.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unproved: Option<Unproved>,
+    /// Who has it still, where it is quarantined, for those who may know.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub open_in: Option<Processes>,
     /// Its PCI functions.
     pub devices: Vec<Device>,
 }

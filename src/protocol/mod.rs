@@ -7,6 +7,7 @@ mod error;
 mod frame;
 mod messages;
 mod methods;
+mod processes;
 #[cfg(any(test, fuzzing))]
 pub mod properties;
 
@@ -23,6 +24,7 @@ pub use messages::*;
 #[cfg(any(test, fuzzing))]
 pub(crate) use methods::with_methods;
 pub use methods::{Method, Request, Rules};
+pub use processes::{Known, OpenFile, OpenKind, Process, Processes};
 #[cfg(feature = "client")]
 pub(crate) use varlink::encode;
 pub use varlink::*;

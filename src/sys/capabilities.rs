@@ -5,12 +5,19 @@
 use nix::errno::Errno;
 use nix::libc;
 
+/// Reads files and directories whoever may.
+pub const DAC_READ_SEARCH: u32 = 2;
+/// Reads all of a device's configuration space; and much else, most of which takes calls that no role
+/// can make.
+pub const SYS_ADMIN: u32 = 21;
 /// Raises limits, its own and others'.
 pub const SYS_RESOURCE: u32 = 24;
 /// Locks memory whatever the limit.
 pub const IPC_LOCK: u32 = 14;
 /// Opens groups that no IOMMU is behind.
 pub const SYS_RAWIO: u32 = 17;
+/// Looks into other processes.
+pub const SYS_PTRACE: u32 = 19;
 
 /// `_LINUX_CAPABILITY_VERSION_3`: two words of each set.
 const VERSION: u32 = 0x2008_0522;

@@ -8,11 +8,17 @@ pub mod child;
 mod error;
 pub mod fdpass;
 pub mod inherited;
+#[cfg(feature = "daemon")]
+pub mod landlock;
 pub mod memlock;
+#[cfg(feature = "daemon")]
+pub mod node;
 pub mod peer;
 pub mod process;
 #[cfg(feature = "async")]
 pub mod readiness;
+#[cfg(feature = "daemon")]
+pub mod seccomp;
 #[cfg(feature = "sim")]
 pub(crate) mod table;
 

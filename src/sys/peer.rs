@@ -137,6 +137,23 @@ fn get(socket: BorrowedFd<'_>, option: libc::c_int, bytes: &mut [u8]) -> Result<
     Ok((len as usize).min(bytes.len()))
 }
 
+/// A connection that another user has made, its own end and ours; `None` where only root could make one.
+#[cfg(test)]
+pub fn pair_of(uid: u32) -> Option<[std::os::unix::net::UnixStream; 2]> {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: only root can be somebody else");
+        return None;
+    }
+    let made = std::thread::spawn(move || {
+        // SAFETY: the bare system call changes this thread alone, which ends soon; the C library's
+        // function would change them all.
+        let result = unsafe { libc::syscall(libc::SYS_setresuid, -1, uid, -1) };
+        assert_eq!(result, 0);
+        std::os::unix::net::UnixStream::pair().unwrap().into()
+    });
+    Some(made.join().unwrap())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,6 +9,7 @@ mod failing;
 mod hostile;
 mod killed;
 mod qemu;
+mod revoked;
 mod usual;
 
 use common::{Daemon, SOON, Setup, until};

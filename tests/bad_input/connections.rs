@@ -122,7 +122,7 @@ fn fds_that_nobody_takes_out_of_the_queue() {
 /// Who shares what a keeper has is served beside one that reads nothing.
 #[test]
 fn a_reply_that_nobody_reads_is_no_keepers_to_wait_for() {
-    let setup = Setup::default().argument("--call-deadline", "600");
+    let setup = Setup::default().argument("--call-deadline", "20000");
     let daemon = Daemon::with(setup.argument("--write-deadline", "100000"));
     beside(&daemon, || {
         let mut client = daemon.connect();

@@ -10,7 +10,8 @@ pub mod fuse;
 pub mod raw;
 mod until;
 
-pub use children::children;
+#[allow(unused_imports)] // each program uses its part
+pub use children::{children, status};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use raw::Raw;
@@ -121,6 +122,9 @@ impl Daemon {
     pub fn spawn(directory: tempfile::TempDir, socket: PathBuf, mut command: Command) -> Self {
         let ready = directory.path().join("notify");
         let ready_socket = UnixDatagram::bind(&ready).unwrap();
+        // The daemon can be another user's.
+        let anybody = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        std::fs::set_permissions(&ready, anybody).unwrap();
         command.arg("--socket").arg(&socket).env("NOTIFY_SOCKET", &ready);
         let child = command.spawn().unwrap();
         let mut daemon = Self { child, directory, socket };
@@ -358,9 +362,21 @@ pub struct Held {
 }
 
 impl Held {
+    /// Asks again where the last lease of the device has just ended: on a busy machine the kernel may
+    /// be asked for longer than a client waits.
+    #[track_caller]
     pub fn acquire(client: &mut Raw, device: &str, handout: &str) -> Self {
         let request = json!({ "vm": "test", "devices": [device], "handout": handout });
-        let (reply, fds) = client.call("Acquire", request).ok();
+        let mut reply = client.call("Acquire", request.clone());
+        until("the device is not quarantined", || {
+            let waits =
+                matches!(&reply, raw::Reply::Error(name, _) if name.ends_with(".Quarantined"));
+            if waits {
+                reply = client.call("Acquire", request.clone());
+            }
+            !waits
+        });
+        let (reply, fds) = reply.ok();
         Self { reply, fds }
     }
 

@@ -154,7 +154,7 @@ fn several_watchers_see_the_same() {
 
 #[test]
 fn a_kernel_that_never_answers_is_waited_for_until_the_deadline() {
-    let daemon = Daemon::with(Setup::default().argument("--call-deadline", "300"));
+    let daemon = Daemon::with(Setup::default().argument("--call-deadline", "3000"));
     // The neighbour's calls are short, but the deadline holds for it too: so it does not take part.
     let mut client = daemon.connect();
     cycle(&mut client, DEVICE);
@@ -230,7 +230,7 @@ fn pipelined_fds_are_each_with_their_call() {
 
 #[test]
 fn a_device_that_is_added_too_late_is_given_back() {
-    let daemon = Daemon::with(Setup::default().argument("--call-deadline", "300"));
+    let daemon = Daemon::with(Setup::default().argument("--call-deadline", "3000"));
     let sim = daemon.sim();
     let mut client = daemon.connect();
     let lease = Held::acquire(&mut client, DEVICE, "container");
@@ -264,7 +264,7 @@ fn eventually_gets(client: &mut Raw, request: &Value) -> Vec<OwnedFd> {
 
 #[test]
 fn a_mapping_that_comes_too_late_is_undone() {
-    let daemon = Daemon::with(Setup::default().argument("--call-deadline", "300"));
+    let daemon = Daemon::with(Setup::default().argument("--call-deadline", "3000"));
     let sim = daemon.sim();
     let mut client = daemon.connect();
     let lease = Held::acquire(&mut client, DEVICE, "devices");

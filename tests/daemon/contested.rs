@@ -11,7 +11,7 @@ use vfio_broker::sim::Fault;
 const OTHER: &str = "0000:66:00.0";
 
 fn daemon() -> Daemon {
-    Daemon::with(Setup::default().argument("--call-deadline", "600"))
+    Daemon::with(Setup::default().argument("--call-deadline", "3000"))
 }
 
 fn state(client: &mut Raw, device: &str) -> Value {

@@ -136,6 +136,17 @@ fn the_socket_is_not_made_where_others_can_replace_it() {
 }
 
 #[test]
+fn a_directory_that_others_can_replace_is_no_place_for_the_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let (open, safe) = (directory.path().join("open"), directory.path().join("open/safe"));
+    std::fs::create_dir_all(&safe).unwrap();
+    std::fs::set_permissions(&open, Permissions::from_mode(0o777)).unwrap();
+    let mut command = command(directory.path(), &Setup::default());
+    let said = refuses(command.arg("--socket").arg(safe.join("broker.sock")), directory.path());
+    assert!(said.contains(open.to_str().unwrap()) && !said.contains("safe"), "{said}");
+}
+
+#[test]
 fn in_a_sticky_directory_only_our_own_files_are_used() {
     let directory = tempfile::tempdir().unwrap();
     let sticky = directory.path().join("sticky");
@@ -293,6 +304,17 @@ fn a_policy_that_others_can_write_to() {
             std::os::unix::fs::chown(&file, Some(0), None).unwrap();
         }
     }
+}
+
+#[test]
+fn a_policy_that_never_comes() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut command = command(directory.path(), &Setup::default());
+    let fifo = directory.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    command.arg("--policy").arg(&fifo).args(["--policy-deadline", "300"]);
+    let said = refuses(&mut command, directory.path());
+    assert!(said.contains("fifo: the file, or where its users are looked up"), "{said}");
 }
 
 #[test]

@@ -5,6 +5,7 @@
 mod calls;
 #[path = "../common/mod.rs"]
 mod common;
+mod confined;
 mod contested;
 mod files;
 mod iommufd;
@@ -14,6 +15,7 @@ mod limits;
 mod log;
 mod processes;
 mod reload;
+mod resources;
 mod restart;
 mod revoking;
 mod status;

@@ -1,16 +1,10 @@
 //! The daemon's processes: who may what, and what becomes of the others when one dies.
 
 use crate::DEVICE;
-use crate::common::{Daemon, Held, children, until};
+use crate::common::{Daemon, Held, children, status, until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
-
-fn status(pid: u32, field: &str) -> String {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix(&format!("{field}:\t")));
-    line.unwrap().to_owned()
-}
 
 fn leases(daemon: &Daemon) -> usize {
     let (reply, _) = daemon.connect().call("Leases", json!({})).ok();
@@ -91,18 +85,24 @@ fn each_process_may_what_it_is_for() {
     let held = Held::acquire(&mut daemon.connect(), DEVICE, "container");
     let broker = daemon.pid();
     let keeper = children(daemon.launcher(), "vfiob-keeper")[0];
-    for pid in [broker, keeper] {
-        assert_eq!(status(pid, "NoNewPrivs"), "1");
-        assert_eq!(status(pid, "Threads"), "1");
+    let log = children(daemon.launcher(), "vfiob-log")[0];
+    let field = |pid, name| status(pid, name).unwrap();
+    for pid in [broker, keeper, log] {
+        assert_eq!(field(pid, "NoNewPrivs"), "1");
+        assert_eq!(field(pid, "Threads"), "1");
+        assert_eq!(
+            (field(pid, "Seccomp").as_str(), field(pid, "Seccomp_filters").as_str()),
+            ("2", "2")
+        );
     }
     if nix::unistd::geteuid().is_root() {
-        assert!(!status(broker, "Uid").split_whitespace().any(|uid| uid == "0"));
-        assert!(!status(broker, "Gid").split_whitespace().any(|gid| gid == "0"));
-        assert_eq!(status(broker, "Groups").trim(), "");
+        assert!(!field(broker, "Uid").split_whitespace().any(|uid| uid == "0"));
+        assert!(!field(broker, "Gid").split_whitespace().any(|gid| gid == "0"));
+        assert_eq!(field(broker, "Groups").trim(), "");
         for set in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
-            assert_eq!(status(broker, set), "0000000000000000", "{set}");
+            assert_eq!(field(broker, set), "0000000000000000", "{set}");
         }
-        let set = |pid| u64::from_str_radix(&status(pid, "CapPrm"), 16).unwrap();
+        let set = |pid| u64::from_str_radix(&field(pid, "CapPrm"), 16).unwrap();
         let (sys_resource, ipc_lock, sys_rawio) = (1 << 24, 1 << 14, 1 << 17);
         // As much of it as root has here; without it, what goes beyond a limit that can't be raised.
         let own = set(std::process::id());

@@ -2,7 +2,7 @@
 
 use crate::DEVICE;
 use crate::common::raw::{Raw, call};
-use crate::common::{Daemon, Held, SOON, Setup, command, policy, until};
+use crate::common::{Daemon, Held, SOON, Setup, children, command, policy, status, until};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
@@ -166,4 +166,78 @@ fn the_service_manager_is_told() {
     }
     child.kill().unwrap();
     child.wait().unwrap();
+}
+
+/// A policy that comes when somebody writes it, and until then keeps its reader waiting.
+fn put_fifo(daemon: &Daemon) -> std::path::PathBuf {
+    let path = daemon.directory().join("host.policy.toml");
+    std::fs::remove_file(&path).unwrap();
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    path
+}
+
+fn readers(daemon: &Daemon) -> Vec<u32> {
+    children(daemon.launcher(), "vfiob-policy")
+}
+
+#[test]
+fn a_policy_that_does_not_come_holds_up_nobody_and_is_in_force_once_it_does() {
+    let daemon = Daemon::start();
+    let path = put_fifo(&daemon);
+    daemon.signal(Signal::SIGHUP);
+    until("it is waited for", || readers(&daemon).len() == 1);
+    let reader = readers(&daemon)[0];
+    let mut client = daemon.connect();
+    // A keeper is started for each.
+    for _ in 0..3 {
+        drop(Held::acquire(&mut client, DEVICE, "container"));
+    }
+    daemon.signal(Signal::SIGHUP);
+    until("another one waits in its place", || {
+        let readers = readers(&daemon);
+        readers.len() == 1 && readers[0] != reader
+    });
+    assert!(!daemon.log().contains("policy refused"), "{}", daemon.log());
+    std::fs::write(path, others()).unwrap();
+    daemon.until_logged("another policy is in force");
+    acquire(&mut client, DEVICE).error("Denied");
+    until("its reader has ended", || readers(&daemon).is_empty());
+}
+
+#[test]
+fn a_policy_that_never_comes_is_refused() {
+    let daemon = Daemon::with(Setup::default().argument("--policy-deadline", "300"));
+    put_fifo(&daemon);
+    daemon.signal(Signal::SIGHUP);
+    daemon.until_logged("policy refused");
+    until("its reader was ended", || readers(&daemon).is_empty());
+    let mut client = daemon.connect();
+    let (status, _) = client.call("Status", json!({})).ok();
+    let why = status["policy"]["refused"].as_str().unwrap();
+    assert!(why.contains("does not answer"), "{why}");
+    drop(Held::acquire(&mut client, DEVICE, "container"));
+}
+
+#[test]
+fn whoever_reads_the_policy_can_write_nothing() {
+    let daemon = Daemon::start();
+    put_fifo(&daemon);
+    daemon.signal(Signal::SIGHUP);
+    until("it has begun to wait", || {
+        // Once it is confined it opens the file, in which it sleeps.
+        let readers = readers(&daemon);
+        let is_filtered = |pid: &u32| status(*pid, "Seccomp").is_some_and(|mode| mode == "2");
+        readers.iter().any(is_filtered)
+    });
+    let reader = readers(&daemon)[0];
+    assert_eq!(status(reader, "NoNewPrivs").unwrap(), "1");
+    if nix::unistd::geteuid().is_root() {
+        let rights = u64::from_str_radix(&status(reader, "CapPrm").unwrap(), 16).unwrap();
+        let (dac_read_search, sys_admin) = (1 << 2, 1 << 21);
+        assert_eq!(rights & !(dac_read_search | sys_admin), 0, "{rights:x}");
+    }
+    // Nobody is left waiting.
+    let path = format!("/proc/{reader}");
+    daemon.signal(Signal::SIGKILL);
+    until("it has ended with the launcher", || !std::path::Path::new(&path).exists());
 }

@@ -338,6 +338,11 @@ fn a_dead_keeper_s_state_that_can_not_be_read_is_no_reason_to_start() {
     std::fs::set_permissions(&file, Permissions::from_mode(0o666)).unwrap();
     refused("others can have written it");
     std::fs::set_permissions(&file, Permissions::from_mode(0o600)).unwrap();
+    if nix::unistd::geteuid().is_root() {
+        std::os::unix::fs::chown(&file, Some(OTHER), None).unwrap();
+        refused("another user's");
+        std::os::unix::fs::chown(&file, Some(0), None).unwrap();
+    }
     let elsewhere = machine.directory.path().join("elsewhere");
     std::fs::rename(&file, &elsewhere).unwrap();
     std::os::unix::fs::symlink(&elsewhere, &file).unwrap();

@@ -2,7 +2,7 @@
 
 use crate::DEVICE;
 use crate::common::raw::{Raw, Reply, bytes};
-use crate::common::{Daemon, Held, Setup, as_uid, until};
+use crate::common::{Daemon, Held, Setup, as_uid, children, until};
 use serde_json::{Value, json};
 use std::process::{Command, Output};
 
@@ -60,6 +60,9 @@ fn the_holder_hears_of_it_and_what_it_keeps_open_is_said() {
     let said = text(&said.stdout);
     let expected = format!("{lease} was revoked, and is not free yet:\n  {DEVICE}: some process");
     assert!(said.contains(&expected), "{said}");
+    // Who looked has ended, and says that it can't see what is simulated.
+    assert!(said.contains("who has it is unknown: the machine is a simulated one"), "{said}");
+    until("nobody looks", || children(daemon.launcher(), "vfiob-holders").is_empty());
     let again = command(&daemon, &["revoke", &lease, "--grace", "0"]);
     assert_eq!(again.status.code(), Some(4), "{again:?}");
     assert!(text(&again.stdout).contains("was taken; not free yet"), "{again:?}");

@@ -10,6 +10,7 @@
 #[path = "../common/children.rs"]
 mod children;
 mod edu;
+mod former;
 #[path = "../common/fuse.rs"]
 #[allow(dead_code)]
 mod fuse;

@@ -30,6 +30,10 @@ pub enum Role {
     Iommufd,
     /// `stale BDF`: gets a device by iommufd and starts a process that keeps it open.
     Stale,
+    /// `leaves BDF FILE PLACE`: gets a device and leaves a file of it with somebody else.
+    Leaves,
+    /// `mapping`: keeps a mapping of the device that is its standard input.
+    Mapping,
     /// `busy BDF FILE`: gets container and group, has a page of that file pinned, and closes all it has.
     Busy,
     /// `huge CONTAINER BDF`: joins an enforced container with memory of huge pages.
@@ -46,6 +50,8 @@ impl Role {
             Role::Stale => "stale",
             Role::Huge => "huge",
             Role::Busy => "busy",
+            Role::Leaves => "leaves",
+            Role::Mapping => "mapping",
         }
     }
 }
@@ -64,6 +70,8 @@ pub fn play(words: Vec<String>) -> ExitCode {
         ["stale", bdf] => stale(bdf),
         ["huge", container, bdf] => huge(container, bdf),
         ["busy", bdf, file] => busy(bdf, file),
+        ["leaves", bdf, what, at] => crate::former::leaves(bdf, what, at),
+        ["mapping"] => crate::former::maps(),
         _ => panic!("no such role: {words:?}"),
     };
     match done {
@@ -76,7 +84,7 @@ pub fn play(words: Vec<String>) -> ExitCode {
 }
 
 /// Waits until the story wants to go on.
-fn wait() {
+pub fn wait() {
     let mut line = String::new();
     stdin().read_line(&mut line).unwrap();
 }

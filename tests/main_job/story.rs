@@ -6,6 +6,7 @@ use crate::world::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs;
+use std::time::Instant;
 use vfio_broker::protocol::GroupState;
 
 const MIB: u64 = 1 << 20;
@@ -14,7 +15,7 @@ const DEFAULT_MEMLOCK: u64 = 8 * MIB;
 
 type Step = fn(&World);
 
-pub const STEPS: [(&str, Step); 11] = [
+pub const STEPS: [(&str, Step); 13] = [
     ("an ordinary user does what a VMM does", a_vmm_without_rights),
     ("the default memlock is too small, and the error says so", too_little_memlock),
     ("others are refused, and are told what they may know", others_are_refused),
@@ -24,6 +25,8 @@ pub const STEPS: [(&str, Step); 11] = [
     ("an iommufd and cdevs, again for one tenant and for no other", by_iommufd),
     ("a device is proved free by its driver, once nobody has it open", rebound),
     ("a daemon that was killed and started again knows what may be open", restarted),
+    ("a file that a former holder's process keeps", |world| kept_files(world, "process")),
+    ("a file that lies in a socket nobody reads", |world| kept_files(world, "queue")),
     ("a holder that keeps the kernel busy holds up nobody else", busy),
     ("everything is as it was", nothing_is_left),
 ];
@@ -279,6 +282,66 @@ fn restarted(world: &World) {
     for (uid, device) in [(FRANK, EDU0), (CAROL, NIC), (FRANK, PAIR[1])] {
         is_had(world, uid, device);
     }
+}
+
+/// Nobody else gets the device, whatever of it is kept and whether the daemon is the one that gave it, until
+/// the last close.
+fn kept_files(world: &World, at: &str) {
+    if !world.real {
+        println!("    of a real kernel alone: a simulated one ends with its daemon");
+        return;
+    }
+    let mut group = vec![(FRANK, "group", EDU0), (FRANK, "device", EDU1)];
+    // A mapping is a process's.
+    if at == "process" {
+        group.push((FRANK, "mapping", PAIR[0]));
+    }
+    are_kept(world, at, &group);
+    if world.has_iommufd() {
+        are_kept(world, at, &[(GINA, "cdev", EDU0), (GINA, "bound cdev", EDU1)]);
+        gives_nothing(world, at);
+    }
+}
+
+fn are_kept(world: &World, at: &str, files: &[(u32, &str, &str)]) {
+    let keepers: Vec<_> = files.iter().map(|file| leaves(world, at, file)).collect();
+    let nobody_gets_them = || {
+        for (_, what, device) in files {
+            until(&format!("{what} quarantines {device}"), || {
+                state(world, device) == GroupState::Quarantined
+            });
+            is_refused(world, LEFT, device, "");
+        }
+    };
+    nobody_gets_them();
+    world.restart();
+    nobody_gets_them();
+    for ((_, what, device), keeper) in files.iter().zip(keepers) {
+        kill(keeper, Signal::SIGKILL).unwrap();
+        let closed = Instant::now();
+        until(&format!("{device} is free without its {what}"), || group_is_free(world, device));
+        println!("    {what}: free {} ms after the last close", closed.elapsed().as_millis());
+        is_had(world, LEFT, device);
+    }
+}
+
+/// An iommufd whose device is closed reaches nothing any more: the kernel itself has taken it back.
+fn gives_nothing(world: &World, at: &str) {
+    let keeper = leaves(world, at, &(GINA, "iommufd", EDU0));
+    until("its device is free", || group_is_free(world, EDU0));
+    world.restart();
+    is_had(world, LEFT, EDU0);
+    kill(keeper, Signal::SIGKILL).unwrap();
+    println!("    iommufd: its device is free while it is kept");
+}
+
+/// A holder that has ended, and the process that has what it left.
+fn leaves(world: &World, at: &str, &(uid, what, device): &(u32, &str, &str)) -> Pid {
+    let words = [device, what, at];
+    let mut holder = world.client(uid, DEFAULT_MEMLOCK, Role::Leaves, &words);
+    let keeper = holder.expect(&["kept by"]).rsplit(' ').next().unwrap().parse().unwrap();
+    holder.kill();
+    Pid::from_raw(keeper)
 }
 
 /// While a page is waited for that never comes, the kernel answers no call on that container, and who

@@ -8,6 +8,8 @@
 
 #[path = "../common/children.rs"]
 mod children;
+#[path = "../common/copies.rs"]
+mod copies;
 #[path = "../main_job/edu.rs"]
 mod edu;
 #[path = "../qemu/world.rs"]

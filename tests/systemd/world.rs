@@ -1,16 +1,15 @@
 //! What an administrator does by hand (docs/install.md), and who has devices meanwhile.
 
-use crate::edu::Edu;
+use crate::copies::Copies;
 use crate::qemu::{EDU, MIB, NIC, Qemu};
 pub use crate::until::until;
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde_json::Value;
 use std::fs;
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use vfio_broker::client::{Acquire, Client, DmaRange, Lease};
+use vfio_broker::client::{Acquire, Client};
 use vfio_broker::protocol::{self, GroupState, Handout};
 
 pub const SERVICE: &str = "vfio-broker.service";
@@ -43,7 +42,7 @@ memlock = "1GiB"
 "#;
 
 pub struct World {
-    holders: Option<(Qemu, Mapped)>,
+    holders: Option<(Qemu, Copies)>,
 }
 
 impl World {
@@ -76,25 +75,26 @@ impl World {
         let card = format!("vfio-pci,id=hd0,host={NIC}");
         let mut qemu = Qemu::start(exec(), "64", &["-device", &card]);
         assert!(qemu.greets(), "QEMU did not start");
-        self.holders = Some((qemu, Mapped::acquire()));
+        let copies = Copies::acquire(&mut Client::connect().unwrap(), EDU);
+        self.holders = Some((qemu, copies));
         self.holders_have_all();
     }
 
     /// Nobody has lost anything, whether there is a daemon or not.
     pub fn holders_have_all(&mut self) {
-        let (qemu, mapped) = self.holders.as_mut().expect("nobody has anything yet");
+        let (qemu, copies) = self.holders.as_mut().expect("nobody has anything yet");
         assert_eq!(qemu.device("hd0"), (0x8086, 0x10d3));
         assert_eq!(qemu.shows().1.len(), 3, "container, group and device");
-        mapped.copies();
+        copies.copy();
     }
 
     /// The daemon knows of all leases, by the names that they had before.
     pub fn leases_are_known(&mut self) {
         self.holders_have_all();
-        let (_, mapped) = self.holders.as_ref().unwrap();
+        let (_, copies) = self.holders.as_ref().unwrap();
         let all = leases();
         assert_eq!(all.len(), 2, "{all:?}");
-        let own = all.iter().find(|lease| lease.lease == mapped.lease.id()).unwrap();
+        let own = all.iter().find(|lease| lease.lease == copies.lease.id()).unwrap();
         assert_eq!(own.devices, [EDU]);
         let other = all.iter().find(|lease| lease.uid == 2001).unwrap();
         assert_eq!(other.devices, [NIC]);
@@ -104,42 +104,9 @@ impl World {
 
     /// Everybody gives back what they have.
     pub fn release(&mut self) {
-        let (qemu, mapped) = self.holders.take().unwrap();
+        let (qemu, copies) = self.holders.take().unwrap();
         assert_eq!(qemu.quit().code(), Some(0));
-        drop(mapped);
-    }
-}
-
-/// A lease whose memory is mapped by its keeper.
-pub struct Mapped {
-    lease: Lease,
-    memory: fs::File,
-}
-
-impl Mapped {
-    const IOVA: u32 = 0x10_0000;
-
-    fn acquire() -> Self {
-        let mut broker = Client::connect().unwrap();
-        let order = Acquire::new("copies").device(EDU).handout(Handout::Devices);
-        let lease = broker.acquire(order).unwrap();
-        let memory = fs::File::from(memfd_create(c"memory", MFdFlags::MFD_CLOEXEC).unwrap());
-        memory.set_len(MIB).unwrap();
-        let range = DmaRange::new(Self::IOVA.into(), MIB);
-        broker.map_dma(&lease, &memory, range).unwrap();
-        Self { lease, memory }
-    }
-
-    /// Has the device copy memory, through the IOMMU, that the keeper has mapped.
-    fn copies(&self) {
-        let pattern: Vec<u8> = (0..4096_u32).map(|i| (i * 7) as u8).collect();
-        self.memory.write_all_at(&pattern, 0).unwrap();
-        self.memory.write_all_at(&[0; 4096], 8192).unwrap();
-        let device = self.lease.device(EDU).unwrap();
-        Edu::start(&device).unwrap().copy(Self::IOVA, Self::IOVA + 8192, 4096).unwrap();
-        let mut copied = vec![0; 4096];
-        self.memory.read_exact_at(&mut copied, 8192).unwrap();
-        assert!(copied == pattern, "the device's DMA does not arrive");
+        drop(copies);
     }
 }
 

@@ -20,7 +20,10 @@ pub fn advice(error: &Error) -> Option<String> {
             Some(format!("`vfio-broker watch {}` tells when it is given back", holder.lease))
         }
         // Only who may know the holder is told of its leases' ends.
-        Error::Busy { holder: None, .. } => Some("try again later".into()),
+        Error::Busy { holder: None, open_in: None, .. } => Some("try again later".into()),
+        Error::Busy { holder: None, open_in: Some(_), .. } => {
+            Some("no lease has it: whoever has it open must close it; then try again".into())
+        }
         Error::Quarantined { until, unbind, .. } => Some(match until {
             Until::Holder => "whoever still has it open must close it; then try again".into(),
             Until::Administrator => taken_off(unbind),
@@ -222,8 +225,16 @@ mod tests {
         let says = |until, unbind: &[&str]| {
             let unbind = unbind.iter().map(|bdf| (*bdf).to_owned()).collect();
             let (device, reason) = ("d".to_owned(), "r".to_owned());
-            advice(&Error::Quarantined { device, since: 0, reason, until, holder: None, unbind })
-                .unwrap()
+            advice(&Error::Quarantined {
+                device,
+                since: 0,
+                reason,
+                until,
+                holder: None,
+                unbind,
+                open_in: None,
+            })
+            .unwrap()
         };
         assert!(says(Until::Holder, &[]).contains("must close it"));
         let administrator = says(Until::Administrator, &["0000:01:00.0", "0000:01:00.1"]);

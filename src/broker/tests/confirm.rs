@@ -9,7 +9,8 @@ const ROOT: u32 = 0;
 
 impl World {
     fn confirm(&self, uid: u32, device: &str) -> Result<Confirmed, Error> {
-        self.run(self.broker.confirm(&caller(uid), &Confirm { device: device.into() }))
+        let (client, request) = (connection().0, Confirm { device: device.into() });
+        self.run(self.broker.confirm(&caller(uid), client.as_fd(), &request))
     }
 
     fn has_left(&self, uid: u32, devices: &[&str]) {

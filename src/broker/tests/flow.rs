@@ -185,11 +185,15 @@ fn a_wrong_key_and_no_lease_are_the_same() {
     ] {
         for uid in [1000, 1001, 1002] {
             let release = Release { lease: name.clone(), key: key.clone() };
-            let error = world.run(world.broker.release(&caller(uid), &release)).unwrap_err();
+            let error = world.ask_release(uid, &release).unwrap_err();
             assert_eq!(error, Error::NoSuchLease { lease: name.clone() });
         }
     }
-    // The key is authority for whoever has it.
+    // The key is authority for whoever could have acquired the lease.
+    for uid in [1003, 1004] {
+        let error = world.release(uid, &held.reply).unwrap_err();
+        assert!(matches!(error, Error::Denied { .. }), "{error}");
+    }
     assert_eq!(world.release(1001, &held.reply), Ok(false));
     drop(held);
     world.retry_reclaims();
@@ -240,7 +244,7 @@ fn busy_names_the_holder_to_those_who_may_know() {
     assert_eq!((holder.lease, holder.uid, holder.pid), (held.reply.lease.clone(), 1000, 11_000));
     let stranger = world.acquire(1002, &want(&["0000:02:00.0"])).unwrap_err();
     let device = "0000:02:00.0".to_owned();
-    assert_eq!(stranger, Error::Busy { device, holder: None, since: None });
+    assert_eq!(stranger, Error::Busy { device, holder: None, since: None, open_in: None });
     let own = world.acquire(1000, &want(&["0000:02:00.0"])).unwrap_err();
     assert!(matches!(own, Error::Busy { holder: Some(_), .. }));
     let seen = |uid| world.broker.leases(&caller(uid)).unwrap().leases.len();

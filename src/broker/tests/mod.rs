@@ -4,6 +4,8 @@ mod confirm;
 mod dma;
 mod failing;
 mod flow;
+mod garbage;
+mod holders;
 mod iommufd;
 mod plan;
 mod race;
@@ -326,12 +328,19 @@ impl World {
         self.run(release(&self.broker, uid, held))
     }
 
+    fn ask_release(&self, uid: u32, request: &Release) -> Result<bool, Error> {
+        let client = Rc::new(connection().0);
+        let done = self.run(self.broker.release(&caller(uid), client, request));
+        done.map(|released| released.proved)
+    }
+
     fn map(&self, uid: u32, held: &Acquired, iova: u64, size: u64) -> Result<(), Error> {
         self.run(map(&self.broker, uid, held, iova, size))
     }
 
     fn map_dma(&self, uid: u32, request: &MapDma, memory: OwnedFd) -> Result<(), Error> {
-        self.run(self.broker.map_dma(&caller(uid), request, queued(memory))).map(drop)
+        let client = Rc::new(connection().0);
+        self.run(self.broker.map_dma(&caller(uid), client, request, queued(memory))).map(drop)
     }
 
     fn unmap(&self, uid: u32, held: &Acquired, iova: u64, size: u64) -> Result<u64, Error> {
@@ -386,7 +395,8 @@ async fn acquire(broker: &Rc<Broker>, uid: u32, request: &Acquire) -> Result<Gra
 
 async fn release(broker: &Rc<Broker>, uid: u32, held: &Acquired) -> Result<bool, Error> {
     let request = Release { lease: held.lease.clone(), key: held.key.clone() };
-    broker.release(&caller(uid), &request).await.map(|released| released.proved)
+    let client = Rc::new(connection().0);
+    broker.release(&caller(uid), client, &request).await.map(|released| released.proved)
 }
 
 async fn map(
@@ -398,7 +408,8 @@ async fn map(
 ) -> Result<(), Error> {
     let (memory, _) = crate::kernel::Mapped::memfd(size as usize).unwrap();
     let request = map_request(held, iova, size);
-    broker.map_dma(&caller(uid), &request, queued(memory)).await.map(drop)
+    let client = Rc::new(connection().0);
+    broker.map_dma(&caller(uid), client, &request, queued(memory)).await.map(drop)
 }
 
 async fn unmap(
@@ -410,7 +421,9 @@ async fn unmap(
 ) -> Result<u64, Error> {
     let Acquired { lease, key, .. } = held.clone();
     let request = UnmapDma { lease, key, iova, size };
-    broker.unmap_dma(&caller(uid), &request).await.map(|Unmapped { unmapped }| unmapped)
+    let client = Rc::new(connection().0);
+    let done = broker.unmap_dma(&caller(uid), client, &request).await;
+    done.map(|Unmapped { unmapped }| unmapped)
 }
 
 /// A request's only file, as the daemon has it.

@@ -57,6 +57,49 @@ fn what_somebody_has_open_is_quarantined_until_it_is_closed() {
 }
 
 #[test]
+fn a_group_that_somebody_keeps_without_a_device_is_ended() {
+    for handout in [Handout::Container, Handout::Devices] {
+        let world = world("rebind = true");
+        // Both functions of group 1, so that the last one to leave its driver ends it.
+        let pair = ["0000:01:00.0", "0000:01:00.1"];
+        let mut grant = world.acquire(1000, &want_as(Handout::Container, &pair)).unwrap();
+        let stale = grant.fds.remove(1);
+        let before = pair.map(|bdf| registration(&world, bdf));
+        assert_eq!(world.release(1000, &grant.reply), Ok(true));
+        drop(grant);
+        assert_ne!(pair.map(|bdf| registration(&world, bdf)), before);
+        let next = world.acquire(1001, &want_as(handout, &pair)).unwrap();
+        let node = crate::kernel::Node::Group(1);
+        let status = crate::kernel::Group::from_fd(world.sim.kernel(), node, stale).status();
+        assert_eq!(status.unwrap_err().errno, nix::errno::Errno::ENODEV, "it is good for nothing");
+        drop(next);
+        world.serve_hang_ups();
+        world.assert_idle();
+    }
+}
+
+#[test]
+fn a_group_that_somebody_keeps_is_not_ended_without_the_right_or_where_devices_may_be_open() {
+    let devices = ["0000:01:00.0", "0000:01:00.1"];
+    let cases = [("rebind = false", Handout::Container), ("rebind = true", Handout::Group)];
+    for (allowed, handout) in cases {
+        let world = world(allowed);
+        let mut grant = world.acquire(1000, &want_as(handout, &devices)).unwrap();
+        let at = usize::from(handout == Handout::Container);
+        let stale = grant.fds.remove(at);
+        let before = registration(&world, devices[0]);
+        drop(grant);
+        world.serve_hang_ups();
+        world.retry_reclaims();
+        assert_eq!(state(&world, 1001, 1), GroupState::Quarantined);
+        assert_eq!(registration(&world, devices[0]), before);
+        drop(stale);
+        world.retry_reclaims();
+        world.assert_idle();
+    }
+}
+
+#[test]
 fn a_pf_with_vfs_stays_on_its_driver() {
     let world = world("rebind = true");
     let before = registration(&world, "0000:05:00.0");

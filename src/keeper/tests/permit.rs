@@ -3,7 +3,8 @@
 
 use super::*;
 use crate::policy::{Names, Policy};
-use crate::process::keeper::Memlock;
+use crate::process::keeper::{Confirm, Memlock, Revoke, Unmap};
+use crate::sys::peer::pair_of;
 use std::cell::RefCell;
 
 struct NoNames;
@@ -24,10 +25,16 @@ fn policy(more: &str) -> String {
     format!(
         "version = 1\n[[tenant]]\nname = \"a\"\nuser = {uid}\ndevices = [\"0000:02:00.0\"]\n{more}\n\
          [[tenant]]\nname = \"b\"\nuser = 4242\n\
-         devices = [\"0000:02:00.0\", \"0000:08:00.0\"]\nhandouts = [\"container\", \"iommufd\"]\n"
+         devices = [\"0000:02:00.0\", \"0000:08:00.0\"]\nhandouts = [\"container\", \"iommufd\"]\n\
+         [[tenant]]\nname = \"c\"\nuser = 4243\ndevices = [\"0000:08:00.0\"]\n\
+         rights = [\"acquire\", \"manage\"]\n"
     )
 }
 
+/// Another tenant's manager, and one who is no tenant.
+const OTHERS: [u32; 2] = [4243, 4244];
+
+const DEVICES: &str = "handouts = [\"devices\", \"iommufd\"]";
 const CONTAINERS: &str = "handouts = [\"container\", \"devices\"]";
 
 fn put(world: &World, text: &str) -> Policy {
@@ -64,6 +71,9 @@ fn what_the_policy_gives_the_client_is_opened() {
     assert_eq!(opened.state.record.uid, nix::unistd::geteuid().as_raw());
     let (_, files) = link.deliver(ONE).unwrap();
     assert_eq!(files.len(), 3);
+    // The kernel counts a lease pipe's room against root's.
+    let room = nix::fcntl::fcntl(&files[2], nix::fcntl::FcntlArg::F_GETPIPE_SZ).unwrap();
+    assert_eq!(room as u64, crate::keeper::memory::page_size());
     drop((files, link));
     world.is_over(keeper);
 }
@@ -150,5 +160,162 @@ fn another_policy_applies_at_once_and_takes_nothing_back() {
     let refused = link.open(&wanted(OTHER, 2, Handout::Container, false));
     assert!(matches!(refused, Err(Failure::Kernel { .. })), "{refused:?}");
     drop((files, more, link));
+    world.is_over(keeper);
+}
+
+fn own() -> UnixStream {
+    UnixStream::pair().unwrap().0
+}
+
+fn revocation(left: u64) -> Revoke {
+    Revoke { lease: ONE.into(), since: 1, force: 2, left }
+}
+
+#[test]
+fn a_lease_is_ended_and_unmapped_for_who_may_have_it_and_for_nobody_else() {
+    let world = World::new();
+    let (keeper, mut link) = judged(&world, &policy(DEVICES));
+    link.open(&wanted(ONE, 2, Handout::Devices, false)).unwrap();
+    let (_, files) = link.deliver(ONE).unwrap();
+    link.map(ONE, 0);
+    let end = End { lease: ONE.into() };
+    let unmap = Unmap { lease: ONE.into(), iova: 0, size: 4096 };
+    for uid in OTHERS {
+        let Some([client, _]) = pair_of(uid) else { return };
+        rule(link.ask_for(&end, &client));
+        rule(link.ask_for(&unmap, &client));
+        rule(link.ask_for(&revocation(0), &client));
+        rule(link.deliver_to(ONE, &client));
+        let (memory, _) = crate::kernel::Mapped::memfd(4096).unwrap();
+        let queue = queue(&[(0, memory.as_fd())]).unwrap();
+        let (read, write, memory, offset) = (true, true, 0, 0);
+        let (lease, iova, size) = (ONE.into(), 4096, 4096);
+        let map = Map { lease, iova, size, read, write, memory, offset };
+        link.send(&map, &[queue.as_fd(), client.as_fd()]);
+        rule(link.answer::<Map>());
+    }
+    let nobody = link.ask(&end).unwrap_err();
+    assert!(matches!(&nobody, Failure::Bad { field, .. } if field == "client"), "{nobody:?}");
+    let state = link.ask(&Check { lease: ONE.into() }).unwrap().state;
+    assert_eq!((state.phase, state.mappings, state.revoking), (Phase::Held, 1, None));
+    assert_eq!(link.ask_for(&unmap, &own()).unwrap().unmapped, 4096);
+    let state = link.ask_for(&end, &own()).unwrap().state;
+    assert_eq!((state.phase, state.lifelines), (Phase::Ending, 0));
+    // From then on it is tried again for anybody.
+    drop(files);
+    let _ = link.ask(&end);
+    drop(link);
+    world.is_over(keeper);
+}
+
+#[test]
+fn a_lease_that_has_ended_is_not_delivered_any_more() {
+    let world = World::new();
+    let (keeper, mut link) = judged(&world, &policy(DEVICES));
+    link.open(&wanted(ONE, 2, Handout::Devices, false)).unwrap();
+    let (_, files) = link.deliver(ONE).unwrap();
+    link.ask_for(&End { lease: ONE.into() }, &own()).unwrap();
+    assert_eq!(link.deliver(ONE).unwrap_err(), Failure::NoSuchLease);
+    drop((files, link));
+    world.is_over(keeper);
+}
+
+#[test]
+fn a_revocation_ends_its_lease_in_time_and_not_before_with_a_broker_or_without() {
+    let world = World::new();
+    let managed = format!("{DEVICES}\nrights = [\"acquire\", \"manage\"]");
+    let managers = policy(&managed).replacen("\nuser = ", "\nuser = [4245, ", 1);
+    let managers = managers.replacen("\ndevices", "]\ndevices", 1);
+    let (keeper, mut link) = judged(&world, &managers);
+    link.open(&wanted(ONE, 2, Handout::Devices, false)).unwrap();
+    let (_, files) = link.deliver(ONE).unwrap();
+    // An administrator's word.
+    link.ask_for(&revocation(3_600_000), &own()).unwrap();
+    assert!(matches!(link.ask(&End { lease: ONE.into() }), Err(Failure::Bad { .. })));
+    let state = link.ask(&Check { lease: ONE.into() }).unwrap().state;
+    assert!(state.phase == Phase::Held && state.revoking.is_some(), "{state:?}");
+    // A later end does not put an earlier one off, whoever asks for it.
+    let Some([manager, _]) = pair_of(4245) else { return };
+    link.ask_for(&revocation(20), &manager).unwrap();
+    link.ask_for(&revocation(3_600_000), &own()).unwrap();
+    drop((files, link));
+    world.is_over(keeper);
+}
+
+#[test]
+fn what_a_device_may_be_open_in_is_an_administrator_s_to_vouch_for() {
+    let world = World::new();
+    let (keeper, mut link) = judged(&world, &policy(DEVICES));
+    link.open(&wanted(ONE, 2, Handout::Iommufd, false)).unwrap();
+    drop(link.deliver(ONE).unwrap());
+    let left = |state: &LeaseState| matches!(state.groups[0].stage, Stage::Unbound(_));
+    world.until(|| world.written().is_some_and(|all| all.first().is_some_and(left)));
+    let confirm = Confirm { lease: ONE.into(), group: 2, device: bdf(2) };
+    for uid in [4242, 4243, 4244] {
+        let Some([client, _]) = pair_of(uid) else { return };
+        assert!(rule(link.ask_for(&confirm, &client)).contains("no administrator"));
+    }
+    assert!(left(&world.written().unwrap()[0]));
+    assert_eq!(link.ask_for(&confirm, &own()).unwrap().state.phase, Phase::Gone);
+    drop(link);
+    world.is_over(keeper);
+}
+
+#[test]
+fn a_lease_stays_its_holder_s_whatever_is_added_to_it() {
+    let world = World::new();
+    let policy_of_b = policy(CONTAINERS);
+    let (keeper, mut link) = judged(&world, &policy_of_b);
+    link.open(&wanted(ONE, 2, Handout::Container, false)).unwrap();
+    let (_, files) = link.deliver(ONE).unwrap();
+    let before = world.stats();
+    let bad = |result: Result<Opened, Failure>| match result {
+        Err(Failure::Bad { field, .. }) => field,
+        other => panic!("{other:?}"),
+    };
+    let Some([b, _]) = pair_of(4242) else { return };
+    // Another tenant's client, to which a device is added that it may have.
+    let mut call = Open { extends: true, ..wanted(ONE, 8, Handout::Container, false) };
+    call.record.tenant = "b".into();
+    let principals = put(&world, &policy_of_b).principals("b");
+    call.record.principals = principals.unwrap();
+    assert_eq!(bad(link.ask_for(&call, &b)), "record");
+    // Its own, as another lease, or without what it has.
+    let record = world.written().unwrap().remove(0).record;
+    let same = Open { extends: true, ..wanted(ONE, 2, Handout::Container, false) };
+    for other in [
+        LeaseRecord { key: "1".repeat(32), ..record.clone() },
+        LeaseRecord { noiommu: true, ..record.clone() },
+        LeaseRecord { devices: Vec::new(), ..record.clone() },
+    ] {
+        let call = Open { record: other, steps: Vec::new(), groups: Vec::new(), ..same.clone() };
+        let call = Open { deliver_groups: Vec::new(), ..call };
+        assert_eq!(bad(link.open(&call)), "record");
+    }
+    // A lease of its own in the same address space.
+    let mut call = wanted(OTHER, 8, Handout::Container, false);
+    call.record.tenant = "b".into();
+    assert_eq!(bad(link.ask_for(&call, &b)), "container");
+    assert_eq!(world.stats(), before);
+    drop((files, link));
+    world.is_over(keeper);
+}
+
+#[test]
+fn what_is_opened_is_what_was_judged_and_is_written_down() {
+    let world = World::new();
+    let (keeper, mut link) = judged(&world, &policy(DEVICES));
+    // The kernel goes by the name, and a group that is not the lease's is never proved free.
+    let mut misnamed = wanted(ONE, 2, Handout::Devices, false);
+    misnamed.names = BTreeMap::from([(bdf(2), "0000:08:00.0".into())]);
+    let mut suffixed = misnamed.clone();
+    suffixed.names = BTreeMap::from([(bdf(2), "0000:02:00.01".into())]);
+    let unwritten = Open { groups: Vec::new(), ..wanted(ONE, 2, Handout::Iommufd, false) };
+    for call in [misnamed, suffixed, unwritten] {
+        let bad = link.open(&call).unwrap_err();
+        assert!(matches!(&bad, Failure::Bad { field, .. } if field == "steps"), "{bad:?}");
+    }
+    assert!(world.stats().is_idle());
+    drop(link);
     world.is_over(keeper);
 }

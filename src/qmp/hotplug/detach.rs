@@ -21,6 +21,16 @@ impl Detach {
         Self { vm: vm.into(), device: device.into(), patience: Duration::from_secs(60) }
     }
 
+    /// All devices of a lease that this QEMU was given; none where it has none of that lease.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn all_of(qemu: &mut Monitor, lease: &str) -> Result<Vec<Self>> {
+        let state = State::ask(qemu)?;
+        let those = state.records.into_iter().filter(|(_, record)| record.lease == lease);
+        Ok(those.map(|(id, record)| Self::new(record.vm, id)).collect())
+    }
+
     /// How long the guest may take to let go of it, 60 s unless set.
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Self {
