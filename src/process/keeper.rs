@@ -549,3 +549,6 @@ pub struct Saved {
 
 /// What a keeper of this build writes.
 pub const VERSION: u32 = 1;
+
+#[cfg(test)]
+mod tests;
