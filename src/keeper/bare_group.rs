@@ -19,6 +19,9 @@ impl Keeper {
             return Ok(false);
         }
         let Some(devices) = self.all_named(name, id) else { return Ok(false) };
+        if let Some(group) = self.leases.get_mut(name).and_then(|lease| lease.group_state(id)) {
+            group.drivers.extend(devices.iter().cloned());
+        }
         let object = devices.iter().map(|(bdf, _)| bdf.to_string()).collect::<Vec<_>>().join(" ");
         self.begin(name, "driver unbind", object);
         self.tell();
@@ -26,6 +29,20 @@ impl Keeper {
         drivers::rebind_all(&*self.kernel, &devices)
             .map_err(|failed| not_rebound(failed.into()))?;
         Ok(true)
+    }
+
+    /// Gives devices of a group the drivers back that a keeper took away which was killed before it could.
+    pub(super) fn bring_drivers_back(&mut self, name: &str, id: u32) -> Result<(), NotFree> {
+        let kernel = Arc::clone(&self.kernel);
+        let group = self.leases.get_mut(name).and_then(|lease| lease.group_state(id));
+        let taken = group.map(|group| group.drivers.clone()).unwrap_or_default();
+        for (bdf, before) in taken {
+            let device = host::Device::scan(&*kernel, bdf);
+            if device.is_ok_and(|device| device.is_some_and(|device| device.driver.is_none())) {
+                drivers::rebind(&*kernel, bdf, 0, None, Some(&before)).map_err(not_rebound)?;
+            }
+        }
+        Ok(())
     }
 
     /// The devices of a group that are on VFIO drivers, with these; `None` where one of them was not named

@@ -251,6 +251,7 @@ impl Keeper {
             Err(error) => return Err(not_free(error, NotFree::GroupOpen)),
         }
         if handout != Handout::Iommufd {
+            self.bring_drivers_back(name, id)?;
             return Ok(Outcome::Free);
         }
         let Some(group) = self.leases.get_mut(name).and_then(|lease| lease.group_state(id)) else {

@@ -463,21 +463,23 @@ fn a_keeper_that_salvages_writes_down_all_leases_from_the_first_on() {
 
 #[test]
 fn a_driver_that_a_killed_keeper_took_away_comes_back() {
-    let world = World::new();
-    let (keeper, [mut link]) = world.keeper();
-    let mut open = wanted(ONE, 2, Handout::Iommufd, false);
-    open.record.rebind = true;
-    link.open(&open).unwrap();
-    let (_, files) = link.deliver(ONE).unwrap();
-    let mut written = world.written().unwrap();
-    drop((link, files));
-    world.is_over(keeper);
-    written[0].groups[0].drivers.insert(bdf(2), "vfio-pci".into());
-    killed(&world, &written);
-    world.sim.set_driver("0000:02:00.0", None).unwrap();
-    world.is_over(world.run(Vec::new(), true));
-    let device = crate::host::Device::scan(&*world.sim.kernel(), bdf(2)).unwrap().unwrap();
-    assert_eq!(device.driver.as_deref(), Some("vfio-pci"));
+    for handout in [Handout::Container, Handout::Group, Handout::Devices, Handout::Iommufd] {
+        let world = World::new();
+        let (keeper, [mut link]) = world.keeper();
+        let mut open = wanted(ONE, 2, handout, false);
+        open.record.rebind = true;
+        link.open(&open).unwrap();
+        let (_, files) = link.deliver(ONE).unwrap();
+        let mut written = world.written().unwrap();
+        drop((link, files));
+        world.is_over(keeper);
+        written[0].groups[0].drivers.insert(bdf(2), "vfio-pci".into());
+        killed(&world, &written);
+        world.sim.set_driver("0000:02:00.0", None).unwrap();
+        world.is_over(world.run(Vec::new(), true));
+        let device = crate::host::Device::scan(&*world.sim.kernel(), bdf(2)).unwrap().unwrap();
+        assert_eq!(device.driver.as_deref(), Some("vfio-pci"), "{handout:?}");
+    }
 }
 
 #[test]
