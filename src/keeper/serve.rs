@@ -215,7 +215,7 @@ impl Keeper {
             Unmap::NAME => framed(self.unmap(&link::parse(parameters)?, &file()?)),
             Memlock::NAME => framed(self.raise_memlock(&link::parse(parameters)?, &file()?)),
             Check::NAME => framed(self.check(&link::parse(parameters)?)),
-            End::NAME => framed(self.end(&link::parse(parameters)?, file().ok().as_ref())),
+            End::NAME => framed(self.end(&link::parse(parameters)?, file().ok())),
             Revoke::NAME => framed(self.revoke(&link::parse(parameters)?, &file()?)),
             Confirm::NAME => framed(self.confirm(&link::parse(parameters)?, &file()?)),
             Mappings::NAME => framed(self.mappings(&link::parse(parameters)?)),

@@ -36,11 +36,14 @@ enum Outcome {
 
 impl Keeper {
     /// Ends a lease; of one that has ended, tries at once to take back what is left.
-    pub(super) fn end(&mut self, call: &End, client: Option<&OwnedFd>) -> Result<Changed, Failure> {
+    pub(super) fn end(&mut self, call: &End, client: Option<OwnedFd>) -> Result<Changed, Failure> {
         let name = &call.lease;
         if let Some(lease) = self.leases.get(name) {
-            self.permit_end(lease, client)?;
+            self.permit_end(lease, client.as_ref())?;
         }
+        // What follows may wait for this client to close a device, and the client for its connection to
+        // end, where the broker has died.
+        drop(client);
         self.force(Instant::now());
         self.undo_pending(name);
         if self.leases.contains_key(name) {

@@ -1,7 +1,8 @@
 //! The daemon's processes: who may what, and what becomes of the others when one dies.
 
 use crate::DEVICE;
-use crate::common::{Daemon, Held, children, status, until};
+use crate::common::raw::call;
+use crate::common::{Daemon, Held, Setup, children, policy, status, until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -54,6 +55,21 @@ fn what_is_asked_of_a_lease_right_after_a_restart_reaches_its_keeper() {
         drop(Held::acquire(&mut daemon.connect(), DEVICE, "container"));
         until("that one too", || leases(&daemon) == 0);
     }
+}
+
+/// A keeper that had the client's connection until its device is closed would wait for whom it keeps waiting.
+#[test]
+fn a_release_whose_broker_dies_ends_while_its_keeper_waits_for_the_holder() {
+    let policy = policy("").replace("[tenant.limits]", "rebind = true\n[tenant.limits]");
+    let daemon = Daemon::with(Setup::policy(policy));
+    let mut client = daemon.connect();
+    let held = Held::acquire(&mut client, DEVICE, "iommufd");
+    client.send(&call("Release", &held.key()));
+    until("the driver waits for the last close", || daemon.sim().stats().unwrap().held == 1);
+    daemon.signal_broker(Signal::SIGKILL);
+    assert!(client.try_reply().is_none());
+    drop(held);
+    until("its lease has ended", || leases(&daemon) == 0);
 }
 
 #[test]
