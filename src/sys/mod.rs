@@ -6,6 +6,7 @@ pub mod capabilities;
 #[cfg(feature = "daemon")]
 pub mod child;
 mod error;
+pub mod event;
 pub mod fdpass;
 pub mod inherited;
 pub mod memlock;
@@ -13,6 +14,8 @@ pub mod peer;
 pub mod process;
 #[cfg(feature = "async")]
 pub mod readiness;
+#[cfg(feature = "cli")]
+pub mod slots;
 #[cfg(feature = "sim")]
 pub(crate) mod table;
 
