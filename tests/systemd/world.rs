@@ -1,7 +1,8 @@
 //! What an administrator does by hand (docs/install.md), and who has devices meanwhile.
 
 use crate::edu::Edu;
-use crate::qemu::{EDU, MIB, NIC, Qemu};
+use crate::guest::{EDU, MIB, NIC};
+use crate::qemu::Qemu;
 pub use crate::until::until;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use serde_json::Value;
