@@ -3,7 +3,7 @@
 
 use super::Keeper;
 use crate::host::{self, Group, NotAllowed, allows, allows_unsafe_interrupts};
-use crate::policy::{Peer, Policy, Tenant, Trust, Verb};
+use crate::policy::{Form, Peer, Policy, Tenant, Trust};
 use crate::process::keeper::{Failure, LeaseRecord, LeasedDevice, Open, Step};
 use crate::process::peer::describe;
 use crate::protocol::Handout;
@@ -73,18 +73,12 @@ impl Keeper {
         let known = self.leases.get(&record.lease).map(|lease| &lease.state.record);
         (record.uid, record.pid) = known.map_or((peer.uid, peer.pid), |it| (it.uid, it.pid));
         let tenant = policy.tenant(&peer).map_err(denied)?;
-        policy.may(tenant, Verb::Acquire).ok().map_err(denied)?;
         if record.tenant != tenant.name {
             return Err(denied(policy.no_such_tenant(&record.tenant)));
         }
-        policy.handout(tenant, Some(record.handout)).map_err(denied)?;
-        policy.backend(tenant, Some(record.handout.backend())).map_err(denied)?;
-        if let Some(shared) = &record.container {
-            let container = policy.container(tenant, &shared.name).map_err(denied)?;
-            if (container.trust == Trust::Mutual) != shared.mutual {
-                return Err(denied(policy.another_trust(container)));
-            }
-        }
+        let trust = |mutual| if mutual { Trust::Mutual } else { Trust::Enforced };
+        let container = record.container.as_ref().map(|it| (&*it.name, trust(it.mutual)));
+        policy.permits(tenant, Form { handout: record.handout, container }).map_err(denied)?;
         record.rebind &= tenant.rebind || tenant.managed;
         check_steps(call)?;
         self.permit_devices(&policy, tenant, &call.record, call.record.devices.iter())
