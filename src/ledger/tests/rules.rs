@@ -61,6 +61,24 @@ fn mapping_at_the_last_address_is_no_overflow() {
 }
 
 #[test]
+fn a_container_has_members_until_the_last_of_them_is_gone() {
+    let mut ledger = Ledger::default();
+    let space = Space::Shared { name: "dpdk".into(), trust: Trust::Enforced };
+    let member = super::super::Acquire { space, ..acquire(1, "a", vec![group(1, 1)]) };
+    let lease = member.lease;
+    assert!(!ledger.has_members("dpdk"));
+    ledger.apply(Request::Acquire(member)).unwrap();
+    assert!(ledger.has_members("dpdk") && !ledger.has_members("other"));
+    ledger.apply(Request::Commit { lease }).unwrap();
+    assert!(!ledger.has_ending());
+    ledger.apply(Request::End { lease, at: 5 }).unwrap();
+    assert!(ledger.has_members("dpdk") && ledger.has_ending());
+    ledger.apply(Request::Detached { group: 1 }).unwrap();
+    ledger.apply(Request::Freed { group: 1 }).unwrap();
+    assert!(!ledger.has_members("dpdk") && !ledger.has_ending());
+}
+
+#[test]
 fn a_stranger_in_the_container_keeps_newcomers_out() {
     let mut ledger = Ledger::default();
     let space = Space::Shared { name: "dpdk".into(), trust: Trust::Enforced };
@@ -254,6 +272,8 @@ fn a_lease_that_is_another_tenant_s_now_counts_against_that_one() {
     let left = [(model::bdf(1, 0), 7)].into();
     ledger.apply(Request::Unbound { group: 1, at: 9, left }).unwrap();
     assert!(ledger.is_open_to(1, "b") && !ledger.is_open_to(1, "a"));
+    let kept: Vec<_> = ledger.unproved().map(|(group, left)| (group, &*left.tenant)).collect();
+    assert_eq!(kept, [(1, "b")]);
     ledger.apply(Request::Rename { lease: LeaseId(1), tenant: "a".into() }).unwrap();
     assert!(ledger.is_open_to(1, "a") && !ledger.is_open_to(1, "b"));
     // One that is not there is no reason to refuse.
