@@ -271,7 +271,7 @@ impl Case {
             }
             Operation::Attach => {
                 let path = cast.qemu.as_ref().unwrap().path().to_owned();
-                let Ok(mut client) = Client::connect_to(&world.socket()) else { return };
+                let Ok(mut client) = Client::connect_to(world.socket()) else { return };
                 let Ok(mut monitor) = Monitor::connect_within(&path, crate::SOON) else {
                     return;
                 };
