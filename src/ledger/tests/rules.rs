@@ -61,6 +61,24 @@ fn mapping_at_the_last_address_is_no_overflow() {
 }
 
 #[test]
+fn an_unmap_that_leaves_the_last_byte_of_a_mapping_cuts_it() {
+    let mut ledger = Ledger::default();
+    let request = acquire(1, "a", vec![group(3, 1)]);
+    let (lease, quota) = (request.lease, request.quota);
+    for request in [
+        Request::Acquire(request),
+        Request::Commit { lease },
+        Request::Map { lease, iova: 0x1000, size: 0x1001, quota },
+        Request::MapDone { lease, iova: 0x1000, made: true },
+    ] {
+        ledger.apply(request).unwrap();
+    }
+    let mut unmap = |size| ledger.apply(Request::Unmap { lease, iova: 0x1000, size });
+    assert!(matches!(unmap(0x1000), Err(Refusal::Bad(Bad::CutsMapping { .. }))));
+    assert_eq!(unmap(0x1001), Ok(vec![Effect::Unmap { iova: 0x1000, size: 0x1001 }]));
+}
+
+#[test]
 fn a_container_has_members_until_the_last_of_them_is_gone() {
     let mut ledger = Ledger::default();
     let space = Space::Shared { name: "dpdk".into(), trust: Trust::Enforced };
