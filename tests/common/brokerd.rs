@@ -24,6 +24,8 @@ impl Brokerd {
     pub fn start(directory: tempfile::TempDir, socket: PathBuf, mut command: Command) -> Self {
         let notify = directory.path().join("notify");
         let ready = UnixDatagram::bind(&notify).unwrap();
+        // The daemon can be another user's.
+        std::fs::set_permissions(&notify, PermissionsExt::from_mode(0o777)).unwrap();
         command.arg("--socket").arg(&socket).env("NOTIFY_SOCKET", &notify);
         let child = command.stdin(Stdio::null()).spawn().unwrap();
         let mut this = Self { child, directory, socket };
