@@ -61,6 +61,45 @@ fn mapping_at_the_last_address_is_no_overflow() {
 }
 
 #[test]
+fn an_unmap_that_leaves_the_last_byte_of_a_mapping_cuts_it() {
+    let mut ledger = Ledger::default();
+    let request = acquire(1, "a", vec![group(3, 1)]);
+    let (lease, quota) = (request.lease, request.quota);
+    for request in [
+        Request::Acquire(request),
+        Request::Commit { lease },
+        Request::Map { lease, iova: 0x1000, size: 0x1001, quota },
+        Request::MapDone { lease, iova: 0x1000, made: true },
+    ] {
+        ledger.apply(request).unwrap();
+    }
+    let mut unmap = |size| ledger.apply(Request::Unmap { lease, iova: 0x1000, size });
+    assert!(matches!(unmap(0x1000), Err(Refusal::Bad(Bad::CutsMapping { .. }))));
+    assert_eq!(unmap(0x1001), Ok(vec![Effect::Unmap { iova: 0x1000, size: 0x1001 }]));
+}
+
+#[test]
+fn a_device_that_is_kept_for_its_last_tenant_counts_once_against_its_quota() {
+    let mut ledger = Ledger::default();
+    let asked = |id, number, devices| {
+        let request = by_iommufd(id, vec![group(number, 1)]);
+        let quota = Quota { devices, ..request.quota };
+        Request::Acquire(super::super::Acquire { quota, ..request })
+    };
+    let lease = LeaseId(1);
+    ledger.apply(asked(1, 3, 1)).unwrap();
+    ledger.apply(Request::Commit { lease }).unwrap();
+    ledger.apply(Request::End { lease, at: 8 }).unwrap();
+    let left = [(model::bdf(3, 0), 7)].into();
+    ledger.apply(Request::Unbound { group: 3, at: 9, left }).unwrap();
+    let over = Refusal::OverLimit { limit: "devices", most: 1, asked: 2 };
+    assert_eq!(ledger.apply(asked(2, 4, 1)), Err(over));
+    // Acquired again it counts as what is held, and no second time.
+    ledger.apply(asked(2, 3, 1)).unwrap();
+    ledger.apply(asked(3, 4, 2)).unwrap();
+}
+
+#[test]
 fn a_container_has_members_until_the_last_of_them_is_gone() {
     let mut ledger = Ledger::default();
     let space = Space::Shared { name: "dpdk".into(), trust: Trust::Enforced };
