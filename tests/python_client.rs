@@ -6,6 +6,10 @@
 
 #[path = "cli/broker.rs"]
 mod broker;
+#[path = "common/brokerd.rs"]
+mod brokerd;
+#[path = "common/children.rs"]
+mod children;
 
 use broker::Broker;
 use std::process::{Command, Output};

@@ -4,21 +4,8 @@
 #![cfg(feature = "cli")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)] // tests
 
-use vfio_broker::policy::{Names, Policy};
+use vfio_broker::policy::Policy;
 use vfio_broker::protocol::{Call, Error, Request};
-
-/// No names: policies of the documentation do with numbers.
-struct NoNames;
-
-impl Names for NoNames {
-    fn uid(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn gid(&self, _: &str) -> Option<u32> {
-        None
-    }
-}
 
 /// The code blocks of a page in one language.
 fn blocks(page: &str, language: &str) -> Vec<String> {
@@ -33,7 +20,7 @@ fn the_readmes_policy_is_good() {
     let policies = blocks("README.md", "toml");
     assert_eq!(policies.len(), 1);
     for text in policies {
-        let policy = Policy::parse("README.md", &text, &NoNames);
+        let policy = Policy::parse("README.md", &text, &());
         let policy = policy.unwrap_or_else(|problems| panic!("{problems}"));
         assert_eq!(policy.warnings().iter().count(), 0);
     }
@@ -41,7 +28,7 @@ fn the_readmes_policy_is_good() {
     let shell = shells.iter().find(|text| text.contains("<<END")).unwrap();
     let inline = shell.split("<<END\n").nth(1).unwrap().split("END\n").next().unwrap();
     let inline = inline.replace("$dev", "0000:65:00.0");
-    Policy::parse("README.md", &inline, &NoNames).unwrap_or_else(|problems| panic!("{problems}"));
+    Policy::parse("README.md", &inline, &()).unwrap_or_else(|problems| panic!("{problems}"));
 }
 
 #[test]

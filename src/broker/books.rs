@@ -65,14 +65,29 @@ impl Books {
         for report in reports {
             let _ = self.ledger.apply(report);
         }
-        let is_over = self.ledger.lease(id).is_none();
-        // The last group to leave a shared container settles other members' mappings too.
-        if is_over || self.ledger.leases().len() < before {
+        let gone = before.saturating_sub(self.ledger.leases().len());
+        match self.ledger.lease(id).is_none() {
+            true if gone <= 1 => self.forget(id),
+            // The last group to leave a shared container settles other members' mappings too.
+            true => self.forget_closed(),
+            false if gone > 0 => self.forget_closed(),
+            false => {}
+        }
+    }
+
+    /// Forgets what stands beside the ledger of a lease that it does not know any more.
+    fn forget(&mut self, id: LeaseId) {
+        self.entries.remove(&id);
+        if self.ledger.unproved().all(|(_, left)| left.lease != id) {
+            self.owners.remove(&id);
+        }
+        // Those of leases that had left nodes open, which since were proved closed or were acquired anew.
+        if self.owners.len() > self.ledger.leases().len() + self.ledger.unproved().count() {
             self.forget_closed();
         }
     }
 
-    /// Forgets what stands beside the ledger of leases that it does not know any more.
+    /// The same for all such leases.
     fn forget_closed(&mut self) {
         let Self { ledger, entries, owners, .. } = self;
         entries.retain(|id, _| ledger.lease(*id).is_some());

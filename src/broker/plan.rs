@@ -6,7 +6,7 @@ use super::{Broker, Caller, error};
 use crate::host::{self, Device, Group, Host, Place, allows};
 use crate::ledger::{Lease, LeaseId, Member, Space, WantedGroup};
 use crate::policy::Tenant;
-use crate::protocol::{Acquire, Bdf, DeviceSpec, Error, Handout};
+use crate::protocol::{Acquire, Bdf, DeviceSpec, Error, Handout, is_uuid};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -348,12 +348,7 @@ fn fits(spec: &DeviceSpec, device: &Device) -> bool {
 /// A token is a UUID and nothing else: it becomes part of what the kernel parses.
 fn check_token(token: Option<&str>, handout: Handout) -> Result<Option<String>, Error> {
     let Some(token) = token else { return Ok(None) };
-    let hyphens = [8, 13, 18, 23];
-    let form = |(at, byte): (usize, u8)| match hyphens.contains(&at) {
-        true => byte == b'-',
-        false => byte.is_ascii_hexdigit(),
-    };
-    if token.len() != 36 || !token.bytes().enumerate().all(form) {
+    if !is_uuid(token) {
         return Err(Error::bad("vf_token", "a token is a UUID"));
     }
     if handout != Handout::Devices {

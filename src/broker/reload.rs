@@ -4,7 +4,7 @@
 use super::{Broker, Caller, error};
 use crate::host::{Group, allows, allows_unsafe_interrupts};
 use crate::ledger::{Lease, LeaseId, Request, Space, Trust};
-use crate::policy::{self, Policy, Tenant, Verb};
+use crate::policy::{self, Form, Policy, Tenant};
 use crate::process::keeper::LeaseRecord;
 use crate::protocol::Error;
 use std::collections::BTreeSet;
@@ -104,15 +104,12 @@ impl Broker {
         }
         let own = policy.tenants().iter().find(|tenant| tenant.name == owner.name);
         let tenant = own.ok_or_else(|| policy.no_such_tenant(&owner.name))?;
-        policy.may(tenant, Verb::Acquire).ok()?;
-        policy.backend(tenant, Some(lease.handout.backend()))?;
-        policy.handout(tenant, Some(lease.handout))?;
-        if let Space::Shared { name, trust } = &lease.space {
-            let shared = policy.container(tenant, name)?;
-            if (shared.trust == policy::Trust::Mutual) != (*trust == Trust::Mutual) {
-                return Err(policy.another_trust(shared).into());
-            }
-        }
+        let container = match &lease.space {
+            Space::Shared { name, trust: Trust::Mutual } => Some((&**name, policy::Trust::Mutual)),
+            Space::Shared { name, .. } => Some((&**name, policy::Trust::Enforced)),
+            Space::None | Space::Own => None,
+        };
+        policy.permits(tenant, Form { handout: lease.handout, container })?;
         self.judge_devices(&policy, tenant, &lease)
     }
 

@@ -5,8 +5,9 @@ use super::style::{complain, printable};
 use super::{Context, Failure};
 use crate::client::{Acquire, Client, Lease};
 use crate::protocol::{Backend, Device, Handout};
-use crate::vmm::interpose::{Cdevs, Interposed};
-use crate::vmm::{self, Arguments, Given, Placeholder, Slots};
+use crate::sys::slots::{self, Slots};
+use crate::vmm::interpose::Interposed;
+use crate::vmm::{self, Arguments, Cdevs, Grants, InheritedFds, Placeholder};
 use nix::errno::Errno;
 use std::ffi::OsString;
 use std::os::fd::RawFd;
@@ -92,7 +93,7 @@ pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure
 
     // A container or an iommufd, and the lease fd.
     let most = args.devices.len() + 2;
-    let mut slots = Slots::reserve(most, &args.keep_fd)?;
+    let mut slots = Slots::reserve(most, &args.keep_fd).map_err(vmm::Error::from)?;
     let mut broker = context.connect()?;
     let lease = broker.acquire(request);
     let lease = lease.map_err(|error| Failure::from(error).about(&args.devices))?;
@@ -105,20 +106,24 @@ pub(super) fn run(context: &Context, mut args: Args) -> Result<ExitCode, Failure
     for (what, advice) in slips(&args.program, !interposed) {
         complain(&format!("vfio-broker: {}\n  -> {advice}\n", printable(&what)));
     }
-    let given = if interposed { Given::lifeline(&lease) } else { Given::all(&lease) };
+    let inherited =
+        if interposed { InheritedFds::lifeline(&lease) } else { InheritedFds::all(&lease) };
     let groups = groups(&mut broker, &lease, &arguments)?;
     let cdevs = if interposed { cdevs(&mut broker, &lease)? } else { Cdevs::new() };
     drop(broker);
-    let filled = arguments.fill(|file| given.number(file, &args.devices, &groups))?;
+    let filled = arguments.fill(|file| inherited.number(file, &args.devices, &groups))?;
     let mut command = Command::new(&program);
     command.args(filled);
-    command.env("LISTEN_FDS", given.count().to_string()).env("LISTEN_FDNAMES", given.names());
-    slots.fill(given.fds())?;
+    command
+        .env("LISTEN_FDS", inherited.count().to_string())
+        .env("LISTEN_FDNAMES", inherited.names());
+    slots.fill(inherited.fds()).map_err(vmm::Error::from)?;
     if interposed {
         // The supervisor does not stay in this directory.
         let broker = std::path::absolute(&context.socket)?;
         let log = |text: &str| complain(&format!("vfio-broker: {}\n", printable(text)));
-        let ended = Interposed { command, slots, lease, cdevs, broker, log }.run()?;
+        let answers = Box::new(Grants::new(broker, lease, cdevs)?);
+        let ended = Interposed { command, slots, answers, log }.run()?;
         return Ok(ended.as_own());
     }
     // What is close-on-exec goes with this program: our own copies of the files.
@@ -286,7 +291,7 @@ impl From<vmm::Error> for Failure {
             vmm::Error::NoPlaceholder { .. }
             | vmm::Error::NamesNothing { .. }
             | vmm::Error::Ambiguous { .. }
-            | vmm::Error::KeepFd { .. } => 2,
+            | vmm::Error::Slots(slots::Error::KeepFd { .. }) => 2,
             _ => 1,
         };
         Failure::new(error.to_string()).code(code)

@@ -1,6 +1,7 @@
 //! One connection to the broker, blocking, with a deadline for whatever is done on it. Its parts
 //! serve QMP too.
 
+use super::send::send;
 use super::wire::{Inbox, Incoming, Lost, Outgoing};
 use super::{Error, Result};
 use crate::sys::fdpass::{self, MAX_FDS};
@@ -12,7 +13,8 @@ use nix::sys::socket::{
     sockopt,
 };
 use nix::sys::time::{TimeVal, TimeValLike};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -43,7 +45,7 @@ impl Deadline {
 
 #[derive(Debug)]
 pub(super) struct Connection {
-    socket: OwnedFd,
+    socket: UnixStream,
     inbox: Inbox,
 }
 
@@ -86,7 +88,7 @@ impl Connection {
     ) -> std::result::Result<(), Lost> {
         let (mut rest, mut fds) = (&call.bytes[..], fds);
         while !rest.is_empty() {
-            match fdpass::send(self.socket.as_fd(), rest, fds, MsgFlags::MSG_DONTWAIT) {
+            match send(&self.socket, rest, fds) {
                 Ok(sent) => {
                     rest = rest.get(sent..).unwrap_or_default();
                     fds = &[];
@@ -165,7 +167,7 @@ pub(super) fn is_silent(socket: BorrowedFd<'_>) -> bool {
 pub(crate) fn connect_socket(
     path: &Path,
     deadline: Deadline,
-) -> std::result::Result<OwnedFd, Errno> {
+) -> std::result::Result<UnixStream, Errno> {
     let socket = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     let address = UnixAddr::new(path)?;
     // connect(2) waits while the listener's queue is full, for as long as the send timeout says.
@@ -180,5 +182,5 @@ pub(crate) fn connect_socket(
         }
     }
     fcntl(&socket, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    Ok(socket)
+    Ok(socket.into())
 }

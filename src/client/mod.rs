@@ -29,6 +29,7 @@ mod error;
 mod files;
 mod lease;
 mod replies;
+pub(crate) mod send;
 mod wire;
 
 mod blocking;

@@ -5,6 +5,7 @@
 //! new one. What a dropped Acquire would have given goes back to the broker by itself.
 
 use super::blocking::{AWAY, LOOK_AGAIN, TIMEOUT, is_away};
+use super::send::send;
 use super::wire::{Inbox, Incoming, Lost, Outgoing, decode};
 use super::{Acquire, DmaRange, Error, Files, Lease, Result, socket_path};
 use crate::protocol::{self, Event, Method};
@@ -343,14 +344,15 @@ impl Connection {
     ) -> std::result::Result<(), Lost> {
         let mut rest = &call.bytes[..];
         while !rest.is_empty() {
-            let send = || {
-                fdpass::send(self.stream.as_fd(), rest, fds, MsgFlags::MSG_DONTWAIT)
-                    .map_err(std::io::Error::from)
-            };
-            let sent = self.stream.async_io(Interest::WRITABLE, send).await;
-            let sent = sent.map_err(|error| Lost::Unsent(errno(&error)))?;
-            rest = rest.get(sent..).unwrap_or_default();
-            fds = &[];
+            self.stream.writable().await.map_err(|error| Lost::Unsent(errno(&error)))?;
+            match send(&self.stream, rest, fds) {
+                Ok(sent) => {
+                    rest = rest.get(sent..).unwrap_or_default();
+                    fds = &[];
+                }
+                Err(Errno::EAGAIN) => {}
+                Err(errno) => return Err(Lost::Unsent(errno)),
+            }
         }
         Ok(())
     }

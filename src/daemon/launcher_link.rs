@@ -3,8 +3,8 @@
 use crate::broker::{Keepers, Waiting};
 use crate::process::holders::{Report, Search};
 use crate::process::launcher::{
-    FAILED, Failed, FindKeeper, Kept, ListKeepers, ReadKeeper, Salvage, Standing, StartKeeper,
-    Told, Watch,
+    FAILED, Failed, FindKeeper, Kept, KeptPage, ListKeepers, ReadKeeper, Salvage, Standing,
+    StartKeeper, Told, Watch,
 };
 use crate::process::link::{self, Answer, Asking, Call, Lost};
 use std::cell::RefCell;
@@ -148,14 +148,15 @@ impl Keepers for Rc<LauncherLink> {
             let mut all = Vec::new();
             loop {
                 let asked = ReadKeeper { name: name.into(), from: all.len() };
-                match self.ask(&asked).await?.0 {
-                    Kept::Saved(mut saved) if saved.leases.is_empty() => {
-                        saved.leases = all;
-                        return Ok(Kept::Saved(saved));
+                let (KeptPage { mut kept, is_last }, _) = self.ask(&asked).await?;
+                if let Kept::Saved(saved) = &mut kept {
+                    all.append(&mut saved.leases);
+                    if !is_last {
+                        continue;
                     }
-                    Kept::Saved(saved) => all.extend(saved.leases),
-                    other => return Ok(other),
+                    saved.leases = all;
                 }
+                return Ok(kept);
             }
         })
     }

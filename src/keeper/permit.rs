@@ -3,7 +3,7 @@
 
 use super::{Keeper, KeptLease};
 use crate::host::{self, Group, NotAllowed, allows, allows_unsafe_interrupts};
-use crate::policy::{Peer, Policy, Tenant, Trust, Verb, administers};
+use crate::policy::{Form, Peer, Policy, Tenant, Trust, Verb, administers};
 use crate::process::keeper::{Failure, LeaseRecord, LeasedDevice, Open, Phase, Step};
 use crate::process::peer::describe;
 use crate::protocol::{Bdf, Handout};
@@ -71,7 +71,6 @@ impl Keeper {
         let record = &mut call.record;
         let peer = peer(&policy, client)?;
         let tenant = policy.tenant(&peer).map_err(denied)?;
-        policy.may(tenant, Verb::Acquire).ok().map_err(denied)?;
         let known = self.leases.get(&record.lease).map(|lease| &lease.state);
         match known.map(|state| &state.record) {
             // Whoever acquired it first, whoever adds to it.
@@ -84,14 +83,9 @@ impl Keeper {
         if !is_of(&policy, record, tenant) {
             return Err(denied(policy.no_such_tenant(&record.tenant)));
         }
-        policy.handout(tenant, Some(record.handout)).map_err(denied)?;
-        policy.backend(tenant, Some(record.handout.backend())).map_err(denied)?;
-        if let Some(shared) = &record.container {
-            let container = policy.container(tenant, &shared.name).map_err(denied)?;
-            if (container.trust == Trust::Mutual) != shared.mutual {
-                return Err(denied(policy.another_trust(container)));
-            }
-        }
+        let trust = |mutual| if mutual { Trust::Mutual } else { Trust::Enforced };
+        let container = record.container.as_ref().map(|it| (&*it.name, trust(it.mutual)));
+        policy.permits(tenant, Form { handout: record.handout, container }).map_err(denied)?;
         record.rebind &= tenant.rebind || tenant.managed;
         let kept = known.into_iter().flat_map(|state| &state.groups).map(|group| group.group.id);
         check_steps(call, &kept.collect::<Vec<_>>())?;

@@ -1,5 +1,8 @@
 //! The ioctl requests of `linux/vfio.h` and `linux/iommufd.h`, with the names the headers give
 //! them.
+//!
+//! Requests are constants, so that the simulation can match on them. vmm-sys-util's macros make functions
+//! that are not const, so the numbers are made by what those macros call, `ioctl_expr`.
 
 use iommufd_bindings::iommufd;
 use std::fmt;

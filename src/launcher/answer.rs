@@ -7,8 +7,9 @@ use crate::keeper::{Machine, keep, links, tell_why};
 use crate::log;
 use crate::process::keeper::LeaseState;
 use crate::process::launcher::{
-    Alive, Done, FAILED, Failed, FindKeeper, GiveUp, HelperStarted, KeeperFound, Kept, KillHelper,
-    ListKeepers, Names, ReadKeeper, Ready, Salvage, SavedKeeper, StartHelper, StartKeeper, Watch,
+    Alive, Done, FAILED, Failed, FindKeeper, GiveUp, HelperStarted, KeeperFound, Kept, KeptPage,
+    KillHelper, ListKeepers, Names, ReadKeeper, Ready, Salvage, SavedKeeper, StartHelper,
+    StartKeeper, Watch,
 };
 use crate::process::link::{self, Call, Lost, Message};
 use crate::process::role::{Helper, Role};
@@ -137,19 +138,23 @@ impl Launcher {
         Ok((Names { names: behind.take(PAGE_OF_NAMES).collect() }, Vec::new()))
     }
 
-    fn read_keeper(&self, asked: &ReadKeeper) -> Kept {
+    fn read_keeper(&self, asked: &ReadKeeper) -> KeptPage {
         let mut kept = self.place.kept(&asked.name);
+        let mut is_last = true;
         if let Kept::Saved(SavedKeeper { leases, .. }) = &mut kept {
+            leases.drain(..asked.from.min(leases.len()));
             let mut room = PAGE_OF_LEASES;
-            let fits = |lease: &LeaseState| {
+            let fits = |lease: &&LeaseState| {
                 let had_room = room > 0;
                 let size = serde_json::to_vec(lease).map_or(0, |bytes| bytes.len());
                 room = room.saturating_sub(size);
                 had_room
             };
-            *leases = leases.drain(..).skip(asked.from).take_while(fits).collect();
+            let fitting = leases.iter().take_while(fits).count();
+            is_last = fitting == leases.len();
+            leases.truncate(fitting);
         }
-        kept
+        KeptPage { kept, is_last }
     }
 
     fn start_helper(&mut self, StartHelper { helper }: &StartHelper) -> Answer<HelperStarted> {

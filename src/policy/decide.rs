@@ -1,7 +1,9 @@
 //! The decisions, each with the rule that made it.
 
 use super::device::Match;
-use super::{DeviceRule, Listed, OVERFLOW_ID, Peer, Policy, Risk, SharedContainer, Tenant, Verb};
+use super::{
+    DeviceRule, Listed, OVERFLOW_ID, Peer, Policy, Risk, SharedContainer, Tenant, Trust, Verb,
+};
 use crate::pci::DeviceFacts;
 use crate::protocol::{Backend, Bdf, Handout};
 use serde::{Deserialize, Serialize};
@@ -48,6 +50,15 @@ pub struct Refusal {
 struct Rule {
     name: String,
     line: Option<usize>,
+}
+
+/// What a lease is, as far as a policy has a say in it; its devices aside.
+#[derive(Clone, Copy, Debug)]
+pub struct Form<'a> {
+    /// How its files are handed out.
+    pub handout: Handout,
+    /// The shared container it is in, and what that's members may do there.
+    pub container: Option<(&'a str, Trust)>,
 }
 
 impl From<Refusal> for Decision {
@@ -126,7 +137,7 @@ impl Policy {
     }
 
     /// That a lease is in a shared container which was of the other kind.
-    pub fn another_trust(&self, container: &SharedContainer) -> Refusal {
+    fn another_trust(&self, container: &SharedContainer) -> Refusal {
         let SharedContainer { name, line, .. } = container;
         let rule = Rule { name: format!("container {name:?} trust"), line: Some(*line) };
         let reason = format!("shared container {name:?} had another trust when it was made");
@@ -250,6 +261,23 @@ impl Policy {
                 format!("no shared container {name:?} has tenant {tenant:?} among its members");
             self.refusal(default_deny(), None, reason)
         })
+    }
+
+    /// Whether `tenant` may have a lease of this form.
+    ///
+    /// # Errors
+    /// It may not.
+    pub fn permits(&self, tenant: &Tenant, form: Form<'_>) -> Result<(), Refusal> {
+        self.may(tenant, Verb::Acquire).ok()?;
+        self.backend(tenant, Some(form.handout.backend()))?;
+        self.handout(tenant, Some(form.handout))?;
+        if let Some((name, trust)) = form.container {
+            let container = self.container(tenant, name)?;
+            if container.trust != trust {
+                return Err(self.another_trust(container));
+            }
+        }
+        Ok(())
     }
 
     fn decision(&self, allowed: bool, rule: Rule, device: Option<Bdf>, reason: String) -> Decision {

@@ -12,7 +12,7 @@ mod problem;
 mod reader;
 mod tenant;
 
-pub use decide::{Decision, Refusal};
+pub use decide::{Decision, Form, Refusal};
 pub use peer::{Names, OVERFLOW_ID, Peer, administers};
 pub use problem::{Problem, Problems, Severity};
 pub use tenant::{Limits, Risk, SharedContainer, Tenant, Trust, Verb};

@@ -4,7 +4,7 @@
 //! it of them, and hands that back to the next broker. Fields may be added and none taken away: a
 //! keeper serves newer brokers until its leases have ended.
 
-use super::link::Call;
+use super::link::calls;
 use crate::protocol::{Bdf, FdKind, Handout};
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
@@ -13,16 +13,8 @@ use std::collections::BTreeMap;
 /// The name that every error of a keeper has; what it means is in its parameters.
 pub const FAILED: &str = "org.vfiobroker.Keeper.Failed";
 
-macro_rules! calls {
-    ($($name:ident -> $reply:ty),* $(,)?) => {
-        $(impl Call for $name {
-            const NAME: &'static str = concat!("org.vfiobroker.Keeper.", stringify!($name));
-            type Reply = $reply;
-        })*
-    };
-}
-
 calls! {
+    "org.vfiobroker.Keeper.":
     Open -> Opened,
     Reopen -> Changed,
     Deliver -> Delivered,

@@ -4,7 +4,7 @@
 //! Both are of the same build: the launcher has forked the broker.
 
 use super::keeper::LeaseState;
-use super::link::Call;
+use super::link::calls;
 use super::role::Helper;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
@@ -26,21 +26,13 @@ impl Failed {
     }
 }
 
-macro_rules! calls {
-    ($($name:ident -> $reply:ty),* $(,)?) => {
-        $(impl Call for $name {
-            const NAME: &'static str = concat!("org.vfiobroker.Launcher.", stringify!($name));
-            type Reply = $reply;
-        })*
-    };
-}
-
 calls! {
+    "org.vfiobroker.Launcher.":
     StartKeeper -> Done,
     Salvage -> Done,
     FindKeeper -> KeeperFound,
     ListKeepers -> Names,
-    ReadKeeper -> Kept,
+    ReadKeeper -> KeptPage,
     StartHelper -> HelperStarted,
     KillHelper -> Done,
     Ready -> Done,
@@ -117,6 +109,15 @@ pub struct ReadKeeper {
     pub from: usize,
 }
 
+/// What a keeper last wrote down, with as many of its leases as fit into one message.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct KeptPage {
+    /// What it wrote, without the leases before this page and behind it.
+    pub kept: Kept,
+    /// No lease comes behind these.
+    pub is_last: bool,
+}
+
 /// What a keeper last wrote down.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -136,7 +137,7 @@ pub struct SavedKeeper {
     pub pid: u32,
     /// That process has its files still, whatever else is the matter with it.
     pub is_alive: bool,
-    /// Its leases; in one message some of them, and none where that is all.
+    /// Its leases.
     pub leases: Vec<LeaseState>,
 }
 

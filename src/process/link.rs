@@ -21,6 +21,17 @@ pub trait Call: Serialize + DeserializeOwned {
     type Reply: Serialize + DeserializeOwned;
 }
 
+/// The methods of an interface: its name with a dot behind it, and what each of them returns.
+macro_rules! calls {
+    ($interface:literal: $($name:ident -> $reply:ty),* $(,)?) => {
+        $(impl $crate::process::link::Call for $name {
+            const NAME: &'static str = concat!($interface, stringify!($name));
+            type Reply = $reply;
+        })*
+    };
+}
+pub(super) use calls;
+
 /// Why a link is of no more use.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Lost {

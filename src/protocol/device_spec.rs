@@ -4,6 +4,12 @@ use crate::bdf::Bdf;
 use serde::de::{self, Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use uuid::fmt::Hyphenated;
+
+/// Whether a text is a UUID in the form that sysfs and the kernel's parser of tokens have.
+pub fn is_uuid(text: &str) -> bool {
+    text.parse::<Hyphenated>().is_ok()
+}
 
 /// A device as a request names it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -86,6 +92,9 @@ impl Object {
                 Ok(DeviceSpec::Kind { vendor: lower(vendor), device: lower(device) })
             }
             Self { bdf: None, vf_of: None, vendor: None, device: None, mdev: Some(mdev) } => {
+                if !is_uuid(&mdev) {
+                    return Err("mdev is a UUID");
+                }
                 Ok(DeviceSpec::Mdev { mdev })
             }
             _ => Err("a device is one of bdf, vf_of, or vendor with device"),
@@ -109,8 +118,7 @@ impl<'de> Visitor<'de> for SpecVisitor {
     }
 
     fn visit_str<E: de::Error>(self, text: &str) -> Result<DeviceSpec, E> {
-        let is_uuid = text.len() == 36 && text.bytes().filter(|&b| b == b'-').count() == 4;
-        if is_uuid {
+        if is_uuid(text) {
             return Ok(DeviceSpec::Mdev { mdev: text.to_owned() });
         }
         text.parse().map(|bdf| DeviceSpec::Bdf { bdf }).map_err(E::custom)
@@ -137,6 +145,9 @@ mod tests {
         let kind = DeviceSpec::Kind { vendor: "8086".into(), device: "10d3".into() };
         assert_eq!(parse(r#"{"vendor":"8086","device":"10D3"}"#), Ok(kind.clone()));
         assert_eq!(parse(&serde_json::to_string(&kind).unwrap()), Ok(kind));
+        let mdev = DeviceSpec::Mdev { mdev: "83b8f4f2-509F-382f-3c1e-e6bfe0fa1001".into() };
+        assert_eq!(parse(r#""83b8f4f2-509F-382f-3c1e-e6bfe0fa1001""#), Ok(mdev.clone()));
+        assert_eq!(parse(&serde_json::to_string(&mdev).unwrap()), Ok(mdev));
         for odd in [
             "1",
             "null",
@@ -146,6 +157,9 @@ mod tests {
             r#"{"vendor":"8086"}"#,
             r#"{"vendor":"80","device":"10d3"}"#,
             r#"{"bfd":"x"}"#,
+            r#""83b8f4f2-509f-382f-3c1e-e6bfe0fa100x""#,
+            r#""{83b8f4f2-509f-382f-3c1e-e6bfe0fa1001}""#,
+            r#"{"mdev":"83b8f4f2509f382f3c1ee6bfe0fa1001"}"#,
         ] {
             assert!(parse(odd).is_err(), "{odd}");
         }

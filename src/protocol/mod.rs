@@ -17,7 +17,7 @@ mod varlink;
 
 pub use crate::bdf::Bdf;
 pub use administration::*;
-pub use device_spec::DeviceSpec;
+pub use device_spec::{DeviceSpec, is_uuid};
 pub use error::{Blocker, Error, Holder, Until};
 pub use frame::{Frames, MAX_MESSAGE, Oversize};
 pub use messages::*;

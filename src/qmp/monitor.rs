@@ -4,13 +4,15 @@ use super::lines::Lines;
 use super::message::{self, Event, Message, Version};
 use super::{Error, Result};
 use crate::client::connection::{Deadline, connect_socket, ready};
+use crate::client::send::send;
 use crate::sys::fdpass::{self, ReceiveError};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::socket::MsgFlags;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -29,7 +31,7 @@ const MOST_EVENT_BYTES: usize = 1 << 20;
 /// the connection, and QEMU's other monitors do not know them.
 #[derive(Debug)]
 pub struct Monitor {
-    socket: OwnedFd,
+    socket: UnixStream,
     lines: Lines,
     /// Each with the length of its line.
     events: VecDeque<(usize, Event)>,
@@ -187,7 +189,7 @@ impl Monitor {
     ) -> Result<()> {
         let mut rest = text.as_bytes();
         while !rest.is_empty() {
-            match fdpass::send(self.socket.as_fd(), rest, files, MsgFlags::MSG_DONTWAIT) {
+            match send(&self.socket, rest, files) {
                 Ok(sent) => {
                     rest = rest.get(sent..).unwrap_or_default();
                     files = &[];

@@ -5,8 +5,8 @@ use crate::kernel::{
     Arg, Container, Device, DirtyOp, DmaMap, Error, Extension, Group, IommuType, Iommufd,
     IrqAction, IrqData, Kernel, Mapped, Node, Unmap, UnmapFlags, request,
 };
+use crate::sys::event::EventFd;
 use crate::sys::fdpass;
-use nix::sys::eventfd::EventFd;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, socket, socketpair,
 };
@@ -417,7 +417,7 @@ fn an_open_cdev_holds_its_driver_and_is_asked_back() {
     let iommufd = Iommufd::open(sim.kernel()).unwrap();
     let (device, stale) = (cdev(&sim), cdev(&sim));
     device.bind_iommufd(&iommufd).unwrap();
-    let event = EventFd::from_flags(nix::sys::eventfd::EfdFlags::EFD_NONBLOCK).unwrap();
+    let event = EventFd::new().unwrap();
     let request = [Some(event.as_fd())];
     device.set_irqs(4, 0, IrqAction::Trigger, IrqData::Eventfd(&request)).unwrap();
     assert_eq!(sim.set_driver("0000:03:00.0", None), Err(Errno::EBUSY));

@@ -6,6 +6,7 @@
 
 use super::profile::Profile;
 use crate::bdf::Bdf;
+use crate::protocol::is_uuid;
 use serde::{Deserialize, Deserializer};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -397,7 +398,7 @@ impl Topology {
                 return wrong(format!("{bdf}: config is given in pairs of hexadecimal digits"));
             }
             let token = device.vf_token.as_deref();
-            if token.is_some_and(|token| super::machine::parse_uuid(token.as_bytes()).is_none()) {
+            if token.is_some_and(|token| !is_uuid(token)) {
                 return wrong(format!("{bdf}: vf_token is a UUID"));
             }
             if device.bridge && device.on_vfio(device.driver.as_deref()) {

@@ -1,5 +1,5 @@
-//! Open files over Unix sockets: the one sender and the one receiver, for the daemon, the client
-//! and the simulated kernel.
+//! Open files over Unix sockets: the daemon's and the simulated kernel's sender, and the one receiver. The
+//! client and the QMP monitor send through `sendfd` (`client/send.rs`).
 //!
 //! The receiver takes a fixed maximum of fds, makes them close-on-exec as they arrive, owns them
 //! from the moment they exist, and treats a truncated list as an error.

@@ -6,6 +6,7 @@ pub mod capabilities;
 #[cfg(feature = "daemon")]
 pub mod child;
 mod error;
+pub mod event;
 pub mod fdpass;
 pub mod inherited;
 #[cfg(feature = "daemon")]
@@ -19,6 +20,8 @@ pub mod process;
 pub mod readiness;
 #[cfg(feature = "daemon")]
 pub mod seccomp;
+#[cfg(feature = "cli")]
+pub mod slots;
 #[cfg(feature = "sim")]
 pub(crate) mod table;
 

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
 /// Linux 6.5 and later.
 const SO_PEERPIDFD: libc::c_int = 77;
@@ -72,22 +73,17 @@ pub fn pidfd(socket: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
     }
 }
 
-nix::ioctl_read_bad!(
-    /// SIOCOUTQ of unix(7).
-    unread_bytes,
-    libc::TIOCOUTQ,
-    libc::c_int
-);
-
 /// How much of what was sent the peer has not read yet, in bytes of the kernel's memory, which the
 /// sender is charged; 0 too once the peer has closed the socket everywhere.
 ///
 /// # Errors
 /// See unix(7), SIOCOUTQ.
 pub fn unread(socket: BorrowedFd<'_>) -> Result<usize, Errno> {
-    let mut bytes = 0;
+    /// SIOCOUTQ of unix(7).
+    const SIOCOUTQ: libc::c_ulong = libc::TIOCOUTQ;
+    let mut bytes: libc::c_int = 0;
     // SAFETY: the kernel writes one int, which lives through the call.
-    unsafe { unread_bytes(socket.as_raw_fd(), &raw mut bytes) }?;
+    Errno::result(unsafe { ioctl_with_mut_ref(&socket, SIOCOUTQ, &mut bytes) })?;
     Ok(usize::try_from(bytes).unwrap_or(0))
 }
 

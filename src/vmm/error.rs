@@ -1,5 +1,6 @@
 //! What can go wrong between a lease and a program that runs with it.
 
+use crate::sys::slots;
 use nix::errno::Errno;
 use std::path::PathBuf;
 
@@ -42,14 +43,9 @@ pub enum Error {
         /// In which form the lease's files were given.
         handout: String,
     },
-    /// A file that is to stay open is none, or its number is needed.
-    #[error("--keep-fd {fd}: {why}")]
-    KeepFd {
-        /// Its number.
-        fd: i32,
-        /// What is wrong with it.
-        why: String,
-    },
+    /// The numbers of the lease's files can't be had.
+    #[error(transparent)]
+    Slots(#[from] slots::Error),
     /// There is no such program.
     #[error("{}: {}", program.display(), if *.errno == Errno::ENOENT { "no such program" } else { errno.desc() })]
     Program {

@@ -2,15 +2,15 @@
 
 mod arguments;
 mod error;
-mod given;
+mod grants;
+mod inherit;
 pub mod interpose;
 mod memory;
 mod program;
-mod slots;
 
 pub use arguments::{Arguments, Placeholder};
 pub use error::{Error, Result};
-pub use given::Given;
+pub use grants::{Cdevs, Grants};
+pub use inherit::InheritedFds;
 pub use memory::{Need, guest_memory, size_of};
 pub use program::find;
-pub use slots::Slots;

@@ -3,11 +3,12 @@
 use crate::common::fuse::Fuse;
 use crate::common::raw::{Raw, Reply, call};
 use crate::common::{Daemon, Held, Setup, as_uid, beside, policy, until};
-use crate::{DEVICE, PAGE, is_free, map, memory, unread};
+use crate::{DEVICE, PAGE, is_free, map, memory};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use serde_json::json;
 use std::os::fd::{AsFd, OwnedFd};
+use vfio_broker::sys::peer::unread;
 
 #[test]
 fn an_fd_index_that_is_not_there() {
@@ -43,7 +44,7 @@ fn fds_where_none_are_taken() {
         let (head, tail) = (b"{\"method\":", b"\"x\"}\0");
         client.send(head);
         // Its own read, so that the kernel can't hand both parts over as one.
-        until("the head is read", || unread(&client) == 0);
+        until("the head is read", || unread(client.stream.as_fd()) == Ok(0));
         let _ = client.send_with(tail, &[memory.as_fd()]);
         client.hangs_up();
     });

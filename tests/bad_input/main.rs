@@ -37,17 +37,6 @@ fn map(lease: &Held, memory: usize, iova: u64, size: u64) -> Value {
     }))
 }
 
-/// How much the daemon has not read yet of what the client sent.
-fn unread(client: &Raw) -> i32 {
-    let mut left = 0;
-    // SIOCOUTQ on a Unix socket: bytes that the peer has not received.
-    nix::ioctl_read_bad!(outq, nix::libc::TIOCOUTQ, nix::libc::c_int);
-    #[allow(unsafe_code)]
-    // SAFETY: the request writes one int, which lives through the call.
-    unsafe { outq(std::os::fd::AsRawFd::as_raw_fd(&client.stream), &raw mut left) }.unwrap();
-    left
-}
-
 fn is_free(client: &mut Raw, device: &str) -> bool {
     let (topology, _) = client.call("Topology", json!({})).ok();
     let groups = topology["groups"].as_array().unwrap();

@@ -4,6 +4,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)] // tests
 
 mod broker;
+#[path = "../common/brokerd.rs"]
+mod brokerd;
+#[path = "../common/children.rs"]
+mod children;
 #[path = "../common/until.rs"]
 mod until;
 

@@ -5,11 +5,13 @@
 #![allow(dead_code, unreachable_pub)]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod brokerd;
 mod children;
 pub mod fuse;
 pub mod raw;
 mod until;
 
+use brokerd::Brokerd;
 #[allow(unused_imports)] // each program uses its part
 pub use children::{children, status};
 use nix::sys::signal::{Signal, kill};
@@ -17,9 +19,8 @@ use nix::unistd::Pid;
 use raw::Raw;
 use serde_json::{Value, json};
 use std::io::Read;
-use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 pub use until::until;
@@ -90,8 +91,7 @@ impl Setup {
 
 /// A running daemon; killed when dropped.
 pub struct Daemon {
-    child: Child,
-    directory: tempfile::TempDir,
+    process: Brokerd,
     pub socket: PathBuf,
 }
 
@@ -119,54 +119,28 @@ impl Daemon {
     }
 
     /// Starts what [`command`] gave, or a shell that ends up as it, in the same directory.
-    pub fn spawn(directory: tempfile::TempDir, socket: PathBuf, mut command: Command) -> Self {
-        let ready = directory.path().join("notify");
-        let ready_socket = UnixDatagram::bind(&ready).unwrap();
-        // The daemon can be another user's.
-        let anybody = std::os::unix::fs::PermissionsExt::from_mode(0o777);
-        std::fs::set_permissions(&ready, anybody).unwrap();
-        command.arg("--socket").arg(&socket).env("NOTIFY_SOCKET", &ready);
-        let child = command.spawn().unwrap();
-        let mut daemon = Self { child, directory, socket };
-        daemon.wait_until_ready(&ready_socket);
-        daemon
-    }
-
-    fn wait_until_ready(&mut self, socket: &UnixDatagram) {
-        socket.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
-        let start = Instant::now();
-        let mut text = [0; 256];
-        while start.elapsed() < SOON {
-            match socket.recv(&mut text) {
-                Ok(len) if text[..len].starts_with(b"READY=1") => return,
-                Ok(_) => {}
-                Err(_) => {
-                    let ended = self.child.try_wait().unwrap();
-                    assert!(ended.is_none(), "ended at its start: {ended:?}\n{}", self.log());
-                }
-            }
-        }
-        panic!("the daemon is not ready\n{}", self.log());
+    pub fn spawn(directory: tempfile::TempDir, socket: PathBuf, command: Command) -> Self {
+        Self { process: Brokerd::start(directory, socket.clone(), command), socket }
     }
 
     /// The process that talks to clients.
     pub fn pid(&self) -> u32 {
-        children::broker(self.child.id()).unwrap()
+        self.process.broker()
     }
 
     /// The process that has started all others.
     pub fn launcher(&self) -> u32 {
-        self.child.id()
+        self.process.launcher()
     }
 
     /// How many keepers there are that this daemon has started.
     pub fn keepers(&self) -> usize {
-        children(self.child.id(), "vfiob-keeper").len()
+        children(self.launcher(), "vfiob-keeper").len()
     }
 
     /// Where the simulated kernel can be reached, to inject faults and count.
     pub fn sim(&self) -> vfio_broker::sim::Wire {
-        vfio_broker::sim::Wire::connect(&self.directory.path().join("control.sock")).unwrap()
+        vfio_broker::sim::Wire::connect(&self.directory().join("control.sock")).unwrap()
     }
 
     /// Waits for a line of its log, which comes some time after what it is about.
@@ -184,11 +158,11 @@ impl Daemon {
 
     /// What has come of its log so far.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
+        self.process.log()
     }
 
     pub fn directory(&self) -> &Path {
-        self.directory.path()
+        self.process.directory()
     }
 
     pub fn connect(&self) -> Raw {
@@ -203,7 +177,7 @@ impl Daemon {
     }
 
     pub fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+        self.process.signal(signal);
     }
 
     pub fn signal_broker(&self, signal: Signal) {
@@ -228,14 +202,14 @@ impl Daemon {
 
     /// Whether it has not ended.
     pub fn is_there(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
+        self.process.child.try_wait().unwrap().is_none()
     }
 
     /// Waits for its end.
     pub fn wait(&mut self) -> ExitStatus {
         let mut ended = None;
         until("the daemon ends", || {
-            ended = self.child.try_wait().unwrap();
+            ended = self.process.child.try_wait().unwrap();
             ended.is_some()
         });
         ended.unwrap()
@@ -243,7 +217,7 @@ impl Daemon {
 
     /// How many processes that it started have ended, or were killed and can't end.
     pub fn dead_children(&self) -> usize {
-        let parent = self.child.id().to_string();
+        let parent = self.launcher().to_string();
         let is_dead_child = |stat: &str| {
             // Behind the name in parentheses: state, parent.
             let mut words = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
@@ -302,8 +276,6 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         if std::thread::panicking() {
             let log = self.log();
             let last = log.lines().rev().take(30).collect::<Vec<_>>();
@@ -318,7 +290,7 @@ pub fn command(directory: &Path, setup: &Setup) -> Command {
     std::fs::write(&topology, &setup.topology).unwrap();
     std::fs::write(topology.with_extension("policy.toml"), &setup.policy).unwrap();
     let log = std::fs::File::create(directory.join("log")).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vfio-brokerd"));
+    let mut command = brokerd::program();
     command.arg("--sim").arg(&topology).arg("--sim-control").arg(directory);
     command.args(&setup.arguments).env("RUST_LOG", "debug");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);

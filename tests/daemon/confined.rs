@@ -100,7 +100,7 @@ fn what_is_in_force_is_said_and_can_be_left_out() {
     };
     let all = said(Setup::default());
     assert!(
-        all.contains("system calls filtered in broker, keeper, receiver, closer, log"),
+        all.contains("system calls filtered in broker, keeper, receiver, closer, holders, log"),
         "{all}"
     );
     let none = said(Setup::default().argument("--sandbox", "off"));

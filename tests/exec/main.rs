@@ -5,6 +5,10 @@
 
 #[path = "../cli/broker.rs"]
 mod broker;
+#[path = "../common/brokerd.rs"]
+mod brokerd;
+#[path = "../common/children.rs"]
+mod children;
 mod inherit;
 mod interpose;
 mod memlock;

@@ -5,9 +5,13 @@
 // A test harness of its own: to clippy it is a program like any other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
+#[path = "../common/brokerd.rs"]
+mod brokerd;
 #[path = "../common/children.rs"]
 mod children;
 mod examples;
+#[path = "../common/guest.rs"]
+mod guest;
 mod hotplug;
 mod libvirt;
 mod relay;

@@ -1,10 +1,12 @@
 //! The broker as root, and QEMU and `vfio-broker` as a user.
 
+use crate::brokerd::Brokerd;
+use crate::guest::close_nodes;
+pub use crate::guest::{ALICE, EDU, NIC, qemu, vfio_files};
 pub use crate::until::until;
 use nix::sys::resource::{Resource, setrlimit};
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown};
-use std::os::unix::net::UnixStream;
+use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -12,11 +14,6 @@ use std::time::Duration;
 use vfio_broker::client::Client;
 use vfio_broker::protocol::{Group, GroupState};
 
-/// The user.
-pub const ALICE: u32 = 2001;
-/// An e1000e and an edu, each alone in its group.
-pub const NIC: &str = "0000:00:02.0";
-pub const EDU: &str = "0000:00:03.0";
 /// What the user's QEMU may pin: its 64 MiB and some more.
 const MEMLOCK: u64 = 256 << 20;
 
@@ -36,44 +33,26 @@ rights = ["observe"]
 "#;
 
 pub struct World {
-    directory: tempfile::TempDir,
-    daemon: Child,
+    daemon: Brokerd,
 }
 
 impl World {
     pub fn start() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let own = directory.path().join("alice");
-        fs::create_dir(&own).unwrap();
-        chown(&own, Some(ALICE), Some(ALICE)).unwrap();
-        // What udev does on a host where nobody but root is to open these.
-        for node in ["/dev/vfio/vfio", "/dev/iommu"] {
-            fs::set_permissions(node, fs::Permissions::from_mode(0o600)).unwrap();
-        }
+        close_nodes();
         setrlimit(Resource::RLIMIT_MEMLOCK, MEMLOCK, MEMLOCK).unwrap();
-        let policy = directory.path().join("policy.toml");
-        fs::write(&policy, POLICY).unwrap();
-        let daemon = Command::new(env!("CARGO_BIN_EXE_vfio-brokerd"))
-            .arg("--policy")
-            .arg(&policy)
-            .arg("--socket")
-            .arg(directory.path().join("broker.sock"))
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let world = Self { directory, daemon };
-        until("the daemon answers", || UnixStream::connect(world.socket()).is_ok());
+        let world = Self { daemon: Brokerd::on_host(POLICY) };
+        fs::create_dir(world.own()).unwrap();
+        chown(world.own(), Some(ALICE), Some(ALICE)).unwrap();
         world
     }
 
     pub fn socket(&self) -> PathBuf {
-        self.directory.path().join("broker.sock")
+        self.daemon.socket.clone()
     }
 
     /// A directory of the user's.
     pub fn own(&self) -> PathBuf {
-        self.directory.path().join("alice")
+        self.daemon.directory().join("alice")
     }
 
     /// A program of the user's, without capabilities.
@@ -109,8 +88,7 @@ impl World {
     }
 
     pub fn daemon_files(&self) -> usize {
-        let broker = crate::children::broker(self.daemon.id()).unwrap();
-        fs::read_dir(format!("/proc/{broker}/fd")).unwrap().count()
+        self.daemon.brokers_files()
     }
 
     /// No lease is left, and its tenant can have every device again.
@@ -123,18 +101,6 @@ impl World {
             !groups.iter().any(left)
         });
     }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        let _ = self.daemon.kill();
-        let _ = self.daemon.wait();
-    }
-}
-
-/// Which QEMU; another one than the machine's can be named.
-pub fn qemu() -> String {
-    std::env::var("VFIO_QEMU").unwrap_or("/usr/bin/qemu-system-x86_64".into())
 }
 
 /// A running QEMU of the user's, with no guest in it; killed when dropped.
@@ -191,17 +157,6 @@ impl Drop for Qemu {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-/// A process's open files that have to do with VFIO.
-pub fn vfio_files(pid: u32) -> Vec<String> {
-    let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
-    let links = fds.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok());
-    let names = links.map(|link| link.to_string_lossy().into_owned());
-    let mut names: Vec<String> =
-        names.filter(|name| name.contains("vfio/") || name.contains("/dev/iommu")).collect();
-    names.sort();
-    names
 }
 
 /// What a program said, which must have ended well.

@@ -6,6 +6,8 @@
 // A test harness of its own: to clippy it is a program like any other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
+#[path = "../common/brokerd.rs"]
+mod brokerd;
 #[path = "../common/children.rs"]
 mod children;
 mod client;
@@ -15,10 +17,12 @@ mod daemon;
 mod dice;
 #[path = "../main_job/edu.rs"]
 mod edu;
+#[path = "../common/guest.rs"]
+mod guest;
 mod holders;
 mod load;
 #[path = "../qemu/world.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, unused_imports)]
 mod qemu;
 #[path = "../common/until.rs"]
 mod until;

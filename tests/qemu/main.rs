@@ -7,9 +7,13 @@
 // A test harness of its own: to clippy it is a program like any other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
+#[path = "../common/brokerd.rs"]
+mod brokerd;
 #[path = "../common/children.rs"]
 mod children;
 mod dpdk;
+#[path = "../common/guest.rs"]
+mod guest;
 #[path = "../../examples/rust_vmm.rs"]
 mod rust_vmm;
 mod story;

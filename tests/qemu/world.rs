@@ -1,22 +1,20 @@
 //! A real kernel, the daemon as root, and programs as an ordinary user.
 
+use crate::brokerd::Brokerd;
+pub use crate::guest::{EDU, MIB, NIC, qemu};
+use crate::guest::{close_nodes, vfio_files};
 pub use crate::until::until;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 use std::fs;
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 use vfio_broker::client::Client;
 use vfio_broker::protocol::GroupState;
-
-pub const NIC: &str = "0000:00:02.0";
-pub const EDU: &str = "0000:00:03.0";
-pub const MIB: u64 = 1 << 20;
 
 const POLICY: &str = r#"
 version = 1
@@ -40,8 +38,7 @@ pub struct World {
     pub has_iommufd: bool,
     /// Whether it says which process has connected (SO_PEERPIDFD).
     pub names_peers: bool,
-    dir: tempfile::TempDir,
-    daemon: Child,
+    daemon: Brokerd,
     daemons_files: usize,
 }
 
@@ -55,27 +52,15 @@ impl World {
             release.trim(),
             if yama { "1" } else { "none" }
         );
-        let dir = tempfile::tempdir().unwrap();
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        fs::write(dir.path().join("policy.toml"), POLICY).unwrap();
         for program in [Path::new(env!("CARGO_BIN_EXE_vfio-broker")), &probe()] {
             let_all_run(program);
         }
-        // Of the nodes this user may open none.
-        for node in ["/dev/vfio/vfio", "/dev/iommu"].map(Path::new) {
-            if node.exists() {
-                fs::set_permissions(node, fs::Permissions::from_mode(0o600)).unwrap();
-            }
-        }
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vfio-brokerd"));
-        command.arg("--policy").arg(dir.path().join("policy.toml"));
-        command.arg("--socket").arg(dir.path().join("broker.sock"));
-        let daemon = command.stdin(Stdio::null()).spawn().unwrap();
+        close_nodes();
+        let daemon = Brokerd::on_host(POLICY);
         let has_iommufd = Path::new("/dev/iommu").exists();
         let kernel = format!("Linux {}", release.trim());
         let names_peers = !release.starts_with("6.1.");
-        let mut world = Self { kernel, has_iommufd, names_peers, dir, daemon, daemons_files: 0 };
-        until("the daemon answers", || UnixStream::connect(world.socket()).is_ok());
+        let mut world = Self { kernel, has_iommufd, names_peers, daemon, daemons_files: 0 };
         // What the daemon opens once and keeps is open after the first lease.
         assert!(world.exec(&["--inherit"], 8 * MIB).arg("true").status().unwrap().success());
         until("the first lease has ended", || world.leases().is_empty());
@@ -83,19 +68,19 @@ impl World {
         world.is_as_before();
         // Connections go a moment after they are closed here.
         for _ in 0..100 {
-            world.daemons_files = world.daemons_files.min(world.files());
+            world.daemons_files = world.daemons_files.min(world.daemon.brokers_files());
             std::thread::sleep(Duration::from_millis(5));
         }
         world
     }
 
     pub fn socket(&self) -> PathBuf {
-        self.dir.path().join("broker.sock")
+        self.daemon.socket.clone()
     }
 
     /// The example with rust-vmm's crates.
     pub fn rust_vmm(&self) -> PathBuf {
-        let name = self.dir.path().join("rust_vmm");
+        let name = self.daemon.directory().join("rust_vmm");
         if !name.exists() {
             let this = std::env::current_exe().unwrap();
             let_all_run(&this);
@@ -106,7 +91,7 @@ impl World {
 
     /// A directory of the user's own.
     pub fn runtime(&self) -> PathBuf {
-        let path = self.dir.path().join("run");
+        let path = self.daemon.directory().join("run");
         if !path.exists() {
             fs::create_dir(&path).unwrap();
             std::os::unix::fs::chown(&path, Some(2001), Some(2001)).unwrap();
@@ -118,11 +103,6 @@ impl World {
         Client::connect_to(self.socket()).unwrap().leases().unwrap()
     }
 
-    fn files(&self) -> usize {
-        let broker = crate::children::broker(self.daemon.id()).unwrap();
-        fs::read_dir(format!("/proc/{broker}/fd")).unwrap().count()
-    }
-
     /// Nothing is leased, all devices are free, and the daemon has no more files than at first.
     pub fn is_as_before(&self) {
         until("no lease is left", || self.leases().is_empty());
@@ -131,7 +111,7 @@ impl World {
             // After iommufd a device is its last tenant's again, and not free for others.
             groups.iter().all(|group| group.state == GroupState::Free || group.unproved.is_some())
         });
-        until("the daemon's files are back", || self.files() <= self.daemons_files);
+        until("the daemon's files are back", || self.daemon.brokers_files() <= self.daemons_files);
     }
 
     /// A command as the user, without capabilities, who may lock so much memory.
@@ -159,13 +139,6 @@ impl World {
         command.arg("--socket").arg(self.socket());
         command.args(["exec", "--vm", "web1", "--device", device]).args(options).arg("--");
         command
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        let _ = self.daemon.kill();
-        let _ = self.daemon.wait();
     }
 }
 
@@ -202,11 +175,6 @@ pub fn steps(mut command: Command, steps: &[&str]) -> Vec<String> {
     print!("{said}{error}");
     assert!(output.status.success());
     said.lines().map(|line| line.rsplit_once(": ").unwrap().1.to_owned()).collect()
-}
-
-/// Which QEMU; another one than the machine's can be named.
-pub fn qemu() -> std::ffi::OsString {
-    std::env::var_os("VFIO_QEMU").unwrap_or("qemu-system-x86_64".into())
 }
 
 /// A running QEMU, with its monitor on standard input and output.
@@ -284,13 +252,7 @@ impl Qemu {
             |name| status.lines().find_map(|line: &str| line.strip_prefix(name)).unwrap().trim();
         let who =
             format!("uid {} CapEff {}", line("Uid:").split('\t').next().unwrap(), line("CapEff:"));
-        let mut files: Vec<_> = fs::read_dir(format!("/proc/{pid}/fd"))
-            .unwrap()
-            .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
-            .map(|link| link.to_string_lossy().into_owned())
-            .filter(|link| link.contains("vfio") || link.contains("iommu"))
-            .collect();
-        files.sort();
+        let files = vfio_files(pid);
         println!("    qemu (pid {pid}): {who}, {files:?}");
         (who, files)
     }

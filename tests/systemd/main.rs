@@ -6,14 +6,18 @@
 // A test harness of its own: to clippy it is a program like any other.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, unreachable_pub)]
 
+#[path = "../common/brokerd.rs"]
+mod brokerd;
 #[path = "../common/children.rs"]
 mod children;
 #[path = "../common/copies.rs"]
 mod copies;
 #[path = "../main_job/edu.rs"]
 mod edu;
+#[path = "../common/guest.rs"]
+mod guest;
 #[path = "../qemu/world.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, unused_imports)]
 mod qemu;
 mod story;
 #[path = "../common/until.rs"]

@@ -1,6 +1,6 @@
 //! The steps, each of which finds what the one before has left.
 
-use crate::qemu::{EDU, NIC};
+use crate::guest::{EDU, NIC};
 use crate::world::*;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

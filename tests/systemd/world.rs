@@ -1,7 +1,8 @@
 //! What an administrator does by hand (docs/install.md), and who has devices meanwhile.
 
 use crate::copies::Copies;
-use crate::qemu::{EDU, MIB, NIC, Qemu};
+use crate::guest::{EDU, MIB, NIC};
+use crate::qemu::Qemu;
 pub use crate::until::until;
 use serde_json::Value;
 use std::fs;

@@ -20,7 +20,7 @@ mod threads;
 mod undo;
 
 use super::*;
-use crate::policy::{Names, Peer};
+use crate::policy::Peer;
 use crate::process::keeper::{Changed, Check, End};
 use crate::process::link::Call;
 use crate::process::queued_files::queue;
@@ -120,18 +120,6 @@ name = "friends"
 trust = "mutual"
 members = ["a", "b"]
 "#;
-
-struct NoNames;
-
-impl Names for NoNames {
-    fn uid(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn gid(&self, _: &str) -> Option<u32> {
-        None
-    }
-}
 
 /// Remembers what it is told.
 #[derive(Default)]
@@ -349,7 +337,7 @@ impl World {
 }
 
 fn parsed(policy: &str) -> Policy {
-    let policy = Policy::parse("policy.toml", policy, &NoNames);
+    let policy = Policy::parse("policy.toml", policy, &());
     policy.unwrap_or_else(|problems| panic!("{problems}"))
 }
 

@@ -57,10 +57,10 @@ pub(super) enum Answer {
 
 /// Runs as the agent until its input ends.
 pub(in crate::cli) fn run(socket: &Path) -> Result<(), Failure> {
-    let mut agent = Agent::default();
+    let mut state = State::default();
     for line in std::io::stdin().lock().lines() {
         let ask: Ask = serde_json::from_str(&line?).map_err(std::io::Error::from)?;
-        let answer = match agent.does(socket, ask) {
+        let answer = match state.carry_out(socket, ask) {
             Ok(answer) => answer,
             Err(Error::Broker { error, .. }) => Answer::Refused(error),
             Err(error) => Answer::Failed(error.to_string()),
@@ -73,7 +73,7 @@ pub(in crate::cli) fn run(socket: &Path) -> Result<(), Failure> {
 
 /// What the agent has by now.
 #[derive(Default)]
-struct Agent {
+struct State {
     broker: Option<Client>,
     lease: Option<Lease>,
     container: Option<Container>,
@@ -81,8 +81,8 @@ struct Agent {
     memory: Vec<Mapped>,
 }
 
-impl Agent {
-    fn does(&mut self, socket: &Path, ask: Ask) -> Result<Answer, Error> {
+impl State {
+    fn carry_out(&mut self, socket: &Path, ask: Ask) -> Result<Answer, Error> {
         let broker = match &mut self.broker {
             Some(broker) => broker,
             none => none.insert(Client::connect_to(socket)?),
@@ -174,7 +174,7 @@ fn anonymous(size: u64) -> Result<(std::os::fd::OwnedFd, Mapped), Error> {
 
 /// An agent, from the side of whoever tells it what to do. Dropping it ends it.
 #[derive(Debug)]
-pub(super) struct Actor {
+pub(super) struct Agent {
     child: Child,
     asks: ChildStdin,
     answers: BufReader<ChildStdout>,
@@ -183,7 +183,7 @@ pub(super) struct Actor {
     pub(super) capabilities: String,
 }
 
-impl Actor {
+impl Agent {
     /// Starts one under another uid, or under one's own.
     pub(super) fn start(socket: &Path, uid: Option<u32>) -> Result<Self, Failure> {
         // Not current_exe(): the other uid may not be allowed to walk to where this program is.
@@ -201,13 +201,13 @@ impl Actor {
         };
         let answers = BufReader::new(answers);
         let capabilities = String::new();
-        let mut actor = Self { child, asks, answers, uid: 0, pid: 0, capabilities };
-        match actor.ask(&Ask::Hello)? {
+        let mut agent = Self { child, asks, answers, uid: 0, pid: 0, capabilities };
+        match agent.ask(&Ask::Hello)? {
             Answer::Hello { uid, pid, capabilities } => {
-                actor.uid = uid;
-                actor.pid = pid;
-                actor.capabilities = capabilities;
-                Ok(actor)
+                agent.uid = uid;
+                agent.pid = pid;
+                agent.capabilities = capabilities;
+                Ok(agent)
             }
             other => Err(Failure::new(format!("a client could not start: {other:?}"))),
         }
@@ -231,7 +231,7 @@ impl Actor {
     }
 }
 
-impl Drop for Actor {
+impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();

@@ -1,6 +1,6 @@
 //! `demo --host`: the same on this machine's own VFIO, with devices that are on VFIO drivers.
 
-use super::stage::Plan;
+use super::setup::Plan;
 use crate::cli::Failure;
 use crate::host::{Device, Host};
 use crate::kernel::Linux;

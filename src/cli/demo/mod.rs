@@ -1,15 +1,15 @@
-//! `vfio-broker demo`: the whole story in a screenful, each step of it checked.
+//! `vfio-broker demo`: all of it in a screenful, each step of it checked.
 
 pub(super) mod agent;
 mod host;
+mod report;
+mod script;
+mod setup;
 mod simulated;
-mod stage;
-mod story;
-mod tale;
 
 use super::{Context, Failure};
-use stage::Stage;
-use tale::Tale;
+use report::Report;
+use setup::Setup;
 
 /// Show what it does, on a simulated machine: nothing of this one is touched
 #[derive(Debug, clap::Args)]
@@ -24,10 +24,10 @@ pub(super) struct Args {
 
 pub(super) fn run(context: &Context, args: &Args) -> Result<(), Failure> {
     let plan = if args.host { host::plan(&args.devices)? } else { simulated::plan() };
-    let stage = Stage::set(plan)?;
-    let mut tale = Tale::new(context);
-    let told = story::tell(&stage, &mut tale);
-    let told = told.map_err(|failure| failure.and(stage.failure("")));
-    tale.ends(told.is_ok())?;
-    told
+    let setup = Setup::start(plan)?;
+    let mut report = Report::new(context);
+    let outcome = script::run(&setup, &mut report);
+    let outcome = outcome.map_err(|failure| failure.and(setup.failure("")));
+    report.end(outcome.is_ok())?;
+    outcome
 }

@@ -1,6 +1,6 @@
 //! The demonstration's default: a simulated workstation, which is in this program.
 
-use super::stage::Plan;
+use super::setup::Plan;
 
 const TOPOLOGY: &str = include_str!("../../../tests/topologies/workstation.toml");
 const POLICY: &str = include_str!("../../../tests/topologies/workstation.policy.toml");

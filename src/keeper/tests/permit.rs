@@ -2,22 +2,10 @@
 //! this process.
 
 use super::*;
-use crate::policy::{Names, Policy};
+use crate::policy::Policy;
 use crate::process::keeper::{Confirm, Memlock, Revoke, Unmap};
 use crate::sys::peer::pair_of;
 use std::cell::RefCell;
-
-struct NoNames;
-
-impl Names for NoNames {
-    fn uid(&self, _: &str) -> Option<u32> {
-        None
-    }
-
-    fn gid(&self, _: &str) -> Option<u32> {
-        None
-    }
-}
 
 /// The client may have the first device as such files, and `more`; another tenant both.
 fn policy(more: &str) -> String {
@@ -38,7 +26,7 @@ const DEVICES: &str = "handouts = [\"devices\", \"iommufd\"]";
 const CONTAINERS: &str = "handouts = [\"container\", \"devices\"]";
 
 fn put(world: &World, text: &str) -> Policy {
-    let policy = Policy::parse("policy.toml", text, &NoNames).unwrap();
+    let policy = Policy::parse("policy.toml", text, &()).unwrap();
     let new = world.directory.path().join("new");
     std::fs::write(&new, serde_json::to_vec(&policy).unwrap()).unwrap();
     std::fs::rename(new, world.directory.path().join("policy")).unwrap();

@@ -177,7 +177,7 @@ fn the_broker_reads_what_devices_and_processes_show_and_nothing_else() {
 fn what_is_off_or_missing_is_said() {
     let off = Sandbox::find(SandboxMode::Off).unwrap().to_string();
     assert_eq!(off, "system calls not filtered (--sandbox=off); files not limited (--sandbox=off)");
-    let filtered = "system calls filtered in broker, keeper, receiver, closer, log; ";
+    let filtered = "system calls filtered in broker, keeper, receiver, closer, holders, log; ";
     let said = sandbox().to_string();
     assert!(said.starts_with(filtered), "{said}");
     assert!(!said.contains("sim"), "{said}");

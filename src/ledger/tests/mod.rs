@@ -4,6 +4,7 @@
 mod allowed;
 mod mapping;
 mod model;
+mod refusals;
 mod restart;
 mod rules;
 mod search;

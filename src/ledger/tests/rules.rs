@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn acquire(id: u64, tenant: &str, groups: Vec<WantedGroup>) -> super::super::Acquire {
+pub(super) fn acquire(id: u64, tenant: &str, groups: Vec<WantedGroup>) -> super::super::Acquire {
     super::super::Acquire {
         lease: LeaseId(id),
         tenant: tenant.into(),
@@ -17,7 +17,7 @@ fn acquire(id: u64, tenant: &str, groups: Vec<WantedGroup>) -> super::super::Acq
     }
 }
 
-fn group(id: u32, devices: u8) -> WantedGroup {
+pub(super) fn group(id: u32, devices: u8) -> WantedGroup {
     let devices: Vec<_> = (0..devices).map(|n| model::bdf(id, n)).collect();
     let members = devices.iter().map(|bdf| Member { bdf: *bdf, physfn: None }).collect();
     WantedGroup { id, noiommu: false, members, devices, withhold: Vec::new() }
@@ -61,6 +61,63 @@ fn mapping_at_the_last_address_is_no_overflow() {
 }
 
 #[test]
+fn an_unmap_that_leaves_the_last_byte_of_a_mapping_cuts_it() {
+    let mut ledger = Ledger::default();
+    let request = acquire(1, "a", vec![group(3, 1)]);
+    let (lease, quota) = (request.lease, request.quota);
+    for request in [
+        Request::Acquire(request),
+        Request::Commit { lease },
+        Request::Map { lease, iova: 0x1000, size: 0x1001, quota },
+        Request::MapDone { lease, iova: 0x1000, made: true },
+    ] {
+        ledger.apply(request).unwrap();
+    }
+    let mut unmap = |size| ledger.apply(Request::Unmap { lease, iova: 0x1000, size });
+    assert!(matches!(unmap(0x1000), Err(Refusal::Bad(Bad::CutsMapping { .. }))));
+    assert_eq!(unmap(0x1001), Ok(vec![Effect::Unmap { iova: 0x1000, size: 0x1001 }]));
+}
+
+#[test]
+fn a_device_that_is_kept_for_its_last_tenant_counts_once_against_its_quota() {
+    let mut ledger = Ledger::default();
+    let asked = |id, number, devices| {
+        let request = by_iommufd(id, vec![group(number, 1)]);
+        let quota = Quota { devices, ..request.quota };
+        Request::Acquire(super::super::Acquire { quota, ..request })
+    };
+    let lease = LeaseId(1);
+    ledger.apply(asked(1, 3, 1)).unwrap();
+    ledger.apply(Request::Commit { lease }).unwrap();
+    ledger.apply(Request::End { lease, at: 8 }).unwrap();
+    let left = [(model::bdf(3, 0), 7)].into();
+    ledger.apply(Request::Unbound { group: 3, at: 9, left }).unwrap();
+    let over = Refusal::OverLimit { limit: "devices", most: 1, asked: 2 };
+    assert_eq!(ledger.apply(asked(2, 4, 1)), Err(over));
+    // Acquired again it counts as what is held, and no second time.
+    ledger.apply(asked(2, 3, 1)).unwrap();
+    ledger.apply(asked(3, 4, 2)).unwrap();
+}
+
+#[test]
+fn a_container_has_members_until_the_last_of_them_is_gone() {
+    let mut ledger = Ledger::default();
+    let space = Space::Shared { name: "dpdk".into(), trust: Trust::Enforced };
+    let member = super::super::Acquire { space, ..acquire(1, "a", vec![group(1, 1)]) };
+    let lease = member.lease;
+    assert!(!ledger.has_members("dpdk"));
+    ledger.apply(Request::Acquire(member)).unwrap();
+    assert!(ledger.has_members("dpdk") && !ledger.has_members("other"));
+    ledger.apply(Request::Commit { lease }).unwrap();
+    assert!(!ledger.has_ending());
+    ledger.apply(Request::End { lease, at: 5 }).unwrap();
+    assert!(ledger.has_members("dpdk") && ledger.has_ending());
+    ledger.apply(Request::Detached { group: 1 }).unwrap();
+    ledger.apply(Request::Freed { group: 1 }).unwrap();
+    assert!(!ledger.has_members("dpdk") && !ledger.has_ending());
+}
+
+#[test]
 fn a_stranger_in_the_container_keeps_newcomers_out() {
     let mut ledger = Ledger::default();
     let space = Space::Shared { name: "dpdk".into(), trust: Trust::Enforced };
@@ -79,6 +136,18 @@ fn a_stranger_in_the_container_keeps_newcomers_out() {
     ledger.apply(Request::Detached { group: 1 }).unwrap();
     ledger.apply(Request::Freed { group: 1 }).unwrap();
     ledger.apply(Request::Acquire(member(2))).unwrap();
+}
+
+#[test]
+fn leases_are_listed_in_the_order_of_their_names_from_any_of_them_on() {
+    let mut ledger = Ledger::default();
+    for id in [2, 1, 3] {
+        ledger.apply(Request::Acquire(acquire(id, "a", vec![group(id as u32, 1)]))).unwrap();
+    }
+    let after = |id| ledger.leases_after(id).map(|lease| lease.id.0).collect::<Vec<_>>();
+    assert_eq!(after(None), [1, 2, 3]);
+    assert_eq!(after(Some(LeaseId(1))), [2, 3]);
+    assert!(after(Some(LeaseId(3))).is_empty());
 }
 
 /// A lease as its keeper has it.
@@ -109,6 +178,31 @@ fn adopted(request: &super::super::Acquire, held: bool) -> Adopted {
         groups: request.groups.iter().map(group).collect(),
         is_mapped: false,
     }
+}
+
+#[test]
+fn a_lease_s_name_is_sixteen_lower_case_hexadecimal_digits() {
+    assert_eq!(LeaseId(0xab).to_string(), "00000000000000ab");
+    for id in [0, 0xab, u64::MAX].map(LeaseId) {
+        assert_eq!(id.to_string().parse(), Ok(id));
+    }
+    for odd in
+        ["", "ab", "00000000000000AB", "000000000000ag00", "000000000000000ab", "+0000000000000ab"]
+    {
+        assert_eq!(odd.parse::<LeaseId>(), Err(NotALeaseId), "{odd}");
+    }
+}
+
+#[test]
+fn a_group_whose_devices_go_out_by_their_own_nodes_is_looked_at_and_not_kept_open() {
+    let mut ledger = Ledger::default();
+    let effects = ledger.apply(Request::Acquire(by_iommufd(1, vec![group(3, 1)]))).unwrap();
+    let device = model::bdf(3, 0);
+    assert_eq!(effects, [Effect::OpenIommufd, Effect::CheckGroup(3), Effect::OpenCdev(3, device)]);
+    // Until it is committed it is being added.
+    let lease = ledger.lease(LeaseId(1)).unwrap();
+    let adding: Vec<_> = lease.adding().map(|handed| handed.bdf).collect();
+    assert_eq!((adding, lease.devices.len()), (vec![device], 0));
 }
 
 fn by_iommufd(id: u64, groups: Vec<WantedGroup>) -> super::super::Acquire {
@@ -217,6 +311,8 @@ fn a_lease_that_is_another_tenant_s_now_counts_against_that_one() {
     let left = [(model::bdf(1, 0), 7)].into();
     ledger.apply(Request::Unbound { group: 1, at: 9, left }).unwrap();
     assert!(ledger.is_open_to(1, "b") && !ledger.is_open_to(1, "a"));
+    let kept: Vec<_> = ledger.unproved().map(|(group, left)| (group, &*left.tenant)).collect();
+    assert_eq!(kept, [(1, "b")]);
     ledger.apply(Request::Rename { lease: LeaseId(1), tenant: "a".into() }).unwrap();
     assert!(ledger.is_open_to(1, "a") && !ledger.is_open_to(1, "b"));
     // One that is not there is no reason to refuse.

@@ -45,3 +45,41 @@ fn of_several_near_misses_the_first_is_told() {
     let reason = decide(&policy, &device(NIC, "8086:10d3")).reason;
     assert!(reason.contains("with subsystem 8086:0000"), "{reason}");
 }
+
+#[test]
+fn a_lease_s_form_is_permitted_as_a_whole_or_refused_by_the_first_rule_that_it_breaks() {
+    let policy = good(
+        r#"
+version = 1
+[[tenant]]
+name = "a"
+user = 1000
+devices = ["8086:10d3"]
+handouts = ["container", "devices"]
+[[tenant]]
+name = "looks"
+user = 1001
+rights = ["observe"]
+handouts = ["devices"]
+[[container]]
+name = "pool"
+members = ["a"]
+trust = "mutual"
+"#,
+    );
+    let [a, looks] = policy.tenants() else { panic!() };
+    let form = |handout, container| Form { handout, container };
+    let refused = |tenant, form| policy.permits(tenant, form).unwrap_err().rule;
+    assert_eq!(policy.permits(a, form(Handout::Container, None)), Ok(()));
+    assert_eq!(policy.permits(a, form(Handout::Devices, Some(("pool", Trust::Mutual)))), Ok(()));
+    let right = refused(looks, form(Handout::Devices, None));
+    assert!(right.starts_with("tenant \"looks\" rights"), "{right}");
+    let backend = refused(a, form(Handout::Iommufd, None));
+    assert!(backend.starts_with("tenant \"a\" backends"), "{backend}");
+    let handout = refused(a, form(Handout::Group, None));
+    assert!(handout.starts_with("tenant \"a\" handouts"), "{handout}");
+    let trust = refused(a, form(Handout::Devices, Some(("pool", Trust::Enforced))));
+    assert!(trust.starts_with("container \"pool\" trust"), "{trust}");
+    let none = refused(a, form(Handout::Devices, Some(("pond", Trust::Mutual))));
+    assert!(none.starts_with("default deny"), "{none}");
+}

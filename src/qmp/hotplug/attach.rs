@@ -134,14 +134,14 @@ fn refuse(request: &Attach, state: &State) -> Result<()> {
 }
 
 /// What the broker gave: the device, and the lease that it is in.
-struct Given {
+struct LeasedFiles {
     lease: String,
     key: String,
     lifeline: OwnedFd,
     files: Files,
 }
 
-impl From<Lease> for Given {
+impl From<Lease> for LeasedFiles {
     fn from(lease: Lease) -> Self {
         let (name, key) = (lease.id().to_owned(), lease.key().to_owned());
         let (lifeline, files) = lease.into_parts();
@@ -151,7 +151,7 @@ impl From<Lease> for Given {
 
 /// A lease for the device. Where a device of the same group is in this QEMU, its lease is the only
 /// one that can have it: then it joins that lease.
-fn acquire(broker: &mut Client, request: &Attach, state: &State) -> Result<Given> {
+fn acquire(broker: &mut Client, request: &Attach, state: &State) -> Result<LeasedFiles> {
     let wanted = || {
         let wanted = Acquire::new(&request.vm).device(&request.device).backend(Backend::Iommufd);
         request.withhold.iter().fold(wanted, |wanted, device| wanted.withhold(device))
@@ -180,7 +180,7 @@ fn acquire(broker: &mut Client, request: &Attach, state: &State) -> Result<Given
 /// The device once more, where that lease has it already and QEMU does not: an attach did not come to
 /// its end after it had joined the lease, or the device has been detached, and what is in a lease
 /// leaves it only with all the rest.
-fn again(broker: &mut Client, request: &Attach, record: &Record) -> Result<Option<Given>> {
+fn again(broker: &mut Client, request: &Attach, record: &Record) -> Result<Option<LeasedFiles>> {
     let device = full_name(&request.device);
     let leases = broker.leases()?;
     let there =
@@ -193,7 +193,7 @@ fn again(broker: &mut Client, request: &Attach, record: &Record) -> Result<Optio
         return Err(Error::bad(&request.device, "the broker gave no lease fd with it"));
     };
     let (lease, key) = (record.lease.clone(), record.key.clone());
-    Ok(Some(Given { lease, key, lifeline: lifeline.fd, files }))
+    Ok(Some(LeasedFiles { lease, key, lifeline: lifeline.fd, files }))
 }
 
 /// What has been done in QEMU, to be undone in reverse order.
@@ -216,7 +216,7 @@ struct Plug<'a> {
 }
 
 impl Plug<'_> {
-    fn run(&mut self, mut given: Given, properties: Map<String, Value>) -> Result<Attached> {
+    fn run(&mut self, mut given: LeasedFiles, properties: Map<String, Value>) -> Result<Attached> {
         let Some(cdev) = given.files.take(FdKind::Cdev, None) else {
             let why = "the broker gave it in another form than by iommufd";
             return Err(Error::bad(&self.request.device, why));
@@ -261,7 +261,7 @@ impl Plug<'_> {
     }
 
     /// The first thing of all: by it the next attach or detach finds the rest.
-    fn remember(&mut self, id: &str, device: &str, given: &Given) -> Result<()> {
+    fn remember(&mut self, id: &str, device: &str, given: &LeasedFiles) -> Result<()> {
         let record = Record {
             vm: self.request.vm.clone(),
             device: device.to_owned(),

@@ -6,6 +6,7 @@ use super::tables::Candidate;
 use super::{CallArg, Caller, Done, File, FileId, Machine, Named, UserStruct};
 use crate::kernel::request;
 use nix::errno::Errno;
+use uuid::Uuid;
 use vfio_bindings::bindings::vfio as uapi;
 
 /// Where a device is bound to.
@@ -144,7 +145,7 @@ impl Machine {
             None
         } else {
             let bytes = user.out.as_deref().and_then(|out| out.get(..16)).ok_or(Errno::EFAULT)?;
-            Some(bytes.try_into().map_err(|_| Errno::EFAULT)?)
+            Some(Uuid::from_slice(bytes).map_err(|_| Errno::EFAULT)?)
         };
         self.check_token(index, token)
     }

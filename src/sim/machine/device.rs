@@ -8,6 +8,7 @@ use super::{CallArg, Done, Machine, UserStruct, number};
 use crate::kernel::request;
 use crate::sim::topology;
 use nix::errno::Errno;
+use uuid::Uuid;
 use vfio_bindings::bindings::vfio as uapi;
 
 /// A PCI function and what its users have done to it.
@@ -39,20 +40,20 @@ pub(super) struct DeviceState {
     /// Resets of any kind since the start.
     pub(super) resets: u64,
     /// The VF token of a PF.
-    pub(super) token: [u8; 16],
+    pub(super) token: Uuid,
 }
 
 impl DeviceState {
     pub(super) fn new(facts: topology::Device, group: u32) -> Self {
         let driver = facts.driver.clone();
-        let token = facts.vf_token.as_deref().and_then(|it| super::parse_uuid(it.as_bytes()));
+        let token = facts.vf_token.as_deref().and_then(|it| Uuid::try_parse(it).ok());
         Self {
             on_vfio: facts.on_vfio(driver.as_deref()),
             config: Config::new(&facts),
             memory: Memory::default(),
             irqs: Irqs::default(),
             // The kernel makes one up that nobody knows.
-            token: token.unwrap_or([0xa5; 16]),
+            token: token.unwrap_or(Uuid::from_bytes([0xa5; 16])),
             known_to: driver.iter().cloned().collect(),
             leaving: false,
             driver_override: None,
@@ -212,9 +213,7 @@ impl Machine {
         if flags & SET == 0 || argsz - 8 < 16 {
             return Err(Errno::EINVAL);
         }
-        for (i, byte) in device.token.iter_mut().enumerate() {
-            *byte = user.byte(8 + i);
-        }
+        device.token = Uuid::from_bytes(std::array::from_fn(|i| user.byte(8 + i)));
         Ok(())
     }
 }

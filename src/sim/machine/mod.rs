@@ -36,7 +36,6 @@ mod tests;
 pub use call::{CallArg, Done, Event, FileId, Named, UserStruct};
 pub use caller::{Caller, Capability, Mm};
 pub(crate) use drivers::{DriverFile, Written};
-pub(crate) use token::parse_uuid;
 pub(crate) use view::DeviceView;
 
 use super::profile::Profile;

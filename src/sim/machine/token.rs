@@ -3,21 +3,7 @@
 
 use super::Machine;
 use nix::errno::Errno;
-
-/// A UUID of 36 characters at the start of `text`.
-pub(crate) fn parse_uuid(text: &[u8]) -> Option<[u8; 16]> {
-    const DASHES: [usize; 4] = [8, 13, 18, 23];
-    let text = std::str::from_utf8(text.get(..36)?).ok()?;
-    let placed = text
-        .bytes()
-        .enumerate()
-        .all(|(i, byte)| if DASHES.contains(&i) { byte == b'-' } else { byte.is_ascii_hexdigit() });
-    if !placed {
-        return None;
-    }
-    let digits = text.replace('-', "");
-    Some(u128::from_str_radix(&digits, 16).ok()?.to_be_bytes())
-}
+use uuid::Uuid;
 
 impl Machine {
     /// Whether `text` means the device, with the token that it takes.
@@ -44,19 +30,17 @@ impl Machine {
                 continue;
             }
             let value = rest.strip_prefix(b"vf_token=").filter(|_| token.is_none());
-            let value = value.filter(|value| value.len() >= 36).ok_or(Errno::EINVAL)?;
-            token = Some(parse_uuid(value).ok_or(Errno::EINVAL)?);
-            rest = &value[36..];
+            let (uuid, behind) =
+                value.and_then(|it| it.split_at_checked(36)).ok_or(Errno::EINVAL)?;
+            // Of the forms that `uuid` reads, the kernel's alone has 36 characters.
+            token = Some(Uuid::try_parse_ascii(uuid).map_err(|_| Errno::EINVAL)?);
+            rest = behind;
         }
         self.check_token(index, token)?;
         Ok(true)
     }
 
-    pub(super) fn check_token(
-        &mut self,
-        index: usize,
-        token: Option<[u8; 16]>,
-    ) -> Result<(), Errno> {
+    pub(super) fn check_token(&mut self, index: usize, token: Option<Uuid>) -> Result<(), Errno> {
         let Some(device) = self.devices.get(index) else { return Err(Errno::ENODEV) };
         if let Some(pf) = device.facts.physfn {
             let pf = self.devices.iter().find(|device| device.facts.bdf == pf && device.on_vfio);

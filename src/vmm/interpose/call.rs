@@ -1,5 +1,6 @@
 //! What a system call that waits for an answer wants: read from its registers and its memory.
 
+use super::answers::{Ioctl, Place};
 use super::path;
 use super::sys::Notification;
 use crate::kernel::Node;
@@ -17,12 +18,8 @@ use std::path::Path;
 pub(super) enum Call {
     /// To open a VFIO node.
     Open { node: Node, close_on_exec: bool },
-    /// `VFIO_GROUP_SET_CONTAINER`.
-    SetContainer { group: RawFd, container: RawFd },
-    /// `VFIO_SET_IOMMU`.
-    SetIommu { container: RawFd, kind: u64 },
-    /// `VFIO_GROUP_GET_STATUS`.
-    GetStatus { group: RawFd, flags: Place },
+    /// Something that may have been done already.
+    Ioctl(Ioctl),
     /// Something that is none of our business.
     Other,
 }
@@ -31,8 +28,8 @@ const SET_CONTAINER: u32 = crate::kernel::request::GROUP_SET_CONTAINER.number;
 const SET_IOMMU: u32 = crate::kernel::request::SET_IOMMU.number;
 const GET_STATUS: u32 = crate::kernel::request::GROUP_GET_STATUS.number;
 
-/// The ioctls that are asked about where the lease's groups are attached already.
-pub(super) const IOCTLS: [u32; 3] = [SET_CONTAINER, SET_IOMMU, GET_STATUS];
+/// The ioctls that can be asked about.
+pub const IOCTLS: [u32; 3] = [SET_CONTAINER, SET_IOMMU, GET_STATUS];
 
 impl Call {
     /// Reads it. What was read counts only if its maker still waits afterwards.
@@ -50,10 +47,10 @@ impl Call {
             libc::SYS_ioctl if second as u32 == SET_CONTAINER => {
                 let Some(container) = read_array(thread, third)? else { return Ok(Self::Other) };
                 let container = RawFd::from_ne_bytes(container);
-                Ok(Self::SetContainer { group: first as RawFd, container })
+                Ok(Self::Ioctl(Ioctl::SetContainer { group: first as RawFd, container }))
             }
             libc::SYS_ioctl if second as u32 == SET_IOMMU => {
-                Ok(Self::SetIommu { container: first as RawFd, kind: third })
+                Ok(Self::Ioctl(Ioctl::SetIommu { container: first as RawFd, kind: third }))
             }
             libc::SYS_ioctl if second as u32 == GET_STATUS => {
                 let Some(size) = read_array(thread, third)? else { return Ok(Self::Other) };
@@ -62,7 +59,7 @@ impl Call {
                     return Ok(Self::Other);
                 }
                 let flags = Place { memory: memory(thread, true)?, address: third.wrapping_add(4) };
-                Ok(Self::GetStatus { group: first as RawFd, flags })
+                Ok(Self::Ioctl(Ioctl::GetStatus { group: first as RawFd, flags }))
             }
             _ => Ok(Self::Other),
         }
@@ -71,29 +68,6 @@ impl Call {
 
 /// Of `struct vfio_group_status`: its own size, and the flags.
 const STATUS_SIZE: u32 = 8;
-
-/// Where an answer goes in the asker's memory. It is that memory's also when the asker has ended
-/// meanwhile and its number is another's.
-#[derive(Debug)]
-pub(super) struct Place {
-    memory: File,
-    address: u64,
-}
-
-impl Place {
-    /// # Errors
-    /// EIO: nothing that could be written to is there.
-    pub(super) fn put(&self, value: u32) -> Result<(), Errno> {
-        self.memory.write_all_at(&value.to_ne_bytes(), self.address).map_err(errno)
-    }
-}
-
-#[cfg(test)]
-impl PartialEq for Place {
-    fn eq(&self, other: &Self) -> bool {
-        self.address == other.address
-    }
-}
 
 fn open(thread: Pid, directory: RawFd, address: u64, flags: i32) -> Result<Call, Errno> {
     // These open no device.
@@ -259,13 +233,16 @@ mod tests {
             let arguments = [7, u64::from(request) | 1 << 40, argument, 0, 0, 0];
             Call::read(&notification(libc::SYS_ioctl, arguments)).unwrap()
         };
-        assert_eq!(ioctl(SET_CONTAINER, at), Call::SetContainer { group: 7, container: 9 });
+        assert_eq!(
+            ioctl(SET_CONTAINER, at),
+            Call::Ioctl(Ioctl::SetContainer { group: 7, container: 9 })
+        );
         assert_eq!(ioctl(SET_CONTAINER, 8), Call::Other, "a bad pointer");
-        assert_eq!(ioctl(SET_IOMMU, 3), Call::SetIommu { container: 7, kind: 3 });
+        assert_eq!(ioctl(SET_IOMMU, 3), Call::Ioctl(Ioctl::SetIommu { container: 7, kind: 3 }));
         assert_eq!(ioctl(SET_IOMMU - 1, 3), Call::Other);
         let mut status = [8_u32, 0];
         let at = (&raw mut status).expose_provenance() as u64;
-        let Call::GetStatus { group: 7, flags } = ioctl(GET_STATUS, at) else {
+        let Call::Ioctl(Ioctl::GetStatus { group: 7, flags }) = ioctl(GET_STATUS, at) else {
             panic!("no status")
         };
         flags.put(5).unwrap();

@@ -1,30 +1,30 @@
-//! The interposer: a program that opens `/dev/vfio/26` by itself is given the lease's open file.
+//! The interposer: a program that opens `/dev/vfio/26` by itself is given an open file of ours.
 //!
 //! The program runs under a seccomp filter that has the kernel ask a supervisor about each open
-//! (`filter`), which looks at the path in the program's memory (`call`, `path`), and hands the
-//! lease's file over (`grants`) or lets the kernel go on (`supervisor`), in threads (`service`) beside
-//! the one that passes signals on (`watch`). It is a convenience, not a
-//! security boundary: between the look and the kernel's own one the program can change the path; it
-//! gets nothing by it that it could not have had without.
+//! (`filter`), which looks at the path in the program's memory (`call`, `path`), and hands a file over or lets the kernel
+//! go on (`supervisor`), in threads (`service`) beside the one that passes signals on (`wait`). Which file,
+//! the interposing program says (`answers`): nothing here knows of leases or of the broker.
+//!
+//! It is a convenience, not a security boundary: between the look and the kernel's own one the program
+//! can change the path; it gets nothing by it that it could not have had without.
 
+mod answers;
 mod call;
 mod filter;
-mod grants;
 mod path;
 mod service;
 mod start;
 mod supervisor;
 mod sys;
-mod watch;
+mod wait;
 
-pub use grants::Cdevs;
+pub use answers::{Answers, Asker, Ioctl, Opened, Place};
+pub use call::IOCTLS;
 pub use supervisor::Log;
-pub use watch::Ended;
+pub use wait::Ended;
 
-use super::{Error, Result, Slots};
-use crate::client::Lease;
-use crate::protocol::Handout;
-use grants::Grants;
+use super::{Error, Result};
+use crate::sys::slots::Slots;
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::ForkResult;
@@ -33,19 +33,14 @@ use std::process::Command;
 use supervisor::Supervisor;
 
 /// A program and what it runs with.
-#[derive(Debug)]
 pub struct Interposed {
     /// The program, its arguments and its environment. `LISTEN_PID` is set when its process is
     /// there.
     pub command: Command,
     /// What it inherits.
     pub slots: Slots,
-    /// What it is given when it opens nodes.
-    pub lease: Lease,
-    /// With the handout `iommufd`: the nodes of its devices.
-    pub cdevs: Cdevs,
-    /// Where the broker is asked for more.
-    pub broker: PathBuf,
+    /// What it is answered.
+    pub answers: Box<dyn Answers>,
     /// Where is told what it was not given.
     pub log: Log,
 }
@@ -57,19 +52,14 @@ impl Interposed {
     /// # Errors
     /// It was not started: [`Error::Program`], [`Error::Listener`] and others.
     pub fn run(self) -> Result<Ended> {
-        let Self { command, slots, lease, cdevs, broker, log } = self;
-        if lease.handout() == Handout::Devices {
-            return Err(Error::NothingToOpen);
-        }
-        let grants = Grants::new(broker, lease, cdevs)?;
-        let ioctls = if grants.attached.is_some() { &call::IOCTLS[..] } else { &[] };
-        let filter = filter::program(ioctls).ok_or(Error::Architecture)?;
+        let Self { command, slots, answers, log } = self;
+        let filter = filter::program(answers.ioctls()).ok_or(Error::Architecture)?;
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
                 .map_err(Error::system("socketpair"))?;
         // From before there is a program, so that no end of it goes by unseen.
         let mut before = SigSet::empty();
-        let blocked = watch::signals();
+        let blocked = wait::signals();
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&blocked), Some(&mut before))
             .map_err(Error::system("sigprocmask"))?;
         // From before there is a program too: nobody is to look into this process, which has the lease's
@@ -84,8 +74,8 @@ impl Interposed {
                 let path = PathBuf::from(command.get_program());
                 drop((theirs, slots, command));
                 let listener = start::listener(&ours, child)?;
-                let supervisor = Supervisor::new(listener, grants, log);
-                watch::Watch::new(child, path, ours)?.run(supervisor)
+                let supervisor = Supervisor::new(listener, answers, log);
+                wait::Wait::new(child, path, ours)?.run(supervisor)
             }
         }
     }

@@ -9,9 +9,9 @@
 use super::super::{Error, Result};
 use super::supervisor::Supervisor;
 use super::sys::{self, Notification};
+use crate::sys::event::EventFd;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -53,8 +53,7 @@ struct State {
 impl Service {
     /// Starts to answer.
     pub(super) fn start(supervisor: Supervisor) -> Result<Self> {
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let event = || EventFd::from_value_and_flags(0, flags).map_err(Error::system("eventfd"));
+        let event = || EventFd::new().map_err(Error::system("eventfd"));
         let flags = TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK;
         let patience = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags);
         let shared = Shared {

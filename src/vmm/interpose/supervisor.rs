@@ -1,14 +1,13 @@
 //! What a program's opens and ioctls are answered with. Several threads may be at it at once.
 
+use super::answers::{Answers, Asker, Ioctl, Opened};
 use super::call::Call;
-use super::grants::{Attached, Grant, Grants, errno_of};
 use super::sys::{self, Notification};
-use crate::kernel::{Group, Node};
+use crate::kernel::Node;
 use nix::errno::Errno;
 use nix::unistd::Pid;
 use std::collections::BTreeSet;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::sync::atomic::Ordering;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 /// Where the supervisor's words go.
@@ -16,7 +15,7 @@ pub type Log = fn(&str);
 
 pub(super) struct Supervisor {
     listener: OwnedFd,
-    grants: Grants,
+    answers: Box<dyn Answers>,
     log: Log,
     /// What has been said is not said again.
     said: Mutex<BTreeSet<String>>,
@@ -33,8 +32,8 @@ enum Verdict {
 }
 
 impl Supervisor {
-    pub(super) fn new(listener: OwnedFd, grants: Grants, log: Log) -> Self {
-        Self { listener, grants, log, said: Mutex::default() }
+    pub(super) fn new(listener: OwnedFd, answers: Box<dyn Answers>, log: Log) -> Self {
+        Self { listener, answers, log, said: Mutex::default() }
     }
 
     /// Readable when there is a question; hung up when nobody is left to ask.
@@ -61,8 +60,8 @@ impl Supervisor {
         let call = call.unwrap_or_else(|errno| {
             let who = name(question.thread);
             self.say_once(&format!(
-                "{who} can't be looked into ({errno}): it opens files by itself, and gets none of \
-                 the lease's"
+                "{who} can't be looked into ({errno}): it opens files by itself, and gets none that \
+                 it could be given"
             ));
             Call::Other
         });
@@ -70,15 +69,7 @@ impl Supervisor {
             Call::Open { node, close_on_exec } => {
                 return self.open(question, &node, close_on_exec);
             }
-            Call::SetContainer { group, container } => {
-                self.is_attached(|attached| attached.has_both(question, group, container))
-            }
-            Call::SetIommu { container, kind } => {
-                self.is_attached(|attached| attached.has_iommu(question, container, kind))
-            }
-            Call::GetStatus { group, flags } => self.is_attached(|attached| {
-                Ok(attached.looks_new(question, group)? && flags.put(VIABLE).is_ok())
-            }),
+            Call::Ioctl(ioctl) => self.ioctl(question, &ioctl),
             Call::Other => Verdict::GoOn,
         };
         self.send(question, verdict)
@@ -100,44 +91,34 @@ impl Supervisor {
 
     fn open(&self, question: &Notification, node: &Node, close_on_exec: bool) -> Result<(), Errno> {
         let listener = self.listener.as_fd();
-        let (given, fresh) = match self.grants.open(node) {
-            Grant::Kept(file) => (sys::give(listener, question.id, file, close_on_exec), None),
-            Grant::Given(fresh) => {
-                let given = sys::give(listener, question.id, fresh.file.as_fd(), close_on_exec);
-                (given, Some(fresh))
-            }
-            Grant::NotGranted => {
-                let (who, lease) = (name(question.thread), self.grants.lease());
-                let nodes = self.grants.nodes();
-                let missing = self.grants.missing(node);
-                self.say_once(&format!(
-                    "{who} may not open {node}: lease {lease} has {nodes}; {missing}"
-                ));
-                return self.send(question, Verdict::Failed(Errno::EACCES));
-            }
-            Grant::Failed(error) => {
-                let who = name(question.thread);
-                self.say_once(&format!("{who} can't open {node} now: {error}"));
-                return self.send(question, Verdict::Failed(errno_of(&error)));
+        let give = |file| sys::give(listener, question.id, file, close_on_exec);
+        let (given, fresh) = match self.answers.open(node) {
+            Opened::Kept(file) => (give(file), None),
+            Opened::Given(fresh) => (give(fresh.as_fd()), Some(fresh)),
+            Opened::Refused { errno, why } => {
+                self.say_once(&format!("{} {why}", name(question.thread)));
+                return self.send(question, Verdict::Failed(errno));
             }
         };
-        match (given, fresh) {
+        match given {
             // The program has it, and nobody else does: ours is closed here.
-            (Ok(()), _) => Ok(()),
-            (Err(errno), fresh) => {
+            Ok(()) => Ok(()),
+            Err(errno) => {
                 if let Some(fresh) = fresh {
-                    self.grants.put_back(fresh);
+                    self.answers.put_back(node, fresh);
                 }
                 self.send(question, Verdict::Failed(errno))
             }
         }
     }
 
-    /// Whether the kernel says that what is asked for has been done.
-    fn is_attached(&self, has: impl FnOnce(&Attached) -> Result<bool, Errno>) -> Verdict {
-        let Some(attached) = &self.grants.attached else { return Verdict::GoOn };
-        match has(attached) {
-            Ok(true) => Verdict::Done,
+    /// The kernel is asked unless what is asked for is so already.
+    fn ioctl(&self, question: &Notification, ioctl: &Ioctl) -> Verdict {
+        match self.answers.ioctl(Asker(question.thread), ioctl) {
+            Ok(true) => match ioctl {
+                Ioctl::GetStatus { flags, .. } if flags.put(VIABLE).is_err() => Verdict::GoOn,
+                _ => Verdict::Done,
+            },
             Ok(false) => Verdict::GoOn,
             Err(errno) => {
                 self.say_once(&format!(
@@ -158,63 +139,6 @@ impl Supervisor {
         if is_new {
             (self.log)(text);
         }
-    }
-}
-
-impl Attached {
-    /// Whether these numbers of the asker are one of our groups and our container, and the group is
-    /// attached at this moment: a program may have taken it out.
-    fn has_both(
-        &self,
-        question: &Notification,
-        group: RawFd,
-        container: RawFd,
-    ) -> Result<bool, Errno> {
-        if !sys::is_same(question.thread, container, self.container.as_fd())? {
-            return Ok(false);
-        }
-        let Some(ours) = self.group(question, group)? else { return Ok(false) };
-        let (node, status) = (ours.node().clone(), ours.status());
-        self.set().insert(node);
-        Ok(status.is_ok_and(|status| status.attached))
-    }
-
-    /// Whether the number is one of our groups that the program has not put into a container, and it
-    /// is in one by the broker's doing. It is viable then.
-    fn looks_new(&self, question: &Notification, group: RawFd) -> Result<bool, Errno> {
-        let Some(ours) = self.group(question, group)? else { return Ok(false) };
-        Ok(!self.set().contains(ours.node()) && ours.status().is_ok_and(|status| status.attached))
-    }
-
-    /// The one of our groups that a number of the asker is.
-    fn group(&self, question: &Notification, number: RawFd) -> Result<Option<&Group>, Errno> {
-        for ours in &self.groups {
-            if sys::is_same(question.thread, number, ours.as_fd())? {
-                return Ok(Some(ours));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Whether the number is our container, and it has this IOMMU type at this moment: it loses it
-    /// with its last group. Then it is the program that sets one, and the broker's means no more.
-    fn has_iommu(
-        &self,
-        question: &Notification,
-        container: RawFd,
-        kind: u64,
-    ) -> Result<bool, Errno> {
-        if !self.is_as_set.load(Ordering::Relaxed) {
-            return Ok(false);
-        }
-        if !sys::is_same(question.thread, container, self.container.as_fd())? {
-            return Ok(false);
-        }
-        if self.container.info().is_err() {
-            self.is_as_set.store(false, Ordering::Relaxed);
-            return Ok(false);
-        }
-        Ok(kind == u64::from(self.iommu.number()))
     }
 }
 

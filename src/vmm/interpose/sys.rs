@@ -7,12 +7,18 @@ use nix::libc;
 use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, raise, sigprocmask};
 use nix::unistd::{ForkResult, Pid};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::raw::{c_uint, c_ulong};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::{ioctl_iow_nr, ioctl_iowr_nr};
 
-nix::ioctl_readwrite!(notif_recv, b'!', 0, libc::seccomp_notif);
-nix::ioctl_readwrite!(notif_send, b'!', 1, libc::seccomp_notif_resp);
-nix::ioctl_write_ptr!(notif_id_valid, b'!', 2, u64);
-nix::ioctl_write_ptr!(notif_addfd, b'!', 3, libc::seccomp_notif_addfd);
-nix::ioctl_write_int_bad!(notif_set_flags, nix::request_code_write!(b'!', 4, size_of::<u64>()));
+/// Of linux/seccomp.h, as the names below.
+const SECCOMP_IOC_MAGIC: c_uint = b'!' as c_uint;
+
+ioctl_iowr_nr!(SECCOMP_IOCTL_NOTIF_RECV, SECCOMP_IOC_MAGIC, 0, libc::seccomp_notif);
+ioctl_iowr_nr!(SECCOMP_IOCTL_NOTIF_SEND, SECCOMP_IOC_MAGIC, 1, libc::seccomp_notif_resp);
+ioctl_iow_nr!(SECCOMP_IOCTL_NOTIF_ID_VALID, SECCOMP_IOC_MAGIC, 2, u64);
+ioctl_iow_nr!(SECCOMP_IOCTL_NOTIF_ADDFD, SECCOMP_IOC_MAGIC, 3, libc::seccomp_notif_addfd);
+ioctl_iow_nr!(SECCOMP_IOCTL_NOTIF_SET_FLAGS, SECCOMP_IOC_MAGIC, 4, u64);
 
 /// A system call that waits for an answer.
 #[derive(Clone, Copy, Debug)]
@@ -42,12 +48,12 @@ pub(super) fn install(filter: &[libc::sock_filter]) -> Result<OwnedFd, Errno> {
     // Who asks sleeps until it has the answer, so who answers may have its processor: that saves waking
     // another one. Before Linux 6.6 it can't be had, and is not needed.
     // SAFETY: the ioctl takes a number.
-    let _ = unsafe { notif_set_flags(listener.as_raw_fd(), SYNC_WAKE_UP) };
+    let _ = unsafe { ioctl_with_val(&listener, SECCOMP_IOCTL_NOTIF_SET_FLAGS(), SYNC_WAKE_UP) };
     Ok(listener)
 }
 
 /// `SECCOMP_USER_NOTIF_FD_SYNC_WAKE_UP` of linux/seccomp.h.
-const SYNC_WAKE_UP: i32 = 1;
+const SYNC_WAKE_UP: c_ulong = 1;
 
 fn install_with(filter: &[libc::sock_filter], flags: libc::c_ulong) -> Result<OwnedFd, Errno> {
     let len = u16::try_from(filter.len()).map_err(|_| Errno::EINVAL)?;
@@ -80,8 +86,10 @@ struct Room {
 pub(super) fn receive(listener: BorrowedFd<'_>) -> Result<Notification, Errno> {
     // SAFETY: all zeros is a valid value of these integers, and what the kernel wants to find.
     let mut room: Room = unsafe { std::mem::zeroed() };
+    let question = (&raw mut room).cast::<libc::seccomp_notif>();
     // SAFETY: the kernel writes one struct, for which there is room and more.
-    unsafe { notif_recv(listener.as_raw_fd(), &raw mut room.question) }?;
+    let done = unsafe { ioctl_with_mut_ptr(&listener, SECCOMP_IOCTL_NOTIF_RECV(), question) };
+    Errno::result(done)?;
     let libc::seccomp_notif { id, pid, data, .. } = room.question;
     Ok(Notification {
         id,
@@ -114,7 +122,8 @@ pub(super) fn answer(
 fn respond(listener: BorrowedFd<'_>, id: u64, error: i32, flags: u32) -> Result<(), Errno> {
     let mut response = libc::seccomp_notif_resp { id, val: 0, error, flags };
     // SAFETY: the struct lives through the call, which reads it.
-    unsafe { notif_send(listener.as_raw_fd(), &raw mut response) }.map(drop)
+    let done = unsafe { ioctl_with_mut_ref(&listener, SECCOMP_IOCTL_NOTIF_SEND(), &mut response) };
+    Errno::result(done).map(drop)
 }
 
 /// Gives whoever asks a copy of an open file, and has the system call return its number there.
@@ -135,13 +144,14 @@ pub(super) fn give(
         newfd_flags: if close_on_exec { libc::O_CLOEXEC as u32 } else { 0 },
     };
     // SAFETY: the struct lives through the call, which reads it.
-    unsafe { notif_addfd(listener.as_raw_fd(), &raw const request) }.map(drop)
+    let done = unsafe { ioctl_with_ref(&listener, SECCOMP_IOCTL_NOTIF_ADDFD(), &request) };
+    Errno::result(done).map(drop)
 }
 
 /// Whether whoever asked still waits: what was read of its memory before was its own.
 pub(super) fn is_waiting(listener: BorrowedFd<'_>, id: u64) -> bool {
     // SAFETY: the number lives through the call, which reads it.
-    unsafe { notif_id_valid(listener.as_raw_fd(), &raw const id) }.is_ok()
+    unsafe { ioctl_with_ref(&listener, SECCOMP_IOCTL_NOTIF_ID_VALID(), &id) == 0 }
 }
 
 /// Whether a file of another process is the same open file as one of ours.
@@ -211,18 +221,10 @@ mod tests {
 
     #[test]
     fn requests_have_the_numbers_of_the_header() {
-        assert_eq!(
-            nix::request_code_readwrite!(b'!', 0, size_of::<libc::seccomp_notif>()),
-            0xc050_2100
-        );
-        assert_eq!(
-            nix::request_code_readwrite!(b'!', 1, size_of::<libc::seccomp_notif_resp>()),
-            0xc018_2101
-        );
-        assert_eq!(nix::request_code_write!(b'!', 2, size_of::<u64>()), 0x4008_2102);
-        assert_eq!(
-            nix::request_code_write!(b'!', 3, size_of::<libc::seccomp_notif_addfd>()),
-            0x4018_2103
-        );
+        assert_eq!(SECCOMP_IOCTL_NOTIF_RECV(), 0xc050_2100);
+        assert_eq!(SECCOMP_IOCTL_NOTIF_SEND(), 0xc018_2101);
+        assert_eq!(SECCOMP_IOCTL_NOTIF_ID_VALID(), 0x4008_2102);
+        assert_eq!(SECCOMP_IOCTL_NOTIF_ADDFD(), 0x4018_2103);
+        assert_eq!(SECCOMP_IOCTL_NOTIF_SET_FLAGS(), 0x4008_2104);
     }
 }

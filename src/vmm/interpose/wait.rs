@@ -48,7 +48,7 @@ pub(super) fn signals() -> SigSet {
     all.into_iter().collect()
 }
 
-pub(super) struct Watch {
+pub(super) struct Wait {
     program: Pid,
     path: PathBuf,
     signals: SignalFd,
@@ -56,7 +56,7 @@ pub(super) struct Watch {
     starting: Option<OwnedFd>,
 }
 
-impl Watch {
+impl Wait {
     pub(super) fn new(program: Pid, path: PathBuf, starting: OwnedFd) -> Result<Self> {
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let signals = SignalFd::with_flags(&signals(), flags).map_err(Error::system("signalfd"))?;

@@ -1,4 +1,4 @@
-//! What the demonstration plays on: a broker in a temporary directory.
+//! What the demonstration runs on: a broker in a temporary directory.
 
 use crate::cli::Failure;
 use crate::client::Client;
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// What is to be played, on which devices.
+/// What is to be shown, on which devices.
 #[derive(Debug)]
 pub(super) struct Plan {
     /// Where it happens, in a line.
@@ -30,7 +30,7 @@ pub(super) struct Plan {
 
 /// A broker, running.
 #[derive(Debug)]
-pub(super) struct Stage {
+pub(super) struct Setup {
     pub(super) plan: Plan,
     pub(super) socket: PathBuf,
     /// The simulated kernel's own books.
@@ -42,8 +42,8 @@ pub(super) struct Stage {
 /// How long a broker may take to start: far more than it does.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-impl Stage {
-    pub(super) fn set(plan: Plan) -> Result<Self, Failure> {
+impl Setup {
+    pub(super) fn start(plan: Plan) -> Result<Self, Failure> {
         let directory = tempfile::Builder::new().prefix("vfio-broker-demo.").tempdir()?;
         let at = |name: &str| directory.path().join(name);
         // Clients under other uids walk through it to the socket.
@@ -68,13 +68,13 @@ impl Stage {
         let log = std::fs::File::create(at("log"))?;
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(log);
         let broker = command.spawn()?;
-        let mut stage = Self { plan, socket, sim: None, broker, directory };
-        stage.wait_until_ready(&ready)?;
-        if stage.plan.topology.is_some() {
-            let control = stage.directory.path().join("control/control.sock");
-            stage.sim = Some(Wire::connect(&control)?);
+        let mut setup = Self { plan, socket, sim: None, broker, directory };
+        setup.wait_until_ready(&ready)?;
+        if setup.plan.topology.is_some() {
+            let control = setup.directory.path().join("control/control.sock");
+            setup.sim = Some(Wire::connect(&control)?);
         }
-        Ok(stage)
+        Ok(setup)
     }
 
     fn wait_until_ready(&mut self, ready: &UnixDatagram) -> Result<(), Failure> {
@@ -115,7 +115,7 @@ impl Stage {
     }
 }
 
-impl Drop for Stage {
+impl Drop for Setup {
     fn drop(&mut self) {
         // The end of its input tells it to end; it takes its socket with it.
         drop(self.broker.stdin.take());

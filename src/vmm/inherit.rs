@@ -1,21 +1,21 @@
 //! What a lease gives a program: the open files in the order of their numbers.
 
 use super::arguments::position;
-use super::slots::FIRST;
 use super::{Error, Placeholder, Result};
 use crate::client::Lease;
 use crate::protocol::{FdKind, Group};
+use crate::sys::slots::FIRST;
 use std::os::fd::{AsFd, BorrowedFd, RawFd};
 
 /// The files of a lease as a program inherits them: those of the lease in their order, and the
 /// lease fd last.
 #[derive(Debug)]
-pub struct Given<'l> {
+pub struct InheritedFds<'l> {
     lease: &'l Lease,
     files: Vec<(FdKind, &'l str, BorrowedFd<'l>)>,
 }
 
-impl<'l> Given<'l> {
+impl<'l> InheritedFds<'l> {
     /// All that the lease has.
     pub fn all(lease: &'l Lease) -> Self {
         let files = lease.files().iter();

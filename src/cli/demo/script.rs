@@ -1,8 +1,8 @@
-//! The story: who asks for what, and what must come of it.
+//! The demonstration: who asks for what, and what must come of it.
 
-use super::agent::{Actor, Answer, Ask};
-use super::stage::Stage;
-use super::tale::Tale;
+use super::agent::{Agent, Answer, Ask};
+use super::report::Report;
+use super::setup::Setup;
 use crate::cli::Failure;
 use crate::cli::style::bytes;
 use crate::client::{Acquire, Client, Error, Watch};
@@ -17,27 +17,28 @@ const UIDS: [u32; 2] = [1000, 65534];
 /// How long the broker may take to take something back: far more than it does.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-pub(super) fn tell(stage: &Stage, tale: &mut Tale) -> Result<(), Failure> {
-    let mut play = Play::new(stage)?;
-    play.introduce(tale)?;
-    play.one_gets_a_device(tale)?;
-    play.others_are_refused(tale)?;
-    play.it_is_given_back(tale)?;
-    if stage.plan.second.is_empty() {
-        tale.scene("Sharing a container takes a second device, in another group")?;
-        return tale.note("there is none here; `vfio-broker demo` shows it on a simulated machine");
+pub(super) fn run(setup: &Setup, report: &mut Report) -> Result<(), Failure> {
+    let mut script = Script::new(setup)?;
+    script.introduce(report)?;
+    script.one_gets_a_device(report)?;
+    script.others_are_refused(report)?;
+    script.it_is_given_back(report)?;
+    if setup.plan.second.is_empty() {
+        report.begin_part("Sharing a container takes a second device, in another group")?;
+        return report
+            .note("there is none here; `vfio-broker demo` shows it on a simulated machine");
     }
-    let shared = play.two_share_a_container(tale)?;
-    play.one_of_them_is_killed(shared, tale)
+    let shared = script.two_share_a_container(report)?;
+    script.one_of_them_is_killed(shared, report)
 }
 
 /// Who is there.
-struct Play<'a> {
-    stage: &'a Stage,
+struct Script<'a> {
+    setup: &'a Setup,
     /// This process, which may look and is no tenant with rights to more than others.
     broker: Client,
-    alice: Actor,
-    bob: Actor,
+    alice: Agent,
+    bob: Agent,
     devices: Vec<Device>,
 }
 
@@ -48,37 +49,38 @@ struct Shared {
     watch: Watch,
 }
 
-impl<'a> Play<'a> {
-    fn new(stage: &'a Stage) -> Result<Self, Failure> {
-        let mut broker = stage.connect()?;
+impl<'a> Script<'a> {
+    fn new(setup: &'a Setup) -> Result<Self, Failure> {
+        let mut broker = setup.connect()?;
         let groups = broker.topology()?;
         let devices = groups.into_iter().flat_map(|group| group.devices).collect();
-        let [alice, bob] = clients(stage)?;
-        Ok(Self { stage, broker, alice, bob, devices })
+        let [alice, bob] = clients(setup)?;
+        Ok(Self { setup, broker, alice, bob, devices })
     }
 
-    fn introduce(&self, tale: &Tale) -> Result<(), Failure> {
+    fn introduce(&self, report: &Report) -> Result<(), Failure> {
         let Self { alice, bob, .. } = self;
         let own = nix::unistd::geteuid();
-        tale.opens(&format!("vfio-broker demo, {}", self.stage.plan.title))?;
-        tale.opens(&format!(
+        report.introduce(&format!("vfio-broker demo, {}", self.setup.plan.title))?;
+        report.introduce(&format!(
             "The broker runs as uid {own}. Alice is uid {}, pid {}; Bob is uid {}, pid {}.",
             alice.uid, alice.pid, bob.uid, bob.pid
         ))?;
         if alice.uid == bob.uid {
-            tale.opens("All under one uid: this process may not start others under another.")?;
+            report
+                .introduce("All under one uid: this process may not start others under another.")?;
         } else {
-            tale.opens("Neither has a capability or a right to /dev/vfio.")?;
+            report.introduce("Neither has a capability or a right to /dev/vfio.")?;
         }
         Ok(())
     }
 
-    fn one_gets_a_device(&mut self, tale: &mut Tale) -> Result<(), Failure> {
-        let names = self.stage.plan.first.clone();
-        tale.scene(&format!("Alice asks for {}", names.join(" and ")))?;
+    fn one_gets_a_device(&mut self, report: &mut Report) -> Result<(), Failure> {
+        let names = self.setup.plan.first.clone();
+        report.begin_part(&format!("Alice asks for {}", names.join(" and ")))?;
         let unprivileged = self.alice.capabilities.chars().all(|digit| digit == '0');
         if self.alice.uid != nix::unistd::geteuid().as_raw() {
-            tale.check(unprivileged, "she has no capability: CapEff is 0")?;
+            report.check(unprivileged, "she has no capability: CapEff is 0")?;
         }
         let start = Instant::now();
         let answer = ask_for(&mut self.alice, "alice-vm", &names, None)?;
@@ -89,7 +91,7 @@ impl<'a> Play<'a> {
         let has = |kind: &str| fds.iter().any(|fd| fd.split(' ').next() == Some(kind));
         let all =
             handout == Handout::Container && ["container", "group", "lease"].map(has) == [true; 3];
-        tale.check(
+        report.check(
             all,
             format!("tenant {tenant} got fds over the socket: {}; in {took:.1} ms", fds.join(", ")),
         )?;
@@ -103,7 +105,7 @@ impl<'a> Play<'a> {
             _ => true,
         };
         let seen = after.map_or(String::new(), |a| format!("; the kernel counts {}", figures(a)));
-        tale.check(
+        report.check(
             mapped && counted,
             format!(
                 "mapped 4 MiB at {MIB:#x} for DMA with that container{}{seen}",
@@ -112,7 +114,7 @@ impl<'a> Play<'a> {
         )?;
         for name in &names {
             let said = self.expect_device(true, name)?;
-            tale.check(true, said)?;
+            report.check(true, said)?;
         }
         Ok(())
     }
@@ -132,21 +134,21 @@ impl<'a> Play<'a> {
         Ok(format!("opened {name}: it says it is {ids}, {regions} regions, {irqs} interrupt types"))
     }
 
-    fn others_are_refused(&mut self, tale: &mut Tale) -> Result<(), Failure> {
-        let names = self.stage.plan.first.clone();
-        tale.scene("Others are refused, and told why")?;
+    fn others_are_refused(&mut self, report: &mut Report) -> Result<(), Failure> {
+        let names = self.setup.plan.first.clone();
+        report.begin_part("Others are refused, and told why")?;
         let answer = ask_for(&mut self.bob, "bob-vm", &names, None)?;
         let Answer::Refused(refusal) = &answer else { return Err(unexpected(&answer)) };
         let busy = matches!(refusal, protocol::Error::Busy { .. });
-        tale.check(busy, format!("Bob asks for the same: {}", short(refusal)))?;
+        report.check(busy, format!("Bob asks for the same: {}", short(refusal)))?;
 
-        if let Some(denied) = self.stage.plan.denied {
+        if let Some(denied) = self.setup.plan.denied {
             let answer = ask_for(&mut self.bob, "bob-vm", &[denied.to_owned()], None)?;
             let Answer::Refused(refusal) = &answer else { return Err(unexpected(&answer)) };
-            tale.check(is_denied(refusal), format!("Bob asks for {denied}: denied"))?;
+            report.check(is_denied(refusal), format!("Bob asks for {denied}: denied"))?;
             if let protocol::Error::Denied { rule, reason, .. } = refusal {
-                tale.note(reason)?;
-                tale.note(&format!("by {rule}"))?;
+                report.note(reason)?;
+                report.note(&format!("by {rule}"))?;
             }
         }
         // This process may look ("observe"), so it is told the holder.
@@ -156,33 +158,34 @@ impl<'a> Play<'a> {
         let named = match &refusal {
             protocol::Error::Busy { holder: Some(holder), .. } => holder.pid == self.alice.pid,
             // On a real host the demonstration's policy gives root nothing.
-            refusal => is_denied(refusal) && self.stage.sim.is_none(),
+            refusal => is_denied(refusal) && self.setup.sim.is_none(),
         };
-        tale.check(named, format!("uid {own}, which may observe, asks too: {}", short(&refusal)))?;
-        if let Some(denied) = self.stage.plan.denied {
+        report
+            .check(named, format!("uid {own}, which may observe, asks too: {}", short(&refusal)))?;
+        if let Some(denied) = self.setup.plan.denied {
             let refusal = refused(self.broker.acquire(request(&[denied.to_owned()])))?;
-            tale.check(
+            report.check(
                 is_denied(&refusal),
                 format!("uid {own} asks for {denied}: denied as well"),
             )?;
         }
         let leases = self.broker.leases()?;
         let holder = leases.iter().find(|lease| lease.devices.contains(&device));
-        tale.check(
+        report.check(
             holder.map(|lease| lease.pid) == Some(self.alice.pid),
             format!("`leases` lists who has it: alice-vm, pid {}", self.alice.pid),
         )
     }
 
-    fn it_is_given_back(&mut self, tale: &mut Tale) -> Result<(), Failure> {
-        tale.scene("Alice gives it back")?;
+    fn it_is_given_back(&mut self, report: &mut Report) -> Result<(), Failure> {
+        report.begin_part("Alice gives it back")?;
         let answer = self.alice.ask(&Ask::Release)?;
         let proved = matches!(answer, Answer::Released { proved: true });
-        tale.check(proved, "the kernel has shown that nothing of it is in use any more")?;
-        let names = self.stage.plan.first.clone();
+        report.check(proved, "the kernel has shown that nothing of it is in use any more")?;
+        let names = self.setup.plan.first.clone();
         let answer = ask_for(&mut self.bob, "bob-vm", &names, None)?;
         let got = matches!(answer, Answer::Acquired { .. });
-        tale.check(got, format!("so Bob gets it now{}", reason(&answer)))?;
+        report.check(got, format!("so Bob gets it now{}", reason(&answer)))?;
         let answer = self.bob.ask(&Ask::Release)?;
         if matches!(answer, Answer::Released { proved: true }) {
             Ok(())
@@ -191,11 +194,11 @@ impl<'a> Play<'a> {
         }
     }
 
-    fn two_share_a_container(&mut self, tale: &mut Tale) -> Result<Shared, Failure> {
-        tale.scene(&format!(
+    fn two_share_a_container(&mut self, report: &mut Report) -> Result<Shared, Failure> {
+        report.begin_part(&format!(
             "Two share one address space on purpose: the policy's container {POOL:?}"
         ))?;
-        let (mine, theirs) = (self.stage.plan.second.clone(), self.stage.plan.first.clone());
+        let (mine, theirs) = (self.setup.plan.second.clone(), self.setup.plan.first.clone());
         let first = ask_for(&mut self.alice, "alice-vm", &mine, Some(POOL))?;
         let Answer::Acquired { lease: doomed, .. } = first else { return Err(unexpected(&first)) };
         let second = ask_for(&mut self.bob, "bob-vm", &theirs, Some(POOL))?;
@@ -203,7 +206,7 @@ impl<'a> Play<'a> {
         let leases = self.broker.leases()?;
         let shares = |id: &str| leases.iter().any(|l| l.lease == id && l.container == POOL);
         let bare = !fds.iter().any(|fd| fd.starts_with("container") || fd.starts_with("group"));
-        tale.check(
+        report.check(
             shares(&doomed) && shares(&lease) && bare && self.spaces()? <= 1,
             format!(
                 "{} and {} are in it; the broker keeps the container",
@@ -223,7 +226,7 @@ impl<'a> Play<'a> {
             }
         }
         let counts = self.mapped_of([&doomed, &lease])?;
-        tale.check(
+        report.check(
             counts == [(2, 3 * MIB), (1, MIB)] && self.kernel_agrees((3, 4 * MIB))?,
             format!("MapDma: Alice has {}, Bob has {}", figures(counts[0]), figures(counts[1])),
         )?;
@@ -231,18 +234,18 @@ impl<'a> Play<'a> {
         let Answer::Refused(refusal) = &answer else { return Err(unexpected(&answer)) };
         let conflict = matches!(refusal, protocol::Error::Conflict { .. });
         let refused = conflict && self.kernel_agrees((3, 4 * MIB))?;
-        tale.check(refused, "Bob maps over Alice's range: refused, and nothing has changed")?;
-        tale.note(&refusal.to_string())?;
+        report.check(refused, "Bob maps over Alice's range: refused, and nothing has changed")?;
+        report.note(&refusal.to_string())?;
         self.expect_device(false, lead(&theirs))?;
         let watch = self.broker.watch(Some(&doomed))?;
         Ok(Shared { doomed, watch })
     }
 
-    fn one_of_them_is_killed(mut self, shared: Shared, tale: &mut Tale) -> Result<(), Failure> {
+    fn one_of_them_is_killed(mut self, shared: Shared, report: &mut Report) -> Result<(), Failure> {
         let Shared { doomed, mut watch } = shared;
-        tale.scene("Alice is killed with SIGKILL")?;
+        report.begin_part("Alice is killed with SIGKILL")?;
         let uid = (self.alice.uid != nix::unistd::geteuid().as_raw()).then_some(self.alice.uid);
-        let fresh = Actor::start(self.stage.socket(), uid)?;
+        let fresh = Agent::start(self.setup.socket(), uid)?;
         std::mem::replace(&mut self.alice, fresh).kill()?;
         watch.set_timeout(Some(PATIENCE));
         for event in watch {
@@ -258,25 +261,26 @@ impl<'a> Play<'a> {
         let leases = self.broker.leases()?;
         let gone = !leases.iter().any(|lease| lease.lease == doomed);
         let left = leases.first().map(|l| (l.mappings.unwrap_or(0), l.mapped_bytes.unwrap_or(0)));
-        tale.check(
+        report.check(
             gone && left == Some((1, MIB)) && self.kernel_agrees((1, MIB))?,
             "her 2 mappings, 3 MiB, are gone; Bob's 1 mapping, 1 MiB, is still there",
         )?;
-        let name = lead(&self.stage.plan.first).to_owned();
+        let name = lead(&self.setup.plan.first).to_owned();
         let still = self.expect_device(false, &name)?;
         let answer = self.bob.ask(&Ask::MapDma { iova: 0x4000_0000, size: MIB })?;
-        tale.check(
+        report.check(
             matches!(answer, Answer::Done) && still.contains(&name),
             "Bob's device goes on, and he can use the range that was hers",
         )?;
-        let names = self.stage.plan.second.clone();
+        let names = self.setup.plan.second.clone();
         let answer = ask_for(&mut self.alice, "alice-vm", &names, None)?;
         let got = matches!(answer, Answer::Acquired { .. });
-        tale.check(got, format!("{} can be had again{}", names.join(" and "), reason(&answer)))?;
-        self.all_is_given_back(tale)
+        report
+            .check(got, format!("{} can be had again{}", names.join(" and "), reason(&answer)))?;
+        self.all_is_given_back(report)
     }
 
-    fn all_is_given_back(mut self, tale: &mut Tale) -> Result<(), Failure> {
+    fn all_is_given_back(mut self, report: &mut Report) -> Result<(), Failure> {
         for actor in [&mut self.alice, &mut self.bob] {
             let answer = actor.ask(&Ask::Release)?;
             if !matches!(answer, Answer::Released { proved: true }) {
@@ -284,16 +288,16 @@ impl<'a> Play<'a> {
             }
         }
         let leases = self.broker.leases()?.len();
-        let idle = match &self.stage.sim {
+        let idle = match &self.setup.sim {
             Some(sim) => sim.stats().map_err(failed)?.is_idle(),
             None => true,
         };
-        tale.check(leases == 0 && idle, "all given back: no lease, no mapping, no open VFIO file")
+        report.check(leases == 0 && idle, "all given back: no lease, no mapping, no open VFIO file")
     }
 
     /// What the simulated kernel has mapped: how many mappings, how many bytes.
     fn mapped_in_kernel(&self) -> Result<Option<(u64, u64)>, Failure> {
-        let Some(sim) = &self.stage.sim else { return Ok(None) };
+        let Some(sim) = &self.setup.sim else { return Ok(None) };
         let spaces = sim.stats().map_err(failed)?.spaces;
         let sum = |(count, size), space: &crate::sim::Space| {
             (count + space.mappings, size + space.mapped_bytes)
@@ -306,7 +310,7 @@ impl<'a> Play<'a> {
     }
 
     fn spaces(&self) -> Result<usize, Failure> {
-        let Some(sim) = &self.stage.sim else { return Ok(0) };
+        let Some(sim) = &self.setup.sim else { return Ok(0) };
         Ok(sim.stats().map_err(failed)?.spaces.len())
     }
 
@@ -320,18 +324,18 @@ impl<'a> Play<'a> {
 }
 
 /// Two clients, under uids of their own where this process may do that, else under its own.
-fn clients(stage: &Stage) -> Result<[Actor; 2], Failure> {
+fn clients(setup: &Setup) -> Result<[Agent; 2], Failure> {
     if nix::unistd::geteuid().is_root() {
-        let [alice, bob] = UIDS.map(|uid| Actor::start(stage.socket(), Some(uid)));
+        let [alice, bob] = UIDS.map(|uid| Agent::start(setup.socket(), Some(uid)));
         if let (Ok(alice), Ok(bob)) = (alice, bob) {
             return Ok([alice, bob]);
         }
     }
-    Ok([Actor::start(stage.socket(), None)?, Actor::start(stage.socket(), None)?])
+    Ok([Agent::start(setup.socket(), None)?, Agent::start(setup.socket(), None)?])
 }
 
 fn ask_for(
-    actor: &mut Actor,
+    actor: &mut Agent,
     vm: &str,
     devices: &[String],
     container: Option<&str>,
@@ -361,7 +365,7 @@ fn is_denied(error: &protocol::Error) -> bool {
     matches!(error, protocol::Error::Denied { .. })
 }
 
-/// A refusal in one line of the story.
+/// A refusal in one line of the report.
 fn short(error: &protocol::Error) -> String {
     match error {
         protocol::Error::Denied { rule, reason, .. } => format!("{reason} ({rule})"),

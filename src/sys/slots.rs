@@ -3,7 +3,6 @@
 
 #![allow(unsafe_code)]
 
-use super::{Error, Result};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl, open};
 use nix::libc;
@@ -13,7 +12,37 @@ use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The first number, as `LISTEN_FDS` has it.
-pub(super) const FIRST: RawFd = 3;
+pub const FIRST: RawFd = 3;
+
+/// Why the numbers were not taken, or not filled.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file that is to stay open is none, or its number is needed.
+    #[error("--keep-fd {fd}: {why}")]
+    KeepFd {
+        /// Its number.
+        fd: RawFd,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A system call failed.
+    #[error("{call}: {} ({errno:?})", errno.desc())]
+    System {
+        /// Which call.
+        call: &'static str,
+        /// What it said.
+        errno: Errno,
+    },
+}
+
+/// The result of taking or filling them.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    fn system(call: &'static str) -> impl Fn(Errno) -> Self {
+        move |errno| Self::System { call, errno }
+    }
+}
 
 /// Numbers that are kept free for a program's files from before anything else is opened, so that
 /// putting a file in its place never closes another one.

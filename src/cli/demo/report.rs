@@ -1,4 +1,4 @@
-//! How the demonstration is told: titles, and under each what was checked.
+//! What the demonstration prints: titles, and under each what was checked.
 
 use crate::cli::style::{Style, print};
 use crate::cli::{Context, Failure};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::time::Instant;
 
 #[derive(Debug)]
-pub(super) struct Tale {
+pub(super) struct Report {
     style: Style,
     json: bool,
     start: Instant,
@@ -14,7 +14,7 @@ pub(super) struct Tale {
     checks: usize,
 }
 
-impl Tale {
+impl Report {
     pub(super) fn new(context: &Context) -> Self {
         let (style, json) = (context.style, context.json);
         Self { style, json, start: Instant::now(), scenes: Vec::new(), checks: 0 }
@@ -24,11 +24,11 @@ impl Tale {
         if self.json { Ok(()) } else { Ok(print(text)?) }
     }
 
-    pub(super) fn opens(&self, text: &str) -> Result<(), Failure> {
+    pub(super) fn introduce(&self, text: &str) -> Result<(), Failure> {
         self.say(&format!("{text}\n"))
     }
 
-    pub(super) fn scene(&mut self, title: &str) -> Result<(), Failure> {
+    pub(super) fn begin_part(&mut self, title: &str) -> Result<(), Failure> {
         self.scenes.push(json!({ "scene": title, "checks": [] }));
         self.say(&format!("\n{}\n", self.style.bold(title)))
     }
@@ -51,7 +51,7 @@ impl Tale {
         self.say(&format!("      {}\n", self.style.dim(text)))
     }
 
-    pub(super) fn ends(&self, ok: bool) -> Result<(), Failure> {
+    pub(super) fn end(&self, ok: bool) -> Result<(), Failure> {
         let took = self.start.elapsed();
         if self.json {
             let whole = json!({ "ok": ok, "checks": self.checks, "scenes": self.scenes });
@@ -70,13 +70,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_as_told_ends_the_tale() {
+    fn what_is_not_as_told_ends_the_demonstration() {
         let (socket, style) = ("/nonexistent".into(), Style::plain());
-        let mut tale = Tale::new(&Context { socket, json: true, style });
-        tale.scene("one").unwrap();
-        tale.check(true, "good").unwrap();
-        let failure = tale.check(false, "bad").unwrap_err();
+        let mut report = Report::new(&Context { socket, json: true, style });
+        report.begin_part("one").unwrap();
+        report.check(true, "good").unwrap();
+        let failure = report.check(false, "bad").unwrap_err();
         assert!(format!("{failure:?}").contains("it is not as told: bad"));
-        assert_eq!(tale.scenes[0]["checks"][1], json!({ "text": "bad", "ok": false }));
+        assert_eq!(report.scenes[0]["checks"][1], json!({ "text": "bad", "ok": false }));
     }
 }
