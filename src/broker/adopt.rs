@@ -23,7 +23,7 @@ impl Broker {
     pub async fn adopt(self: &Rc<Self>) -> Result<(), Error> {
         let mut keepers = Vec::new();
         for name in self.keepers().await? {
-            let keeper = Rc::new(KeeperHandle::new(name.clone()));
+            let keeper = Rc::new(KeeperHandle::found(name.clone()));
             let read = self.keepers.read(&name).await;
             match read.map_err(|error| started("read", &name, &error))? {
                 Kept::Nothing => continue,

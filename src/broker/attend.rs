@@ -137,7 +137,10 @@ async fn hear(broker: &Weak<Broker>, keeper: &Weak<KeeperHandle>, mut link: Aski
                 broker.learn(&keeper, state);
             }
             // What it has not told of is no more.
-            None => broker.free_with_keeper(std::mem::take(&mut doubtful)),
+            None => {
+                broker.free_with_keeper(std::mem::take(&mut doubtful));
+                keeper.set_known();
+            }
         }
     }
 }

@@ -27,6 +27,8 @@ pub(super) struct KeeperHandle {
     linked: Notify,
     /// There is nothing of it any more.
     is_gone: Cell<bool>,
+    /// All that it has is known here, mappings too.
+    is_known: Cell<bool>,
     /// Told when a link to it has been lost, so that others are looked for.
     pub(super) broken: Rc<Notify>,
     /// Told when nothing here needs it any more.
@@ -58,12 +60,21 @@ pub(super) enum NotDone {
 }
 
 impl KeeperHandle {
+    /// One that is new, and has nothing.
     pub(super) fn new(name: String) -> Self {
+        let new = Self::found(name);
+        new.is_known.set(true);
+        new
+    }
+
+    /// One from before a restart, which has yet to tell what it has.
+    pub(super) fn found(name: String) -> Self {
         Self {
             name,
             link: RefCell::default(),
             linked: Notify::new(),
             is_gone: Cell::default(),
+            is_known: Cell::default(),
             broken: Rc::default(),
             over: Rc::default(),
             seen: RefCell::default(),
@@ -87,18 +98,25 @@ impl KeeperHandle {
         self.linked.notify_waiters();
     }
 
+    /// It has told all that it has: those who wait to change that can go on.
+    pub(super) fn set_known(&self) {
+        self.is_known.set(true);
+        self.linked.notify_waiters();
+    }
+
     /// Waits for one's turn, however long that takes. `None` where there is no way to it just now.
     pub(super) async fn turn(&self) -> Option<Turn> {
         let link = self.link.borrow().clone()?;
         Some(Turn { link: link.lock_owned().await, broken: Rc::clone(&self.broken) })
     }
 
-    /// The same; after a restart, and after a keeper's death, the way to it may come later. `None` where
-    /// there is nothing of it any more.
+    /// The same; after a restart, and after a keeper's death, the way to it may come later, and what it has
+    /// is known later still. `None` where there is nothing of it any more.
     pub(super) async fn turn_once_linked(&self) -> Option<Turn> {
         loop {
             let linked = self.linked.notified();
-            match self.turn().await {
+            let may_ask = self.is_known.get() || self.is_gone.get();
+            match if may_ask { self.turn().await } else { None } {
                 None if !self.is_gone.get() => linked.await,
                 turn => return turn,
             }

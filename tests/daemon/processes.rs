@@ -1,11 +1,12 @@
 //! The daemon's processes: who may what, and what becomes of the others when one dies.
 
 use crate::DEVICE;
-use crate::common::raw::call;
+use crate::common::raw::{Raw, call};
 use crate::common::{Daemon, Held, Setup, children, policy, status, until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
+use std::os::fd::AsFd;
 
 fn leases(daemon: &Daemon) -> usize {
     let (reply, _) = daemon.connect().call("Leases", json!({})).ok();
@@ -70,6 +71,32 @@ fn a_release_whose_broker_dies_ends_while_its_keeper_waits_for_the_holder() {
     assert!(client.try_reply().is_none());
     drop(held);
     until("its lease has ended", || leases(&daemon) == 0);
+}
+
+/// A keeper tells its mappings a moment after the first client can ask.
+#[test]
+fn a_mapping_from_before_a_restart_can_be_undone_right_after_it() {
+    let daemon = Daemon::start();
+    let (memory, _) = vfio_broker::kernel::Mapped::memfd(4096).unwrap();
+    for _ in 0..4 {
+        let lease = Held::acquire(&mut daemon.connect(), DEVICE, "devices");
+        let map = |client: &mut Raw, iova: u64| {
+            let request = lease.with(json!({
+                "iova": iova, "size": 4096, "read": true, "write": true, "memory": 0, "offset": 0,
+            }));
+            client.call_with("MapDma", request, &[memory.as_fd()]).ok();
+        };
+        map(&mut daemon.connect(), 0);
+        kill_broker(&daemon);
+        let mut client = daemon.connect();
+        map(&mut client, 4096);
+        for iova in [0, 4096] {
+            let request = lease.with(json!({ "iova": iova, "size": 4096 }));
+            assert_eq!(client.call("UnmapDma", request).ok().0["unmapped"], 4096, "at {iova}");
+        }
+        drop(lease);
+        until("it is taken back", || leases(&daemon) == 0);
+    }
 }
 
 #[test]
