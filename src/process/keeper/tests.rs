@@ -2,6 +2,7 @@
 //! `frozen-1.jsonl` keeps, and which nobody changes with the types.
 
 use super::*;
+use crate::process::link::Call;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
