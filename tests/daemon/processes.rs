@@ -86,9 +86,9 @@ fn a_mapping_from_before_a_restart_can_be_undone_right_after_it() {
             }));
             client.call_with("MapDma", request, &[memory.as_fd()]).ok();
         };
-        map(&mut daemon.connect(), 0);
+        map(&mut daemon.connect_and_greet(), 0);
         kill_broker(&daemon);
-        let mut client = daemon.connect();
+        let mut client = daemon.connect_and_greet();
         map(&mut client, 4096);
         for iova in [0, 4096] {
             let request = lease.with(json!({ "iova": iova, "size": 4096 }));
