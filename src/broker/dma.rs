@@ -11,8 +11,8 @@ use std::rc::Rc;
 use tokio::time::Instant;
 
 impl Broker {
-    /// Maps memory for a lease of whoever made the connection `client`. `files` is a socket with the request's files in its queue, for the
-    /// keeper alone to read.
+    /// Maps memory for a lease, for whoever made the connection `client`. `files` is a socket with the
+    /// request's files in its queue, for the keeper alone to read.
     ///
     /// # Errors
     /// Nothing is mapped then, or will be when the kernel lets it.

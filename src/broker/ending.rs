@@ -21,7 +21,8 @@ impl Broker {
     /// Ends a lease and reclaims its devices, for whoever made the connection `client`.
     ///
     /// # Errors
-    /// No such lease, not its key, or one who may not have its devices. What can't be reclaimed is no error: `proved` is false then.
+    /// No such lease, not its key, or one who may not have its devices. What can't be reclaimed is no
+    /// error: `proved` is false then.
     pub async fn release(
         self: &Rc<Self>,
         caller: &Caller,

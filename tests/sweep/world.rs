@@ -10,25 +10,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use vfio_broker::sim::{Sim, Topology};
 
+use crate::common::TOPOLOGY;
 use crate::common::raw::{Raw, Reply};
 
 pub const DEVICES: [&str; 3] = ["0000:65:00.0", "0000:66:00.0", "0000:67:00.0"];
-
-const TOPOLOGY: &str = r#"
-kernel = "6.12"
-owner_rights = true
-memlock = "unlimited"
-[[group]]
-id = 26
-repeat = 3
-step = "bus"
-[[group.device]]
-bdf = "0000:65:00.0"
-vendor = 0x8086
-device = 0x10d3
-class = 0x020000
-driver = "vfio-pci"
-"#;
 
 const POLICY: &str = r#"
 version = 1
