@@ -146,7 +146,7 @@ fn start(dir: &Path, sim: &Sim) -> (Child, Took) {
     let since = Instant::now();
     let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
     let mut client = raw::RawClient::new(raw::connect_soon(&dir.join("broker.sock")));
-    client.call(b"{\"method\":\"org.vfiobroker.Broker.Status\",\"parameters\":{}}\0");
+    client.call(b"{\"method\":\"org.varlink.service.GetInfo\",\"parameters\":{}}\0");
     let wall = since.elapsed();
     let own =
         processor_time(child.id()) + broker(child.id()).map_or(Duration::ZERO, processor_time);

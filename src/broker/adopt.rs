@@ -1,6 +1,5 @@
 //! What keepers have that were there before, and what they tell of leases that are not known here.
 
-use super::attend::started;
 use super::books::{Books, Entry};
 use super::keeper::KeeperHandle;
 use super::key::Key;
@@ -8,7 +7,6 @@ use super::reload::Owner;
 use super::{Broker, error, now};
 use crate::ledger::{Adopted, AdoptedGroup, Handed, LeaseId, Member, Request, Space, Trust};
 use crate::process::keeper::{LeaseState, Mappings, Phase, Stage};
-use crate::process::launcher::{Kept, Standing};
 use crate::protocol::{Error, EventKind};
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -22,12 +20,11 @@ impl Broker {
     /// What a dead keeper wrote can't be relied on, or two claim the same.
     pub async fn adopt(self: &Rc<Self>) -> Result<(), Error> {
         let mut keepers = Vec::new();
-        for name in self.keepers().await? {
-            let keeper = Rc::new(KeeperHandle::found(name.clone()));
-            let read = self.keepers.read(&name).await;
-            match read.map_err(|error| started("read", &name, &error))? {
-                Kept::Nothing => continue,
-                Kept::Saved(saved) => {
+        let mut all = self.kept();
+        while let Some(kept) = all.next().await? {
+            let keeper = Rc::new(KeeperHandle::found(kept.name.clone()));
+            match kept.saved() {
+                Ok(saved) => {
                     for state in saved.leases {
                         let lease = &state.record.lease;
                         info!(
@@ -40,10 +37,8 @@ impl Broker {
                     }
                 }
                 // One that lives can be asked.
-                Kept::Unusable(why) => match self.keepers.find(&name).await {
-                    Ok((Standing::Alive, _)) => warn!(why, "asking its keeper instead"),
-                    _ => return Err(Error::bad(format!("keeper {name}"), why)),
-                },
+                Err(why) if kept.is_alive => warn!(why, "asking its keeper instead"),
+                Err(why) => return Err(Error::bad(format!("keeper {}", kept.name), why)),
             }
             keepers.push(keeper);
         }
@@ -110,8 +105,7 @@ impl Broker {
 
     pub(super) fn leases_of(&self, keeper: &KeeperHandle) -> Vec<LeaseId> {
         let books = self.books();
-        let its = books.entries.values().filter(|entry| entry.keeper.name == keeper.name);
-        its.map(|entry| entry.id).collect()
+        keeper.seen().into_iter().filter(|id| books.entries.contains_key(id)).collect()
     }
 
     /// The process of a keeper is no more: its leases have ended with it.

@@ -2,7 +2,8 @@
 
 use crate::policy::Peer;
 use crate::process::holders::{Report, Search};
-use crate::process::launcher::{Kept, Standing};
+use crate::process::kept::KeptKeeper;
+use crate::process::launcher::Standing;
 use crate::protocol::Event;
 use std::future::Future;
 use std::os::fd::OwnedFd;
@@ -59,17 +60,11 @@ pub trait Keepers {
     /// What the start says.
     fn salvage<'a>(&'a self, name: &'a str) -> Waiting<'a, ()>;
 
-    /// The names of all that may have something, in order.
-    ///
-    /// # Errors
-    /// What reading their directory says.
-    fn names(&self) -> Waiting<'_, Vec<String>>;
-
-    /// What one last wrote down.
+    /// What some of them last wrote down, those behind this name in the order of names; none at the end.
     ///
     /// # Errors
     /// It can't be told.
-    fn read<'a>(&'a self, name: &'a str) -> Waiting<'a, Kept>;
+    fn kept<'a>(&'a self, after: &'a str) -> Waiting<'a, Vec<KeptKeeper>>;
 
     /// Looks for processes that have something open, for a few seconds at most.
     ///

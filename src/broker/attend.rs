@@ -76,10 +76,12 @@ async fn listen(broker: Weak<Broker>, keeper: Weak<KeeperHandle>, mut watch: Opt
         let (Some(broker), Some(keeper)) = (broker.upgrade(), keeper.upgrade()) else { return };
         keeper.set_link(None);
         let (keepers, name) = (&broker.keepers, &keeper.name);
+        let turn = broker.finding.lock().await;
         let (standing, links) = keepers.find(name).await.unwrap_or_else(|error| {
             debug!(%error, keeper = name, "it can't be told how a keeper is");
             (Standing::Alive, None)
         });
+        drop(turn);
         match standing {
             Standing::Gone => {
                 keeper.set_gone();

@@ -5,7 +5,6 @@ use super::keeper::KeeperHandle;
 use super::{Broker, Caller, said};
 use crate::ledger::{GroupState, Request};
 use crate::process::keeper::{self, Stage};
-use crate::process::launcher::Kept;
 use crate::process::link::Asking;
 use crate::protocol::{Bdf, Confirm, Confirmed, Error};
 use std::os::fd::BorrowedFd;
@@ -91,11 +90,14 @@ impl Broker {
         client: BorrowedFd<'_>,
         until: Instant,
     ) -> Result<(), Error> {
-        for (at, name) in self.keepers().await?.into_iter().enumerate() {
-            if at % STEP == STEP - 1 {
+        let mut all = self.kept();
+        let mut at = 0;
+        while let Some(kept) = all.next().await? {
+            at += 1;
+            if at % STEP == 0 {
                 yield_now().await;
             }
-            let Ok(Kept::Saved(saved)) = self.keepers.read(&name).await else { continue };
+            let Ok(saved) = kept.saved() else { continue };
             let remembers = |state: &keeper::LeaseState| {
                 state.groups.iter().any(|it| {
                     let left = match &it.stage {
@@ -108,7 +110,7 @@ impl Broker {
             for state in saved.leases.iter().filter(|state| remembers(state)) {
                 let lease = state.record.lease.clone();
                 let call = keeper::Confirm { lease, group, device };
-                self.ask_anew(&name, call, client, until).await?;
+                self.ask_anew(&kept.name, call, client, until).await?;
             }
         }
         Ok(())

@@ -9,7 +9,6 @@ use crate::kernel::Node;
 use crate::ledger::{GroupState, LeaseId};
 use crate::process::holders::{MOST_GROUPS, Report, Search, SearchedDevice, SearchedGroup};
 use crate::process::keeper::LeasedDevice;
-use crate::process::launcher::Kept;
 use crate::protocol::{Bdf, Error, Known, Processes, Until};
 use crate::sys::process::now;
 use nix::errno::Errno;
@@ -223,9 +222,10 @@ impl Broker {
             entries.map(|entry| entry.keeper.name.clone()).collect()
         };
         let mut pids = Vec::new();
-        for name in names {
-            if let Ok(Kept::Saved(saved)) = self.keepers.read(&name).await {
-                pids.push(saved.pid);
+        let mut all = self.kept();
+        while let Ok(Some(kept)) = all.next().await {
+            if names.contains(&kept.name) {
+                pids.extend(kept.saved().map(|saved| saved.pid));
             }
         }
         pids

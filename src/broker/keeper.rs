@@ -86,6 +86,11 @@ impl KeeperHandle {
         !self.seen.borrow_mut().insert(lease)
     }
 
+    /// The leases of it that are known or were.
+    pub(super) fn seen(&self) -> Vec<LeaseId> {
+        self.seen.borrow().iter().copied().collect()
+    }
+
     /// Has it asked on this link from now on; on none where it is lost.
     pub(super) fn set_link(&self, link: Option<Asking>) {
         *self.link.borrow_mut() = link.map(|link| Arc::new(Mutex::new(link)));

@@ -17,6 +17,7 @@ mod fds;
 mod form;
 mod holders;
 mod keeper;
+mod kept;
 mod key;
 mod memlock;
 mod oversight;
@@ -28,6 +29,7 @@ mod revoke;
 
 pub use api::{Caller, Delivery, Keepers, Observer, Waiting};
 pub use error::advice;
+pub use kept::KeptKeepers;
 pub use oversight::Oversight;
 pub use queries::Tour;
 pub use revoke::Begun;
@@ -77,6 +79,9 @@ pub struct Broker {
     /// Grows with each change of the books.
     generation: Cell<u64>,
     changed: Notify,
+    /// Whose turn it is to look for a way to a keeper: after a restart all do, and who acquires would have
+    /// the launcher asked behind them.
+    finding: Mutex<()>,
     /// Whose turn it is to take a lease by force.
     forcing: Mutex<()>,
     /// Who has what leases have left open.
@@ -98,6 +103,7 @@ impl Broker {
             survey: RefCell::default(),
             generation: Cell::default(),
             changed: Notify::new(),
+            finding: Mutex::default(),
             forcing: Mutex::default(),
             looks: holders::Looks::default(),
         })

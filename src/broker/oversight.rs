@@ -3,8 +3,8 @@
 use super::{Broker, Caller, now};
 use crate::policy::{Verb, administers};
 use crate::process::keeper::{LeaseState, Phase};
-use crate::process::launcher::{Kept, SavedKeeper};
-use crate::protocol::{Error, Keeper, KeptLease};
+use crate::process::kept::{KeptKeeper, SavedKeeper};
+use crate::protocol::{Keeper, KeptLease};
 
 /// How much of the broker a caller sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,29 +50,21 @@ impl Broker {
         }
     }
 
-    /// The names of all keepers that have something.
-    ///
-    /// # Errors
-    /// What reading their directory says.
-    pub async fn keepers(&self) -> Result<Vec<String>, Error> {
-        let failed = |error| super::attend::started("readdir", "keepers", &error);
-        self.keepers.names().await.map_err(failed)
-    }
-
     /// A keeper, by what it has written down and told; what only its process shows is left out. `None`
     /// where nothing is to be seen of it.
-    pub async fn keeper(&self, oversight: &Oversight, name: &str) -> Option<Keeper> {
-        let Ok(Kept::Saved(saved)) = self.keepers.read(name).await else { return None };
-        let leases: Vec<KeptLease> = saved.leases.iter().map(|state| self.kept(state)).collect();
+    pub fn keeper(&self, oversight: &Oversight, kept: &KeptKeeper) -> Option<Keeper> {
+        let saved = kept.saved().ok()?;
+        let leases: Vec<KeptLease> =
+            saved.leases.iter().map(|state| self.kept_lease(state)).collect();
         let leases: Vec<_> =
             leases.into_iter().filter(|lease| oversight.includes(&lease.tenant)).collect();
         if leases.is_empty() && *oversight != Oversight::Whole {
             return None;
         }
         let mut keeper = Keeper {
-            name: name.to_owned(),
+            name: kept.name.clone(),
             pid: saved.pid,
-            alive: saved.is_alive,
+            alive: kept.is_alive,
             since: None,
             memory: None,
             shared: None,
@@ -85,7 +77,7 @@ impl Broker {
         Some(keeper)
     }
 
-    fn kept(&self, state: &LeaseState) -> KeptLease {
+    fn kept_lease(&self, state: &LeaseState) -> KeptLease {
         let record = &state.record;
         let books = self.books();
         let id = record.lease.parse().ok();

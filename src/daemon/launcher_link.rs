@@ -2,13 +2,14 @@
 
 use crate::broker::{Keepers, Waiting};
 use crate::process::holders::{Report, Search};
+use crate::process::kept::{self, KeptKeeper};
 use crate::process::launcher::{
-    FAILED, Failed, FindKeeper, Kept, KeptPage, ListKeepers, ReadKeeper, Salvage, Standing,
-    StartKeeper, Told, Watch,
+    FAILED, Failed, FindKeeper, ReadKeepers, Salvage, Standing, StartKeeper, Told, Watch,
 };
 use crate::process::link::{self, Answer, Asking, Call, Lost};
 use std::cell::RefCell;
-use std::io::{Error, Result};
+use std::fs::File;
+use std::io::{Error, Read, Result, Seek};
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use tokio::sync::{mpsc, oneshot};
@@ -110,6 +111,14 @@ fn files<const N: usize>(fds: Vec<OwnedFd>) -> Result<[OwnedFd; N]> {
     fds.try_into().map_err(|_| Error::other("the launcher sent other files than it should"))
 }
 
+/// All that is in a file that came with an answer, wherever it was left.
+pub(super) fn whole(file: OwnedFd) -> Result<Vec<u8>> {
+    let (mut file, mut bytes) = (File::from(file), Vec::new());
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 impl Keepers for Rc<LauncherLink> {
     fn start<'a>(&'a self, name: &'a str) -> Waiting<'a, [OwnedFd; 2]> {
         Box::pin(async move {
@@ -129,35 +138,11 @@ impl Keepers for Rc<LauncherLink> {
         Box::pin(async move { self.ask(&Salvage { name: name.into() }).await.map(drop) })
     }
 
-    fn names(&self) -> Waiting<'_, Vec<String>> {
+    fn kept<'a>(&'a self, after: &'a str) -> Waiting<'a, Vec<KeptKeeper>> {
         Box::pin(async move {
-            let mut all = Vec::new();
-            loop {
-                let after = all.last().cloned().unwrap_or_default();
-                let (page, _) = self.ask(&ListKeepers { after }).await?;
-                if page.names.is_empty() {
-                    return Ok(all);
-                }
-                all.extend(page.names);
-            }
-        })
-    }
-
-    fn read<'a>(&'a self, name: &'a str) -> Waiting<'a, Kept> {
-        Box::pin(async move {
-            let mut all = Vec::new();
-            loop {
-                let asked = ReadKeeper { name: name.into(), from: all.len() };
-                let (KeptPage { mut kept, is_last }, _) = self.ask(&asked).await?;
-                if let Kept::Saved(saved) = &mut kept {
-                    all.append(&mut saved.leases);
-                    if !is_last {
-                        continue;
-                    }
-                    saved.leases = all;
-                }
-                return Ok(kept);
-            }
+            let (_, fds) = self.ask(&ReadKeepers { after: after.into() }).await?;
+            let [file] = files(fds)?;
+            kept::parse(&whole(file)?)
         })
     }
 

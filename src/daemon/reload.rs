@@ -1,10 +1,10 @@
 //! Another policy while everything goes on.
 
+use super::launcher_link::whole;
 use super::{Daemon, warn_of_quotas};
 use crate::policy::Policy;
 use crate::process::launcher::PolicyRead;
-use std::fs::File;
-use std::io::{Result, Seek};
+use std::io::Result;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use tracing::{error, info};
@@ -30,9 +30,7 @@ pub(super) async fn take(daemon: &Daemon, read: PolicyRead, compiled: Option<Own
     }
 }
 
-/// The policy in a file of memory.
+/// The policy in a file.
 fn policy(file: OwnedFd) -> Result<Policy> {
-    let mut file = File::from(file);
-    file.rewind()?;
-    Ok(serde_json::from_str(&std::io::read_to_string(file)?)?)
+    Ok(serde_json::from_slice(&whole(file)?)?)
 }

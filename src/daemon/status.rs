@@ -29,17 +29,18 @@ impl Connection {
             keepers,
             ..daemon.clone()
         });
-        let names = match oversight {
-            Oversight::Version => Vec::new(),
-            _ => {
-                broker.look_for_holders(&self.caller).await;
-                broker.keepers().await?
-            }
-        };
-        for some in names.chunks(STEP) {
+        if oversight == Oversight::Version {
+            return list.last();
+        }
+        broker.look_for_holders(&self.caller).await;
+        let (mut all, mut is_over) = (broker.kept(), false);
+        while !is_over {
             let mut keepers = Vec::new();
-            for name in some {
-                keepers.extend(broker.keeper(&oversight, name).await.map(with_process));
+            for _ in 0..STEP {
+                let kept = all.next().await?;
+                is_over = kept.is_none();
+                let Some(kept) = kept else { break };
+                keepers.extend(broker.keeper(&oversight, &kept).map(with_process));
             }
             list.extend(keepers).await?;
             // A step of it, and others have their turn.

@@ -7,7 +7,8 @@
 
 use crate::kernel::{Error, Result};
 use crate::process::keeper::{LeaseState, Saved, VERSION};
-use crate::process::launcher::{Kept, SavedKeeper, Standing};
+use crate::process::kept::KeptKeeper;
+use crate::process::launcher::Standing;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::libc::{O_NOFOLLOW, O_NONBLOCK};
@@ -81,41 +82,39 @@ impl Place {
         Ok(names)
     }
 
-    /// What a keeper wrote last. What says of itself that it is over is taken away.
-    pub fn kept(&self, name: &str) -> Kept {
-        let path = self.0.join(name).join("state");
-        let unusable = |why: String| Kept::Unusable(format!("{}: {why}", path.display()));
-        let saved = match read_own(&path) {
-            Ok(text) => text.map(|text| serde_json::from_str::<Saved>(&text)),
-            Err(error) => return unusable(error.to_string()),
-        };
-        match (saved, boot_id()) {
-            (Some(Err(error)), _) => unusable(error.to_string()),
-            (_, Err(error)) => unusable(error.to_string()),
-            // Its keeper was killed after it had let go of everything.
-            (Some(Ok(saved)), Ok(boot))
-                if saved.boot == boot && saved.leases.is_empty() && !self.is_locked(name) =>
-            {
-                remove(&self.0.join(name));
-                Kept::Nothing
+    /// What a keeper wrote last.
+    pub fn kept(&self, name: String) -> KeptKeeper {
+        // In this order: one that is dead writes nothing any more.
+        let is_alive = self.is_locked(&name);
+        let path = self.0.join(&name).join("state");
+        let state = read_own(&path).map(Option::unwrap_or_default);
+        let state = state.map_err(|error| error.to_string());
+        KeptKeeper { name, path: path.to_string_lossy().into_owned(), is_alive, state }
+    }
+
+    /// Takes away the directories of keepers that are over: of another start of the kernel, or without a
+    /// lease. Only while nobody starts keepers: one that begins is not alive yet.
+    ///
+    /// # Errors
+    /// What reading the directory says.
+    pub fn clear(&self) -> Result<()> {
+        let boot = boot_id().map_err(|error| io("read", Path::new(BOOT_ID), &error))?;
+        for name in self.names()? {
+            if self.is_locked(&name) {
+                continue;
             }
-            (Some(Ok(saved)), Ok(boot)) if saved.boot == boot => match saved.version {
-                0..=VERSION => Kept::Saved(SavedKeeper {
-                    pid: saved.pid,
-                    is_alive: self.is_locked(name),
-                    leases: saved.leases,
-                }),
-                newer => unusable(format!("of version {newer}; this daemon understands {VERSION}")),
-            },
-            _ if self.is_locked(name) => {
-                Kept::Saved(SavedKeeper { pid: 0, is_alive: true, leases: Vec::new() })
-            }
-            // Of another start of the kernel, or of one that never had anything.
-            _ => {
-                remove(&self.0.join(name));
-                Kept::Nothing
+            let is_over = match read_own(&self.0.join(&name).join("state")) {
+                // One that never had anything.
+                Ok(None) => true,
+                Ok(Some(text)) => serde_json::from_slice::<Saved>(&text)
+                    .is_ok_and(|saved| saved.boot != boot || saved.leases.is_empty()),
+                Err(_) => false,
+            };
+            if is_over {
+                remove(&self.0.join(&name));
             }
         }
+        Ok(())
     }
 
     /// How a keeper is, and two links to it where one that is alive takes them.
@@ -156,18 +155,19 @@ impl StateFile {
         let directory = place.0.join(name);
         let failed = |error| io("mkdir", &directory, &error);
         DirBuilder::new().mode(0o700).create(&directory).map_err(failed)?;
-        Self::locked(directory, FlockArg::LockExclusiveNonblock)
+        Self::locked(directory)
     }
 
     /// Takes over the directory of one whose process has ended; waits until it has.
     pub(super) fn take_over(place: &Place, name: &str) -> Result<Self> {
-        Self::locked(place.0.join(name), FlockArg::LockExclusive)
+        Self::locked(place.0.join(name))
     }
 
-    fn locked(directory: PathBuf, how: FlockArg) -> Result<Self> {
+    /// Waits for whoever looks whether the lock is free.
+    fn locked(directory: PathBuf) -> Result<Self> {
         let failed = |error| io("open", &directory.join("lock"), &error);
         let lock = open_lock(&directory).map_err(failed)?;
-        let lock = Flock::lock(lock, how)
+        let lock = Flock::lock(lock, FlockArg::LockExclusive)
             .map_err(|(_, errno)| Error::new("flock", directory.to_string_lossy(), errno))?;
         let boot = boot_id().map_err(|error| io("read", Path::new(BOOT_ID), &error))?;
         Ok(Self { directory, boot, _lock: lock })
@@ -213,7 +213,7 @@ impl StateFile {
         let text = read_own(&path).map_err(|error| io("read", &path, &error))?;
         let Some(text) = text else { return Ok(Vec::new()) };
         let invalid = |error: serde_json::Error| io("read", &path, &error.into());
-        Ok(serde_json::from_str::<Saved>(&text).map_err(invalid)?.leases)
+        Ok(serde_json::from_slice::<Saved>(&text).map_err(invalid)?.leases)
     }
 
     /// Takes the directory away; nothing is left that anybody would have to know.
@@ -244,7 +244,7 @@ fn open_lock(directory: &Path) -> std::io::Result<File> {
 }
 
 /// A file that nobody else can have written; `None` where there is none.
-fn read_own(path: &Path) -> std::io::Result<Option<String>> {
+fn read_own(path: &Path) -> std::io::Result<Option<Vec<u8>>> {
     let mut options = OpenOptions::new();
     let opened = options.read(true).custom_flags(O_NOFOLLOW | O_NONBLOCK).open(path);
     let mut file = match opened {
@@ -256,8 +256,8 @@ fn read_own(path: &Path) -> std::io::Result<Option<String>> {
     if !found.is_file() || !own || found.mode() & 0o077 != 0 {
         return Err(std::io::Error::other("others than vfio-brokerd can have written to it"));
     }
-    let mut text = String::new();
-    file.read_to_string(&mut text)?;
+    let mut text = Vec::new();
+    file.read_to_end(&mut text)?;
     Ok(Some(text))
 }
 

@@ -9,7 +9,7 @@ use crate::process::keeper::{
     Mappings, MappingsPage, NotFree, Open, Opened, Saved, SharedContainer, Step, Told, VERSION,
     Watch,
 };
-use crate::process::launcher::{Kept, Standing};
+use crate::process::launcher::Standing;
 use crate::process::link::{self, Call};
 use crate::process::queued_files::queue;
 use crate::protocol::{Fd, FdKind, Handout};
@@ -100,10 +100,7 @@ impl World {
     }
 
     fn written(&self) -> Option<Vec<LeaseState>> {
-        match self.place.kept(NAME) {
-            Kept::Saved(saved) => Some(saved.leases),
-            _ => None,
-        }
+        self.place.kept(NAME.into()).saved().ok().map(|saved| saved.leases)
     }
 
     /// Nothing is left, of the keeper's directory neither.

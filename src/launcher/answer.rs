@@ -5,11 +5,9 @@ use super::serve::Launcher;
 use crate::holders;
 use crate::keeper::{Machine, keep, links, tell_why};
 use crate::log;
-use crate::process::keeper::LeaseState;
 use crate::process::launcher::{
-    Alive, Done, FAILED, Failed, FindKeeper, GiveUp, HelperStarted, KeeperFound, Kept, KeptPage,
-    KillHelper, ListKeepers, Names, ReadKeeper, Ready, Salvage, SavedKeeper, StartHelper,
-    StartKeeper, Watch,
+    Alive, Done, FAILED, Failed, FindKeeper, GiveUp, HelperStarted, KeeperFound, KillHelper,
+    ReadKeepers, Ready, Salvage, StartHelper, StartKeeper, Watch,
 };
 use crate::process::link::{self, Call, Lost, Message};
 use crate::process::role::{Helper, Role};
@@ -17,19 +15,20 @@ use crate::receiver;
 use crate::sys::child;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::Pid;
 use sd_notify::NotifyState;
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use tracing::error;
 
-/// Names in one message.
-const PAGE_OF_NAMES: usize = 1000;
-/// Bytes of leases in one message, which has room for one more lease behind them.
-const PAGE_OF_LEASES: usize = 16 << 10;
+/// How many keepers are read in one go, while nothing else is answered.
+const PAGE_OF_KEEPERS: usize = 256;
 
 type Answer<T> = Result<(T, Vec<OwnedFd>), Errno>;
 
@@ -73,8 +72,7 @@ impl Launcher {
             StartKeeper::NAME => framed(self.start_keeper(link::parse(bytes)?)),
             Salvage::NAME => framed(self.salvage(link::parse(bytes)?)),
             FindKeeper::NAME => framed(self.find_keeper(&link::parse(bytes)?)),
-            ListKeepers::NAME => framed(self.list_keepers(&link::parse(bytes)?)),
-            ReadKeeper::NAME => framed(Ok((self.read_keeper(&link::parse(bytes)?), Vec::new()))),
+            ReadKeepers::NAME => framed(self.read_keepers(&link::parse(bytes)?)),
             StartHelper::NAME => framed(self.start_helper(&link::parse(bytes)?)),
             KillHelper::NAME => framed(self.kill_helper(&link::parse(bytes)?)),
             Ready::NAME => {
@@ -132,29 +130,18 @@ impl Launcher {
         Ok((KeeperFound { standing }, links.map(Vec::from).unwrap_or_default()))
     }
 
-    fn list_keepers(&self, asked: &ListKeepers) -> Answer<Names> {
+    fn read_keepers(&self, ReadKeepers { after }: &ReadKeepers) -> Answer<Done> {
         let names = self.place.names().map_err(|error| error.errno)?;
-        let behind = names.into_iter().filter(|name| *name > asked.after);
-        Ok((Names { names: behind.take(PAGE_OF_NAMES).collect() }, Vec::new()))
-    }
-
-    fn read_keeper(&self, asked: &ReadKeeper) -> KeptPage {
-        let mut kept = self.place.kept(&asked.name);
-        let mut is_last = true;
-        if let Kept::Saved(SavedKeeper { leases, .. }) = &mut kept {
-            leases.drain(..asked.from.min(leases.len()));
-            let mut room = PAGE_OF_LEASES;
-            let fits = |lease: &&LeaseState| {
-                let had_room = room > 0;
-                let size = serde_json::to_vec(lease).map_or(0, |bytes| bytes.len());
-                room = room.saturating_sub(size);
-                had_room
-            };
-            let fitting = leases.iter().take_while(fits).count();
-            is_last = fitting == leases.len();
-            leases.truncate(fitting);
+        let behind = names.into_iter().filter(|name| name > after);
+        let mut all = Vec::new();
+        for name in behind.take(PAGE_OF_KEEPERS) {
+            self.place.kept(name).append_to(&mut all);
         }
-        KeptPage { kept, is_last }
+        let file = memfd_create(c"keepers", MFdFlags::MFD_CLOEXEC)?;
+        let mut file = File::from(file);
+        file.write_all(&all)
+            .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
+        Ok((Done {}, vec![file.into()]))
     }
 
     fn start_helper(&mut self, StartHelper { helper }: &StartHelper) -> Answer<HelperStarted> {

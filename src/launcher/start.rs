@@ -46,6 +46,10 @@ fn serve(
     let place = keepers_place(options, simulation.is_some().then_some(&machine))?;
     // Two daemons would not know what the other has handed out.
     let lock = listen::be_the_only_one(place.path())?;
+    let path = place.path();
+    place
+        .clear()
+        .map_err(|error| StartError::Keepers { path: path.into(), why: error.to_string() })?;
     let (policy, _) = policy_file::put_in_force(policy, &place)
         .map_err(StartError::set_up("the policy's file for keepers"))?;
     info!(%sandbox, "confined");

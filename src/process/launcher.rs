@@ -3,7 +3,6 @@
 //! The broker asks on one link, and is told on another when it is to end and by which policy to go.
 //! Both are of the same build: the launcher has forked the broker.
 
-use super::keeper::LeaseState;
 use super::link::calls;
 use super::role::Helper;
 use nix::errno::Errno;
@@ -31,8 +30,7 @@ calls! {
     StartKeeper -> Done,
     Salvage -> Done,
     FindKeeper -> KeeperFound,
-    ListKeepers -> Names,
-    ReadKeeper -> KeptPage,
+    ReadKeepers -> Done,
     StartHelper -> HelperStarted,
     KillHelper -> Done,
     Ready -> Done,
@@ -86,59 +84,12 @@ pub enum Standing {
     Alive,
 }
 
-/// Lists keepers.
+/// Reads what keepers last wrote down, of some of them: it comes with the reply in a file of memory, as
+/// [`kept`](super::kept) has it. An empty file is the end.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct ListKeepers {
+pub struct ReadKeepers {
     /// Only those behind this one in the order of names.
     pub after: String,
-}
-
-/// The names of keepers, as many as fit into one message; none where that is all.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Names {
-    /// In order.
-    pub names: Vec<String>,
-}
-
-/// Reads what a keeper last wrote down.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct ReadKeeper {
-    /// Its name.
-    pub name: String,
-    /// How many of its leases are known already.
-    pub from: usize,
-}
-
-/// What a keeper last wrote down, with as many of its leases as fit into one message.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct KeptPage {
-    /// What it wrote, without the leases before this page and behind it.
-    pub kept: Kept,
-    /// No lease comes behind these.
-    pub is_last: bool,
-}
-
-/// What a keeper last wrote down.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kept {
-    /// There is no such keeper, or it has never had anything.
-    Nothing,
-    /// What it wrote.
-    Saved(SavedKeeper),
-    /// It can't be relied on; why.
-    Unusable(String),
-}
-
-/// A keeper by what it wrote down.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SavedKeeper {
-    /// Its process.
-    pub pid: u32,
-    /// That process has its files still, whatever else is the matter with it.
-    pub is_alive: bool,
-    /// Its leases.
-    pub leases: Vec<LeaseState>,
 }
 
 /// Starts a process that receives or closes what peers sent. A SOCK_SEQPACKET link to it and its pidfd

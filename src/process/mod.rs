@@ -7,6 +7,7 @@
 pub mod calls;
 pub mod holders;
 pub mod keeper;
+pub mod kept;
 pub mod launcher;
 pub mod link;
 pub mod peer;

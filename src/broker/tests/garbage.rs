@@ -3,7 +3,8 @@
 use super::*;
 use crate::broker::{Keepers, Waiting};
 use crate::process::holders::{Report, Search};
-use crate::process::launcher::{Kept, Standing};
+use crate::process::kept::KeptKeeper;
+use crate::process::launcher::Standing;
 use nix::errno::Errno;
 use std::future::ready;
 use std::io::{Read, Write};
@@ -53,12 +54,8 @@ impl Keepers for Odd {
         Box::pin(ready(Err(Errno::EAGAIN.into())))
     }
 
-    fn names(&self) -> Waiting<'_, Vec<String>> {
+    fn kept<'a>(&'a self, _: &'a str) -> Waiting<'a, Vec<KeptKeeper>> {
         Box::pin(ready(Ok(Vec::new())))
-    }
-
-    fn read<'a>(&'a self, _: &'a str) -> Waiting<'a, Kept> {
-        Box::pin(ready(Ok(Kept::Nothing)))
     }
 
     fn look<'a>(&'a self, _: &'a Search) -> Waiting<'a, Report> {

@@ -44,7 +44,7 @@ fn is_quarantined(world: &World, uid: u32, devices: &[&str]) -> Until {
 
 /// What each keeper has written down.
 fn written(world: &World) -> Vec<(String, Vec<LeaseState>)> {
-    world.keepers.kept().into_iter().map(|(name, leases)| (name, leases.unwrap())).collect()
+    world.keepers.saved().into_iter().map(|(name, leases)| (name, leases.unwrap())).collect()
 }
 
 /// Writes what a keeper wrote that is no more.
@@ -179,7 +179,7 @@ fn a_lease_that_ends_while_no_broker_is_there_is_known_to_have_ended() {
     drop((grant, other));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(until(|| {
-        let all = keepers.kept();
+        let all = keepers.saved();
         let ended = |state: &LeaseState| state.phase == Phase::Ending && state.call.is_none();
         all.len() == 1 && all[0].1.as_ref().is_ok_and(|leases| leases.iter().all(ended))
     }));

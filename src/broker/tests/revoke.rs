@@ -34,7 +34,7 @@ impl World {
 
     /// What the keepers have written down of leases that are being revoked.
     fn revoking(&self) -> usize {
-        let all = self.keepers.kept();
+        let all = self.keepers.saved();
         let leases = all.into_iter().filter_map(|(_, leases)| leases.ok()).flatten();
         leases.filter(|lease| lease.revoking.is_some()).count()
     }

@@ -5,7 +5,8 @@ use crate::keeper::{Links, Place, links, run};
 use crate::kernel::Kernel;
 use crate::process::holders::{Report, Search};
 use crate::process::keeper::LeaseState;
-use crate::process::launcher::{Kept, Standing};
+use crate::process::kept::KeptKeeper;
+use crate::process::launcher::Standing;
 use crate::sim::Wire;
 use nix::errno::Errno;
 use std::cell::{Cell, RefCell};
@@ -42,17 +43,10 @@ impl Threads {
     }
 
     /// What each has written down.
-    pub(super) fn kept(&self) -> Vec<(String, Result<Vec<LeaseState>, String>)> {
-        let found = self.place.names().unwrap().into_iter().map(|name| {
-            let kept = self.place.kept(&name);
-            (name, kept)
-        });
-        let told = found.filter_map(|(name, kept)| match kept {
-            Kept::Saved(saved) => Some((name, Ok(saved.leases))),
-            Kept::Unusable(why) => Some((name, Err(why))),
-            Kept::Nothing => None,
-        });
-        told.collect()
+    pub(super) fn saved(&self) -> Vec<(String, Result<Vec<LeaseState>, String>)> {
+        let names = self.place.names().unwrap().into_iter();
+        let saved = names.map(|name| (name.clone(), self.place.kept(name).saved()));
+        saved.map(|(name, saved)| (name, saved.map(|saved| saved.leases))).collect()
     }
 
     fn begin(&self, name: &str, first: Vec<OwnedFd>, salvage: bool) {
@@ -90,12 +84,10 @@ impl Keepers for Rc<Threads> {
         Box::pin(ready(Ok(())))
     }
 
-    fn names(&self) -> Waiting<'_, Vec<String>> {
-        Box::pin(ready(Ok(self.place.names().unwrap())))
-    }
-
-    fn read<'a>(&'a self, name: &'a str) -> Waiting<'a, Kept> {
-        Box::pin(ready(Ok(self.place.kept(name))))
+    fn kept<'a>(&'a self, after: &'a str) -> Waiting<'a, Vec<KeptKeeper>> {
+        let names = self.place.names().unwrap().into_iter();
+        let behind = names.filter(|name| name.as_str() > after);
+        Box::pin(ready(Ok(behind.map(|name| self.place.kept(name)).collect())))
     }
 
     fn look<'a>(&'a self, search: &'a Search) -> Waiting<'a, Report> {
