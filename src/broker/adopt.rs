@@ -1,5 +1,6 @@
 //! What keepers have that were there before, and what they tell of leases that are not known here.
 
+use super::attend::started;
 use super::books::{Books, Entry};
 use super::keeper::KeeperHandle;
 use super::key::Key;
@@ -24,6 +25,12 @@ impl Broker {
         while let Some(kept) = all.next().await? {
             let keeper = Rc::new(KeeperHandle::found(kept.name.clone()));
             match kept.saved() {
+                // Only its directory is left.
+                Ok(saved) if saved.leases.is_empty() && !kept.is_alive => {
+                    let done = self.keepers.salvage(&kept.name).await;
+                    done.map_err(|error| started("fork", &kept.name, &error))?;
+                    continue;
+                }
                 Ok(saved) => {
                     for state in saved.leases {
                         let lease = &state.record.lease;

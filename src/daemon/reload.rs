@@ -3,7 +3,7 @@
 use super::launcher_link::whole;
 use super::{Daemon, warn_of_quotas};
 use crate::policy::Policy;
-use crate::process::launcher::PolicyRead;
+use crate::process::launcher::{InForce, PolicyRead};
 use std::io::Result;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -20,7 +20,6 @@ pub(super) async fn take(daemon: &Daemon, read: PolicyRead, compiled: Option<Own
     };
     match policy(file) {
         Ok(policy) => {
-            let policy = Arc::new(policy);
             warn_of_quotas(&policy, &daemon.open_files);
             daemon.broker.replace_policy(policy);
             daemon.broker.judge_leases().await;
@@ -31,6 +30,6 @@ pub(super) async fn take(daemon: &Daemon, read: PolicyRead, compiled: Option<Own
 }
 
 /// The policy in a file.
-fn policy(file: OwnedFd) -> Result<Policy> {
-    Ok(serde_json::from_slice(&whole(file)?)?)
+fn policy(file: OwnedFd) -> Result<Arc<Policy>> {
+    Ok(serde_json::from_slice::<InForce>(&whole(file)?)?.policy)
 }

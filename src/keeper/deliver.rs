@@ -1,6 +1,7 @@
 //! Handing over: the reply with its open files, on the client's own connection.
 
 use super::open::Pending;
+use super::permit::Client;
 use super::{Keeper, KeptLease};
 use crate::kernel::{Error, Group};
 use crate::process::keeper::{Deliver, Delivered, Failure, LeaseRecord, Phase};
@@ -35,11 +36,7 @@ impl<'a> Files<'a> {
 impl Keeper {
     /// Sends a reply with what is pending, and what is wanted of what is kept. From its first byte on
     /// the lease is its holder's.
-    pub(super) fn deliver(
-        &mut self,
-        call: Deliver,
-        client: &OwnedFd,
-    ) -> Result<Delivered, Failure> {
+    pub(super) fn deliver(&mut self, call: Deliver, client: &Client) -> Result<Delivered, Failure> {
         let name = call.lease.clone();
         let lease = self.lease(&name)?;
         if lease.is_ending() {
@@ -79,7 +76,7 @@ impl Keeper {
     fn send(
         &self,
         call: &Deliver,
-        client: &OwnedFd,
+        client: &Client,
         lifeline: Option<BorrowedFd<'_>>,
     ) -> Result<bool, Failure> {
         let lease = self.lease(&call.lease)?;
@@ -162,7 +159,7 @@ fn pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
 }
 
 /// Sends a message, its files with the first byte. Whether all of it went; an error where nothing did.
-fn send_all(client: &OwnedFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<bool, Failure> {
+fn send_all(client: &Client, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<bool, Failure> {
     let mut sent = 0;
     while sent < bytes.len() {
         let with = if sent == 0 { fds } else { &[] };
@@ -181,7 +178,7 @@ fn send_all(client: &OwnedFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<bo
 }
 
 /// Waits until there is room for more; false where the client leaves none for too long.
-fn is_writable(client: &OwnedFd) -> bool {
+fn is_writable(client: &Client) -> bool {
     let mut ask = [PollFd::new(client.as_fd(), PollFlags::POLLOUT)];
     let patience = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
     loop {

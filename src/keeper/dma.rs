@@ -2,6 +2,7 @@
 
 use super::Keeper;
 use super::memory::{Memory, page_size};
+use super::permit::Client;
 use crate::kernel::{self, DmaMap, IommuInfo, Mapped};
 use crate::process::keeper::{
     Changed, Failure, Map, Mappings, MappingsPage, Phase, Unmap, Unmapped,
@@ -17,7 +18,7 @@ impl Keeper {
         &mut self,
         call: &Map,
         queue: &OwnedFd,
-        client: &OwnedFd,
+        client: &Client,
     ) -> Result<Changed, Failure> {
         let name = &call.lease;
         self.check_maps(name, client)?;
@@ -52,7 +53,7 @@ impl Keeper {
     }
 
     /// Unmaps one mapping.
-    pub(super) fn unmap(&mut self, call: &Unmap, client: &OwnedFd) -> Result<Unmapped, Failure> {
+    pub(super) fn unmap(&mut self, call: &Unmap, client: &Client) -> Result<Unmapped, Failure> {
         let name = &call.lease;
         self.check_maps(name, client)?;
         self.begin(name, "VFIO_IOMMU_UNMAP_DMA", format!("0x{:x}", call.iova));
@@ -74,7 +75,7 @@ impl Keeper {
         Ok(MappingsPage { mappings: mappings.map(|(iova, size)| (*iova, *size)).collect() })
     }
 
-    fn check_maps(&self, name: &str, client: &OwnedFd) -> Result<(), Failure> {
+    fn check_maps(&self, name: &str, client: &Client) -> Result<(), Failure> {
         let state = &self.lease(name)?.state;
         match state.phase == Phase::Held && state.record.keeper_maps() {
             true => self.permit_holder(&state.record, client),

@@ -1,20 +1,17 @@
 //! The memlock limit of a client's process.
 
 use super::Keeper;
+use super::permit::Client;
 use crate::kernel::Error;
 use crate::process::keeper::{Failure, Memlock, Phase, Raised};
 use crate::sys::memlock::raise_memlock;
 use crate::sys::peer::pidfd;
 use nix::sys::socket::{getsockopt, sockopt};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 impl Keeper {
     /// Raises the limit of the process that made this connection, as the kernel names it.
-    pub(super) fn raise_memlock(
-        &self,
-        call: &Memlock,
-        client: &OwnedFd,
-    ) -> Result<Raised, Failure> {
+    pub(super) fn raise_memlock(&self, call: &Memlock, client: &Client) -> Result<Raised, Failure> {
         if self.lease(&call.lease)?.state.phase != Phase::Held {
             return Err(Failure::NoSuchLease);
         }

@@ -1,6 +1,7 @@
 //! Opening what a lease gets, and closing it again where it is not delivered.
 
 use super::container::Container;
+use super::permit::Client;
 use super::{Keeper, KeptLease};
 use crate::host;
 use crate::kernel::{self, Device, Group, Iommufd, Kernel, Node};
@@ -11,7 +12,6 @@ use crate::process::keeper::{
 use crate::protocol::{Bdf, FdKind, Handout};
 use nix::errno::Errno;
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// What was opened and is nobody's yet.
@@ -47,7 +47,7 @@ impl Keeper {
         &mut self,
         link: u64,
         mut call: Open,
-        client: &OwnedFd,
+        client: &Client,
     ) -> Result<Opened, Failure> {
         self.permit(&mut call, client)?;
         let name = call.record.lease.clone();

@@ -5,11 +5,14 @@ use super::{Keeper, KeptLease};
 use crate::host::{self, Group, NotAllowed, allows, allows_unsafe_interrupts};
 use crate::policy::{Form, Peer, Policy, Tenant, Trust, Verb, administers};
 use crate::process::keeper::{Failure, LeaseRecord, LeasedDevice, Open, Phase, Step};
+use crate::process::launcher::InForce;
+use crate::process::link::keep_open;
 use crate::process::peer::describe;
 use crate::protocol::{Bdf, Handout};
+use crate::sys::peer::address;
 use std::cell::RefCell;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -21,56 +24,90 @@ pub struct PolicyInForce {
     path: PathBuf,
     /// The inode that it was read from; another policy comes in another file.
     inode: u64,
-    policy: Arc<Policy>,
+    in_force: Arc<InForce>,
 }
 
 impl PolicyInForce {
-    /// The policy that is in this file, which has this path now.
+    /// What is in this file, which has this path now.
     ///
     /// # Errors
     /// See fstat(2).
-    pub fn new(path: PathBuf, file: &File, policy: Arc<Policy>) -> std::io::Result<Self> {
-        Ok(Self { path, inode: file.metadata()?.ino(), policy })
+    pub fn new(path: PathBuf, file: &File, in_force: InForce) -> std::io::Result<Self> {
+        Ok(Self { path, inode: file.metadata()?.ino(), in_force: Arc::new(in_force) })
     }
 
     /// As it was when this was made.
     pub fn policy(&self) -> &Arc<Policy> {
-        &self.policy
+        &self.in_force.policy
     }
 
-    /// The policy of now.
-    fn now(&mut self) -> std::io::Result<Arc<Policy>> {
+    /// What is in force now.
+    fn now(&mut self) -> std::io::Result<Arc<InForce>> {
         let file = File::open(&self.path)?;
         let inode = file.metadata()?.ino();
         if inode != self.inode {
-            let policy = serde_json::from_str(&std::io::read_to_string(file)?)?;
-            (self.inode, self.policy) = (inode, Arc::new(policy));
+            let in_force = serde_json::from_str(&std::io::read_to_string(file)?)?;
+            (self.inode, self.in_force) = (inode, Arc::new(in_force));
         }
-        Ok(Arc::clone(&self.policy))
+        Ok(Arc::clone(&self.in_force))
     }
 }
 
-/// Who is asked whether something may be; nobody where broker and keeper are one process, as in tests.
+/// What is asked whether something may be; nothing where broker and keeper are one process, as in tests.
 pub type Judge = Option<RefCell<PolicyInForce>>;
 
+/// A client's own connection, and what it is judged by.
+#[derive(Debug)]
+pub(super) struct Client {
+    connection: OwnedFd,
+    /// The policy at the time of the call, and who the client is; `None` where nobody judges.
+    judged: Option<(Arc<InForce>, Peer)>,
+}
+
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.connection.as_fd()
+    }
+}
+
+impl Client {
+    /// By which policy it is judged, and who it is.
+    fn judged(&self) -> Option<(&Policy, &Peer)> {
+        self.judged.as_ref().map(|(in_force, peer)| (&*in_force.policy, peer))
+    }
+}
+
 impl Keeper {
-    fn policy(&self) -> Result<Option<Arc<Policy>>, Failure> {
-        let Some(judge) = &self.judge else { return Ok(None) };
-        let policy = judge.borrow_mut().now();
-        policy.map(Some).map_err(|error| Failure::Kernel {
+    /// Whose connection it is that came with a call. It must have been accepted where clients connect: at
+    /// other sockets are other peers, root at those that the launcher makes.
+    pub(super) fn client(&self, connection: OwnedFd) -> Result<Client, Failure> {
+        let Some(judge) = &self.judge else { return Ok(Client { connection, judged: None }) };
+        let in_force = judge.borrow_mut().now().map_err(|error| Failure::Kernel {
             call: "read".into(),
             object: "the policy in force".into(),
             errno: error.raw_os_error().unwrap_or(nix::libc::EIO),
             note: Some(error.to_string()),
-        })
+        })?;
+        if address(connection.as_fd()).ok().as_ref() != Some(&in_force.service) {
+            // To close what is no client's could hang.
+            keep_open([connection]);
+            return Err(Failure::Bad {
+                field: "client".into(),
+                reason: "what came with this was not accepted from the service's socket".into(),
+            });
+        }
+        let peer =
+            describe(connection.as_fd(), in_force.policy.names_units()).map_err(|errno| {
+                crate::kernel::Error::new("getsockopt", "the client's socket", errno)
+            })?;
+        Ok(Client { connection, judged: Some((in_force, peer)) })
     }
 
     /// Whether the client may have what is to be opened, all of the lease included.
-    pub(super) fn permit(&self, call: &mut Open, client: &OwnedFd) -> Result<(), Failure> {
-        let Some(policy) = self.policy()? else { return Ok(()) };
+    pub(super) fn permit(&self, call: &mut Open, client: &Client) -> Result<(), Failure> {
+        let Some((policy, peer)) = client.judged() else { return Ok(()) };
         let record = &mut call.record;
-        let peer = peer(&policy, client)?;
-        let tenant = policy.tenant(&peer).map_err(denied)?;
+        let tenant = policy.tenant(peer).map_err(denied)?;
         let known = self.leases.get(&record.lease).map(|lease| &lease.state);
         match known.map(|state| &state.record) {
             // Whoever acquired it first, whoever adds to it.
@@ -80,7 +117,7 @@ impl Keeper {
                 record.principals = policy.principals(&tenant.name).unwrap_or_default();
             }
         }
-        if !is_of(&policy, record, tenant) {
+        if !is_of(policy, record, tenant) {
             return Err(denied(policy.no_such_tenant(&record.tenant)));
         }
         let trust = |mutual| if mutual { Trust::Mutual } else { Trust::Enforced };
@@ -89,34 +126,35 @@ impl Keeper {
         record.rebind &= tenant.rebind || tenant.managed;
         let kept = known.into_iter().flat_map(|state| &state.groups).map(|group| group.group.id);
         check_steps(call, &kept.collect::<Vec<_>>())?;
-        self.permit_devices(&policy, tenant, &call.record, call.record.devices.iter())
+        self.permit_devices(policy, tenant, &call.record, call.record.devices.iter())
     }
 
-    /// Whether a client may use a lease: be given what is kept of it, map and unmap, end it. Whoever
-    /// acquired it may as long as it lasts, whatever the policy has come to be; others must be such as
-    /// could acquire it.
+    /// Whether a client may use a lease: be given what is kept of it, map and unmap, end it. Its tenant
+    /// may, and who could acquire it. Where the policy has come to know the client no more, the user who
+    /// acquired it may as long as it lasts.
     pub(super) fn permit_holder(
         &self,
         record: &LeaseRecord,
-        client: &OwnedFd,
+        client: &Client,
     ) -> Result<(), Failure> {
-        let Some(policy) = self.policy()? else { return Ok(()) };
-        let peer = peer(&policy, client)?;
-        if peer.uid == record.uid {
+        let Some((policy, peer)) = client.judged() else { return Ok(()) };
+        let tenant = match policy.tenant(peer) {
+            Ok(tenant) => tenant,
+            // Not before: tenants can share a user, and differ by group, unit or label.
+            Err(_) if peer.uid == record.uid => return Ok(()),
+            Err(refusal) => return Err(denied(refusal)),
+        };
+        if is_of(policy, record, tenant) {
             return Ok(());
         }
-        let tenant = policy.tenant(&peer).map_err(denied)?;
-        if is_of(&policy, record, tenant) {
-            return Ok(());
-        }
-        self.permit_devices(&policy, tenant, record, record.devices.iter())
+        self.permit_devices(policy, tenant, record, record.devices.iter())
     }
 
     /// Whether a lease may end, for this client or without any.
     pub(super) fn permit_end(
         &self,
         lease: &KeptLease,
-        client: Option<&OwnedFd>,
+        client: Option<&Client>,
     ) -> Result<(), Failure> {
         // What was never delivered is undone by whoever has opened it.
         if lease.state.phase != Phase::Held || lease.is_forced(Instant::now()) {
@@ -136,36 +174,33 @@ impl Keeper {
     pub(super) fn permit_revocation(
         &self,
         record: &LeaseRecord,
-        client: &OwnedFd,
+        client: &Client,
     ) -> Result<(), Failure> {
-        let Some(policy) = self.policy()? else { return Ok(()) };
-        let peer = peer(&policy, client)?;
-        if is_administrator(&peer) {
+        let Some((policy, peer)) = client.judged() else { return Ok(()) };
+        if is_administrator(peer) {
             return Ok(());
         }
-        let tenant = policy.tenant(&peer).map_err(denied)?;
+        let tenant = policy.tenant(peer).map_err(denied)?;
         policy.may(tenant, Verb::Manage).ok().map_err(denied)?;
-        match is_of(&policy, record, tenant) {
+        match is_of(policy, record, tenant) {
             true => Ok(()),
             false => Err(denied(policy.no_such_tenant(&record.tenant))),
         }
     }
 
     /// Whether a client's word is enough where the kernel shows nothing.
-    pub(super) fn permit_administrator(&self, client: &OwnedFd) -> Result<(), Failure> {
-        let Some(policy) = self.policy()? else { return Ok(()) };
-        let peer = peer(&policy, client)?;
-        match is_administrator(&peer) {
+    pub(super) fn permit_administrator(&self, client: &Client) -> Result<(), Failure> {
+        let Some((policy, peer)) = client.judged() else { return Ok(()) };
+        match is_administrator(peer) {
             true => Ok(()),
             false => Err(denied(policy.no_administrator(peer.uid))),
         }
     }
 
     /// Whether the limit of a client's process may be raised so far.
-    pub(super) fn permit_memlock(&self, bytes: u64, client: &OwnedFd) -> Result<(), Failure> {
-        let Some(policy) = self.policy()? else { return Ok(()) };
-        let peer = peer(&policy, client)?;
-        let tenant = policy.tenant(&peer).map_err(denied)?;
+    pub(super) fn permit_memlock(&self, bytes: u64, client: &Client) -> Result<(), Failure> {
+        let Some((policy, peer)) = client.judged() else { return Ok(()) };
+        let tenant = policy.tenant(peer).map_err(denied)?;
         let most = policy.memlock(tenant).map_err(denied)?;
         if bytes <= most {
             return Ok(());
@@ -205,12 +240,6 @@ impl Keeper {
         }
         Ok(())
     }
-}
-
-fn peer(policy: &Policy, client: &OwnedFd) -> Result<Peer, Failure> {
-    describe(client.as_fd(), policy.names_units()).map_err(|errno| {
-        crate::kernel::Error::new("getsockopt", "the client's socket", errno).into()
-    })
 }
 
 fn denied(refusal: crate::policy::Refusal) -> Failure {

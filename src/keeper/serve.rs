@@ -1,6 +1,6 @@
 //! A keeper's loop: links, lease pipes, and what is to be tried again.
 
-use super::permit::Judge;
+use super::permit::{Client, Judge};
 use super::state_file::{Place, StateFile};
 use super::{Keeper, KeptLease};
 use crate::kernel::Kernel;
@@ -12,6 +12,7 @@ use crate::process::link::{self, Answering, Call, Lost, Message};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
@@ -171,8 +172,10 @@ impl Keeper {
     fn answer_links(&mut self) {
         let ids: Vec<u64> = self.links.iter().map(|link| link.id).collect();
         for id in ids {
-            if let Err(_lost) = self.answer_link(id) {
-                self.links.retain(|link| link.id != id);
+            if let Err(lost) = self.answer_link(id) {
+                if let Some(at) = self.links.iter().position(|link| link.id == id) {
+                    self.links.remove(at).answering.end(&lost);
+                }
                 self.undo_of_link(id);
             }
         }
@@ -207,17 +210,36 @@ impl Keeper {
         let mut fds = fds.into_iter();
         let mut file = || fds.next().ok_or_else(|| Lost::Malformed("no file".into()));
         let answer = match method {
-            Open::NAME => framed(self.open(link, link::parse(parameters)?, &file()?)),
+            Open::NAME => self.for_client(parameters, file()?, |keeper, call, client| {
+                keeper.open(link, call, client)
+            })?,
             Reopen::NAME => framed(self.reopen(link, link::parse(parameters)?)),
-            Deliver::NAME => framed(self.deliver(link::parse(parameters)?, &file()?)),
+            Deliver::NAME => self.for_client(parameters, file()?, Self::deliver)?,
             Undo::NAME => framed(self.undo(&link::parse(parameters)?)),
-            Map::NAME => framed(self.map(&link::parse(parameters)?, &file()?, &file()?)),
-            Unmap::NAME => framed(self.unmap(&link::parse(parameters)?, &file()?)),
-            Memlock::NAME => framed(self.raise_memlock(&link::parse(parameters)?, &file()?)),
+            Map::NAME => {
+                let queue = file()?;
+                self.for_client(parameters, file()?, |keeper, call, client| {
+                    keeper.map(&call, &queue, client)
+                })?
+            }
+            Unmap::NAME => self.for_client(parameters, file()?, |keeper, call, client| {
+                keeper.unmap(&call, client)
+            })?,
+            Memlock::NAME => self.for_client(parameters, file()?, |keeper, call, client| {
+                keeper.raise_memlock(&call, client)
+            })?,
             Check::NAME => framed(self.check(&link::parse(parameters)?)),
-            End::NAME => framed(self.end(&link::parse(parameters)?, file().ok())),
-            Revoke::NAME => framed(self.revoke(&link::parse(parameters)?, &file()?)),
-            Confirm::NAME => framed(self.confirm(&link::parse(parameters)?, &file()?)),
+            End::NAME => {
+                let call = link::parse(parameters)?;
+                let client = file().ok().map(|file| self.client(file)).transpose();
+                framed(client.and_then(|client| self.end(&call, client)))
+            }
+            Revoke::NAME => self.for_client(parameters, file()?, |keeper, call, client| {
+                keeper.revoke(&call, client)
+            })?,
+            Confirm::NAME => self.for_client(parameters, file()?, |keeper, call, client| {
+                keeper.confirm(&call, client)
+            })?,
             Mappings::NAME => framed(self.mappings(&link::parse(parameters)?)),
             Watch::NAME => {
                 let all = self.leases.keys().cloned().collect();
@@ -231,6 +253,18 @@ impl Keeper {
             }
         };
         Ok(Some(answer))
+    }
+
+    /// The answer to a call that is made for a client.
+    fn for_client<C: DeserializeOwned, R: Serialize>(
+        &mut self,
+        parameters: &[u8],
+        connection: OwnedFd,
+        act: impl FnOnce(&mut Self, C, &Client) -> Result<R, Failure>,
+    ) -> Result<Vec<u8>, Lost> {
+        let call = link::parse(parameters)?;
+        let client = self.client(connection);
+        Ok(framed(client.and_then(|client| act(self, call, &client))))
     }
 
     /// Tells those who watch what has changed. Who does not read is told later, and then only how

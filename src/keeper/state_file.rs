@@ -82,13 +82,21 @@ impl Place {
         Ok(names)
     }
 
-    /// What a keeper wrote last.
+    /// The directory of a keeper of this name, which comes from the broker: no other path.
+    fn directory(&self, name: &str) -> Result<PathBuf> {
+        match is_name(name) {
+            true => Ok(self.0.join(name)),
+            false => Err(Error::new("open", format!("a keeper called {name:?}"), Errno::EINVAL)),
+        }
+    }
+
+    /// What a keeper of [`names`](Self::names) wrote last.
     pub fn kept(&self, name: String) -> KeptKeeper {
+        let directory = self.0.join(&name);
         // In this order: one that is dead writes nothing any more.
-        let is_alive = self.is_locked(&name);
-        let path = self.0.join(&name).join("state");
-        let state = read_own(&path).map(Option::unwrap_or_default);
-        let state = state.map_err(|error| error.to_string());
+        let is_alive = is_locked(&directory);
+        let path = directory.join("state");
+        let state = read_own(&path).map_err(|error| error.to_string());
         KeptKeeper { name, path: path.to_string_lossy().into_owned(), is_alive, state }
     }
 
@@ -99,11 +107,11 @@ impl Place {
     /// What reading the directory says.
     pub fn clear(&self) -> Result<()> {
         let boot = boot_id().map_err(|error| io("read", Path::new(BOOT_ID), &error))?;
-        for name in self.names()? {
-            if self.is_locked(&name) {
+        for directory in self.names()?.into_iter().map(|name| self.0.join(name)) {
+            if is_locked(&directory) {
                 continue;
             }
-            let is_over = match read_own(&self.0.join(&name).join("state")) {
+            let is_over = match read_own(&directory.join("state")) {
                 // One that never had anything.
                 Ok(None) => true,
                 Ok(Some(text)) => serde_json::from_slice::<Saved>(&text)
@@ -111,48 +119,31 @@ impl Place {
                 Err(_) => false,
             };
             if is_over {
-                remove(&self.0.join(&name));
+                remove(&directory);
             }
         }
         Ok(())
     }
 
     /// How a keeper is, and two links to it where one that is alive takes them.
-    pub fn find(&self, name: &str) -> (Standing, Option<[OwnedFd; 2]>) {
-        if !self.0.join(name).exists() {
-            return (Standing::Gone, None);
-        }
-        let standing = if self.is_locked(name) { Standing::Alive } else { Standing::Dead };
-        let links = self.connect(name).and_then(|first| Ok([first, self.connect(name)?]));
-        (standing, links.ok().filter(|_| standing == Standing::Alive))
-    }
-
-    /// Whether a keeper's process has its files still, whatever state it is in.
-    fn is_locked(&self, name: &str) -> bool {
-        match open_lock(&self.0.join(name)) {
-            Ok(file) => Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err(),
-            Err(_) => false,
-        }
-    }
-
-    /// A new link to a keeper, in non-blocking mode. That it is made proves no life: a process that is
-    /// dead and can't end has its socket still.
     ///
     /// # Errors
-    /// What connect(2) says.
-    fn connect(&self, name: &str) -> std::result::Result<OwnedFd, Errno> {
-        let directory = File::open(self.0.join(name)).map_err(|error| errno(&error))?;
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-        connect(socket.as_raw_fd(), &address(&directory)?)?;
-        Ok(socket)
+    /// EINVAL for what no keeper is called.
+    pub fn find(&self, name: &str) -> Result<(Standing, Option<[OwnedFd; 2]>)> {
+        let directory = self.directory(name)?;
+        if !directory.exists() {
+            return Ok((Standing::Gone, None));
+        }
+        let standing = if is_locked(&directory) { Standing::Alive } else { Standing::Dead };
+        let links = link_to(&directory).and_then(|first| Ok([first, link_to(&directory)?]));
+        Ok((standing, links.ok().filter(|_| standing == Standing::Alive)))
     }
 }
 
 impl StateFile {
     /// Makes the directory of a new keeper.
     pub(super) fn create(place: &Place, name: &str) -> Result<Self> {
-        let directory = place.0.join(name);
+        let directory = place.directory(name)?;
         let failed = |error| io("mkdir", &directory, &error);
         DirBuilder::new().mode(0o700).create(&directory).map_err(failed)?;
         Self::locked(directory)
@@ -160,7 +151,7 @@ impl StateFile {
 
     /// Takes over the directory of one whose process has ended; waits until it has.
     pub(super) fn take_over(place: &Place, name: &str) -> Result<Self> {
-        Self::locked(place.0.join(name))
+        Self::locked(place.directory(name)?)
     }
 
     /// Waits for whoever looks whether the lock is free.
@@ -230,6 +221,27 @@ fn remove(directory: &Path) {
 /// A name that a keeper can have: no path.
 fn is_name(name: &str) -> bool {
     !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+/// Whether a keeper's process has its files still, whatever state it is in.
+fn is_locked(directory: &Path) -> bool {
+    match open_lock(directory) {
+        Ok(file) => Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err(),
+        Err(_) => false,
+    }
+}
+
+/// A new link to a keeper, in non-blocking mode. That it is made proves no life: a process that is
+/// dead and can't end has its socket still.
+///
+/// # Errors
+/// What connect(2) says.
+fn link_to(directory: &Path) -> std::result::Result<OwnedFd, Errno> {
+    let directory = File::open(directory).map_err(|error| errno(&error))?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &address(&directory)?)?;
+    Ok(socket)
 }
 
 /// By the directory's number, which is shorter than its path can be.

@@ -2,6 +2,7 @@
 //! of it.
 
 use super::open::node;
+use super::permit::Client;
 use super::{Keeper, KeptLease};
 use crate::drivers::{self, RebindError};
 use crate::host;
@@ -36,7 +37,7 @@ enum Outcome {
 
 impl Keeper {
     /// Ends a lease; of one that has ended, tries at once to take back what is left.
-    pub(super) fn end(&mut self, call: &End, client: Option<OwnedFd>) -> Result<Changed, Failure> {
+    pub(super) fn end(&mut self, call: &End, client: Option<Client>) -> Result<Changed, Failure> {
         let name = &call.lease;
         if let Some(lease) = self.leases.get(name) {
             self.permit_end(lease, client.as_ref())?;

@@ -14,13 +14,15 @@ use crate::process::link::{self, Call};
 use crate::process::queued_files::queue;
 use crate::protocol::{Fd, FdKind, Handout};
 use crate::sim::{Fault, Sim, Stats, Topology};
-use crate::sys::fdpass;
+use crate::sys::{fdpass, peer};
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use serde_json::Value;
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::sync::{LazyLock, Mutex};
 use std::thread::JoinHandle;
 use std::time::Instant;
 use tempfile::TempDir;
@@ -112,6 +114,31 @@ impl World {
     }
 }
 
+/// Where clients connect, as far as a keeper sees it.
+static SERVICE: LazyLock<Mutex<UnixListener>> = LazyLock::new(|| {
+    let name = format!("vfio-broker-keeper-tests-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(name).unwrap();
+    Mutex::new(UnixListener::bind_addr(&address).unwrap())
+});
+
+fn service() -> Vec<u8> {
+    peer::address(SERVICE.lock().unwrap().as_fd()).unwrap()
+}
+
+/// A client's connection, accepted, and its own end.
+fn connection() -> [UnixStream; 2] {
+    let service = SERVICE.lock().unwrap();
+    let theirs = UnixStream::connect_addr(&service.local_addr().unwrap()).unwrap();
+    [service.accept().unwrap().0, theirs]
+}
+
+/// The same of another user's; `None` where only root could make one.
+fn connection_of(uid: u32) -> Option<[UnixStream; 2]> {
+    let service = SERVICE.lock().unwrap();
+    let theirs = peer::connected_as(uid, &service.local_addr().unwrap())?;
+    Some([service.accept().unwrap().0, theirs])
+}
+
 impl Asker {
     fn send<C: Call>(&self, call: &C, fds: &[BorrowedFd<'_>]) {
         self.send_bytes(&link::call(call, false), fds);
@@ -161,12 +188,12 @@ impl Asker {
     }
 
     fn open(&mut self, call: &Open) -> Result<Opened, Failure> {
-        self.ask_for(call, &UnixStream::pair().unwrap().0)
+        self.ask_for(call, &connection()[0])
     }
 
     /// Delivers what is pending; gives the client's files.
     fn deliver(&mut self, lease: &str) -> Result<(Vec<Fd>, Vec<OwnedFd>), Failure> {
-        let (client, ours) = UnixStream::pair().unwrap();
+        let [client, ours] = connection();
         self.deliver_to(lease, &client)?;
         let mut buffer = [0; 4096];
         let got = fdpass::receive(ours.as_fd(), &mut buffer, fdpass::MAX_FDS, MsgFlags::empty());
@@ -197,7 +224,7 @@ impl Asker {
     ) -> Result<Changed, Failure> {
         let (read, write, offset, size) = (true, true, 0, 4096);
         let map = Map { lease: lease.into(), iova, size, read, write, memory, offset };
-        let (client, _) = UnixStream::pair().unwrap();
+        let [client, _] = connection();
         self.send(&map, &[queue, client.as_fd()]);
         self.answer::<Map>()
     }
@@ -272,7 +299,8 @@ fn a_new_link_finds_what_is_there() {
     link.map(ONE, 0);
     link.map(ONE, 1 << 20);
     drop(link);
-    let socket = UnixStream::from(world.place.find(NAME).1.unwrap().into_iter().next().unwrap());
+    let socket =
+        UnixStream::from(world.place.find(NAME).unwrap().1.unwrap().into_iter().next().unwrap());
     socket.set_nonblocking(false).unwrap();
     let mut link = Asker { socket, bytes: VecDeque::new() };
     let state = link.ask(&Check { lease: ONE.into() }).unwrap().state;
@@ -364,7 +392,7 @@ fn what_is_begun_stands_in_the_state_file() {
     let call = begun.call.unwrap();
     assert_eq!((begun.phase, &*call.call, &*call.object), (Phase::Opening, "open", "0000:02:00.0"));
     assert!(call.since > 0);
-    assert_eq!(world.place.find(NAME).0, Standing::Alive);
+    assert_eq!(world.place.find(NAME).unwrap().0, Standing::Alive);
     world.sim.clear_faults().unwrap();
     link.answer::<Open>().unwrap();
     let (_, files) = link.deliver(ONE).unwrap();
@@ -514,4 +542,22 @@ fn a_lease_that_has_ended_does_not_come_back_by_being_extended() {
     assert_eq!(link.open(&again).unwrap_err(), Failure::NoSuchLease);
     drop(link);
     world.is_over(keeper);
+}
+
+#[test]
+fn a_name_that_is_a_path_is_nobody_s() {
+    let world = World::new();
+    let victim = world.directory.path().join("victim");
+    std::fs::create_dir(&victim).unwrap();
+    let path = victim.to_str().unwrap();
+    for name in ["", ".", "..", "../victim", "a/../../victim", path, "0123456789abcdeg", "a\0b"] {
+        assert_eq!(world.place.find(name).unwrap_err().errno, Errno::EINVAL, "{name:?}");
+        for salvage in [false, true] {
+            let links = Links { first: Vec::new(), machine: None, salvage, judge: None };
+            let begun = run(world.sim.kernel(), &world.place, name, Vec::new(), links);
+            assert_eq!(begun.unwrap_err().errno, Errno::EINVAL, "{name:?}");
+        }
+    }
+    assert_eq!(std::fs::read_dir(&victim).unwrap().count(), 0);
+    assert!(world.place.path().exists());
 }

@@ -1,13 +1,13 @@
 //! What an administrator or a manager says of a lease.
 
+use super::permit::Client;
 use super::{Keeper, KeptLease};
 use crate::process::keeper::{Changed, Confirm, Failure, Phase, Revoke, Revoking, Stage};
-use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 impl Keeper {
     /// Notes that a lease is to be ended, and when.
-    pub(super) fn revoke(&mut self, call: &Revoke, client: &OwnedFd) -> Result<Changed, Failure> {
+    pub(super) fn revoke(&mut self, call: &Revoke, client: &Client) -> Result<Changed, Failure> {
         let Revoke { lease: name, since, force, left } = call;
         self.permit_revocation(&self.lease(name)?.state.record, client)?;
         let at = Instant::now() + Duration::from_millis(*left);
@@ -39,7 +39,7 @@ impl Keeper {
     }
 
     /// Forgets that a device may be open, for its group has nobody who has it.
-    pub(super) fn confirm(&mut self, call: &Confirm, client: &OwnedFd) -> Result<Changed, Failure> {
+    pub(super) fn confirm(&mut self, call: &Confirm, client: &Client) -> Result<Changed, Failure> {
         self.permit_administrator(client)?;
         let Confirm { lease: name, group: id, device } = call;
         let lease = self.lease_mut(name)?;

@@ -126,7 +126,7 @@ impl Launcher {
     }
 
     fn find_keeper(&self, asked: &FindKeeper) -> Answer<KeeperFound> {
-        let (standing, links) = self.place.find(&asked.name);
+        let (standing, links) = self.place.find(&asked.name).map_err(|error| error.errno)?;
         Ok((KeeperFound { standing }, links.map(Vec::from).unwrap_or_default()))
     }
 
@@ -142,6 +142,15 @@ impl Launcher {
         file.write_all(&all)
             .map_err(|error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw))?;
         Ok((Done {}, vec![file.into()]))
+    }
+
+    /// Starts a process that closes what it is given; gives the link to it.
+    pub(super) fn start_closer(&mut self) -> Option<OwnedFd> {
+        let started = self.start_helper(&StartHelper { helper: Helper::Closer });
+        let (_, files) = started
+            .inspect_err(|errno| error!(%errno, "can't start a process that closes"))
+            .ok()?;
+        files.into_iter().next()
     }
 
     fn start_helper(&mut self, StartHelper { helper }: &StartHelper) -> Answer<HelperStarted> {

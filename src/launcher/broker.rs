@@ -47,6 +47,8 @@ pub(super) struct Broker {
     pub(super) watches: bool,
     /// What it said before it ended.
     pub(super) gave_up: Option<String>,
+    /// How its process has ended. Its links may go on: whoever it gave them to has them.
+    pub(super) ended: Option<String>,
 }
 
 impl Broker {
@@ -64,8 +66,10 @@ impl Broker {
         let files = [ask, watch, listener.into(), lock.into()];
         let pid = child::fork(Role::Broker.name(), files, |files| serve(beginning, files));
         let pid = pid.map_err(|errno| failed("the broker's process")(errno.into()))?;
-        let (asks, tells) = (Answering::new(asked), Some(Answering::new(told)));
-        Ok(Self { pid, asks, tells, is_ready: false, watches: false, gave_up: None })
+        let asks = Answering::without_files(asked);
+        let tells = Some(Answering::without_files(told));
+        let (is_ready, watches) = (false, false);
+        Ok(Self { pid, asks, tells, is_ready, watches, gave_up: None, ended: None })
     }
 
     /// Tells it to end, once it listens.
@@ -83,6 +87,11 @@ impl Broker {
         let Some(tells) = self.tells.as_ref().filter(|_| self.watches) else { return false };
         // Its end is seen on the other link.
         tells.send(&link::reply(told, true), files).is_ok()
+    }
+
+    /// Its links, once it has ended.
+    pub(super) fn into_links(self) -> Vec<OwnedFd> {
+        [Some(self.asks), self.tells].into_iter().flatten().map(Into::into).collect()
     }
 
     /// Ends it whatever it is at.

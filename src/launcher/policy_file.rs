@@ -7,9 +7,10 @@ use super::policy_source::{Compiled, PolicySource};
 use crate::keeper::{Machine, Place, PolicyInForce};
 use crate::log;
 use crate::policy::Policy;
-use crate::process::launcher::PolicyRead;
+use crate::process::launcher::{InForce, PolicyRead};
 use crate::process::role::Role;
 use crate::sys::child;
+use crate::sys::peer::address;
 use crate::sys::process::now;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -20,6 +21,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::error;
@@ -195,7 +197,9 @@ fn tell_compiled(
 pub(super) fn put_in_force(
     policy: Policy,
     place: &Place,
+    listener: &UnixListener,
 ) -> std::io::Result<(PolicyInForce, File)> {
+    let in_force = InForce { service: address(listener.as_fd())?, policy: Arc::new(policy) };
     let (path, new) = (place.policy(), place.path().join("policy.new"));
     let mut options = OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
@@ -204,9 +208,9 @@ pub(super) fn put_in_force(
         _ => {}
     }
     let mut file = options.custom_flags(nix::libc::O_NOFOLLOW).open(&new)?;
-    file.write_all(&serde_json::to_vec(&policy)?)?;
+    file.write_all(&serde_json::to_vec(&in_force)?)?;
     // The broker gets it, and must not be able to write there.
     let file = File::open(&new)?;
     std::fs::rename(&new, &path)?;
-    Ok((PolicyInForce::new(path, &file, Arc::new(policy))?, file))
+    Ok((PolicyInForce::new(path, &file, in_force)?, file))
 }

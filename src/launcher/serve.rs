@@ -8,16 +8,19 @@ use super::simulation::Simulation;
 use crate::keeper::Place;
 use crate::log::Log;
 use crate::policy::Policy;
+use crate::process::link::keep_open;
+use crate::sys::fdpass;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::MsgFlags;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use sd_notify::NotifyState;
 use std::collections::HashSet;
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 use tracing::{error, warn};
 
@@ -97,18 +100,26 @@ impl Launcher {
     /// # Errors
     /// The broker can't begin, or ends again and again.
     pub(super) fn serve(mut self, log: &mut Log) -> Result<(), StartError> {
+        let served = self.serve_brokers(log);
+        let closer = self.start_closer();
+        close_elsewhere(closer, self.broker.into_links());
+        served
+    }
+
+    fn serve_brokers(&mut self, log: &mut Log) -> Result<(), StartError> {
         loop {
             self.wait(log.keep_process());
             self.read_signals();
             self.take_policy();
-            if self.answer_broker().is_err() {
+            // Before the broker is answered: what it said before it ended is still to be read.
+            self.reap()?;
+            if self.answer_broker().is_err() || self.broker.ended.is_some() {
                 let ended = self.reap_broker();
                 if self.stop.is_some() {
                     return Ok(());
                 }
                 self.replace_broker(&ended)?;
             }
-            self.reap()?;
             if self.stop.as_ref().is_some_and(|stop| Instant::now() >= stop.until) {
                 warn!("the broker does not end, and is killed");
                 self.broker.kill();
@@ -190,7 +201,7 @@ impl Launcher {
 
     /// Has a policy apply from here on; gives it as a file, where it could be written.
     fn put_in_force(&mut self, policy: Policy) -> Option<File> {
-        let put = policy_file::put_in_force(policy, &self.place)
+        let put = policy_file::put_in_force(policy, &self.place, &self.listening.listener)
             .inspect_err(|error| error!(%error, "can't write the policy down"));
         let (policy, file) = put.ok()?;
         self.beginning.policy = policy;
@@ -200,11 +211,15 @@ impl Launcher {
     /// Lets the kernel forget children that have ended.
     fn reap(&mut self) -> Result<(), StartError> {
         loop {
-            let pid = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, ..)) => pid,
+            let (pid, how) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, code)) => (pid, format!("it ended with code {code}")),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, format!("it got {signal}")),
                 Err(Errno::EINTR) => continue,
                 _ => return Ok(()),
             };
+            if pid == self.broker.pid {
+                self.broker.ended = Some(how);
+            }
             self.helpers.remove(&pid);
             self.beginning.policy_file.reaped(pid);
             if self.simulation.as_ref().is_some_and(|simulation| simulation.pid == pid) {
@@ -219,6 +234,9 @@ impl Launcher {
     fn reap_broker(&mut self) -> String {
         let until = Instant::now() + Duration::from_secs(1);
         loop {
+            if let Some(how) = self.broker.ended.take() {
+                return how;
+            }
             match waitpid(self.broker.pid, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(_, code)) => return format!("it ended with code {code}"),
                 Ok(WaitStatus::Signaled(_, signal, _)) => return format!("it got {signal}"),
@@ -248,13 +266,29 @@ impl Launcher {
             return Err(StartError::Ended { what: "the broker", why: ended.to_owned() });
         }
         error!(why = ended, "the broker has ended, and is started again; leases go on");
-        self.broker = Broker::start(&self.beginning, &self.listening.listener, &self.lock)?;
+        let next = Broker::start(&self.beginning, &self.listening.listener, &self.lock)?;
+        let links = std::mem::replace(&mut self.broker, next).into_links();
+        close_elsewhere(self.start_closer(), links);
         // It begins with the policy of now.
         if self.missed.take().is_some() {
             notify(&[NotifyState::Ready]);
         }
         Ok(())
     }
+}
+
+/// Has a closer close links: with them ends what was sent there and nobody has read, and that can hang. A link
+/// that nobody can close stays open.
+fn close_elsewhere(closer: Option<OwnedFd>, links: Vec<OwnedFd>) {
+    let Some(closer) = closer else { return keep_open(links) };
+    let borrowed: Vec<_> = links.iter().map(AsFd::as_fd).collect();
+    let given = fdpass::send(closer.as_fd(), &[0], &borrowed, MsgFlags::MSG_DONTWAIT);
+    match given {
+        Ok(_) => drop(links),
+        Err(_) => keep_open(links),
+    }
+    // Now that they are closed here.
+    let _ = fdpass::send(closer.as_fd(), &[0], &[], MsgFlags::MSG_DONTWAIT);
 }
 
 /// Tells the service manager, if there is one.

@@ -50,7 +50,7 @@ fn serve(
     place
         .clear()
         .map_err(|error| StartError::Keepers { path: path.into(), why: error.to_string() })?;
-    let (policy, _) = policy_file::put_in_force(policy, &place)
+    let (policy, _) = policy_file::put_in_force(policy, &place, &listening.listener)
         .map_err(StartError::set_up("the policy's file for keepers"))?;
     info!(%sandbox, "confined");
     tell_the_start(options, activated);

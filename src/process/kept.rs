@@ -15,8 +15,8 @@ pub struct KeptKeeper {
     pub path: String,
     /// Its process has its files still, whatever else is the matter with it.
     pub is_alive: bool,
-    /// Its state file, empty where it has never had anything; or why that can't be read.
-    pub state: std::result::Result<Vec<u8>, String>,
+    /// Its state file, none where it has never had anything; or why that can't be read.
+    pub state: std::result::Result<Option<Vec<u8>>, String>,
 }
 
 /// The same, understood.
@@ -33,7 +33,7 @@ struct Heading {
     name: String,
     path: String,
     alive: bool,
-    bytes: usize,
+    bytes: Option<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     unusable: Option<String>,
 }
@@ -46,9 +46,7 @@ impl KeptKeeper {
     pub fn saved(&self) -> std::result::Result<SavedKeeper, String> {
         let unusable = |why: &str| format!("{}: {why}", self.path);
         let state = self.state.as_ref().map_err(|why| unusable(why))?;
-        if state.is_empty() {
-            return Ok(SavedKeeper::default());
-        }
+        let Some(state) = state else { return Ok(SavedKeeper::default()) };
         let saved = serde_json::from_slice::<Saved>(state);
         let Saved { version, pid, leases, .. } =
             saved.map_err(|error| unusable(&error.to_string()))?;
@@ -63,15 +61,16 @@ impl KeptKeeper {
     /// Puts it behind others.
     pub fn append_to(&self, all: &mut Vec<u8>) {
         let (state, unusable) = match &self.state {
-            Ok(state) => (&state[..], None),
-            Err(why) => (&[][..], Some(why.clone())),
+            Ok(state) => (state.as_deref(), None),
+            Err(why) => (None, Some(why.clone())),
         };
         let (name, path) = (self.name.clone(), self.path.clone());
-        let heading = Heading { name, path, alive: self.is_alive, bytes: state.len(), unusable };
+        let heading =
+            Heading { name, path, alive: self.is_alive, bytes: state.map(<[u8]>::len), unusable };
         // It has string keys and no floats: it can be written as JSON.
         all.extend(serde_json::to_vec(&heading).unwrap_or_default());
         all.push(b'\n');
-        all.extend(state);
+        all.extend(state.unwrap_or_default());
     }
 }
 
@@ -86,8 +85,8 @@ pub fn parse(mut all: &[u8]) -> Result<Vec<KeptKeeper>> {
         let end = all.iter().position(|byte| *byte == b'\n').ok_or_else(cut)?;
         let Heading { name, path, alive, bytes, unusable } = serde_json::from_slice(&all[..end])?;
         let behind = &all[end + 1..];
-        let (state, rest) = behind.split_at_checked(bytes).ok_or_else(cut)?;
-        let state = unusable.map_or_else(|| Ok(state.to_vec()), Err);
+        let (state, rest) = behind.split_at_checked(bytes.unwrap_or(0)).ok_or_else(cut)?;
+        let state = unusable.map_or_else(|| Ok(bytes.map(|_| state.to_vec())), Err);
         keepers.push(KeptKeeper { name, path, is_alive: alive, state });
         all = rest;
     }
@@ -100,7 +99,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn keeper() -> impl Strategy<Value = KeptKeeper> {
-        let state = proptest::result::maybe_ok(prop::collection::vec(any::<u8>(), 0..50), ".*");
+        let bytes = prop::collection::vec(any::<u8>(), 0..50);
+        let state = proptest::result::maybe_ok(proptest::option::of(bytes), ".*");
         ("[0-9a-f]{1,16}", ".*", any::<bool>(), state)
             .prop_map(|(name, path, is_alive, state)| KeptKeeper { name, path, is_alive, state })
     }
@@ -126,7 +126,7 @@ mod tests {
         fn garbage_is_no_keeper_and_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
             let _ = parse(&bytes);
             let (name, path) = ("1".into(), "1/state".into());
-            let _ = KeptKeeper { name, path, is_alive: true, state: Ok(bytes) }.saved();
+            let _ = KeptKeeper { name, path, is_alive: true, state: Ok(Some(bytes)) }.saved();
         }
     }
 }

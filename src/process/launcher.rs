@@ -5,8 +5,10 @@
 
 use super::link::calls;
 use super::role::Helper;
+use crate::policy::Policy;
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// The name that every error of the launcher has; what it means is in its parameters.
 pub const FAILED: &str = "org.vfiobroker.Launcher.Failed";
@@ -141,6 +143,16 @@ pub enum Told {
     Stop(String),
     /// The policy was read again. The compiled one comes with it in a file, unless it was refused.
     Policy(PolicyRead),
+}
+
+/// What keepers judge by, as it stands in the launcher's file. Fields may be added and none taken away:
+/// keepers of an older launcher read it too.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct InForce {
+    /// The address of the socket that clients connect to, as [`address`](crate::sys::peer::address) has it.
+    pub service: Vec<u8>,
+    /// The policy as it was compiled.
+    pub policy: Arc<Policy>,
 }
 
 /// What came of reading the policy.

@@ -2,14 +2,14 @@
 //! One call is under way at a time, so whatever files arrive before the end of a message are its own.
 
 use crate::protocol::{Frames, MAX_MESSAGE};
-use crate::sys::fdpass::{self, MAX_FDS, ReceiveError};
+use crate::sys::fdpass::{self, MAX_FDS, Next};
 use nix::errno::Errno;
-use nix::sys::socket::MsgFlags;
+use nix::sys::socket::{MsgFlags, Shutdown, setsockopt, shutdown, sockopt};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use std::borrow::Cow;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -77,7 +77,7 @@ impl Inbox {
     /// Takes what there is, without waiting. False where there is nothing yet.
     fn fill(&mut self, socket: BorrowedFd<'_>) -> Result<bool, Lost> {
         let mut buffer = [0; 16 << 10];
-        match fdpass::receive(socket, &mut buffer, MAX_FDS, MsgFlags::MSG_DONTWAIT) {
+        match fdpass::receive_all(socket, &mut buffer, MsgFlags::MSG_DONTWAIT) {
             Ok(got) if got.len == 0 => Err(Lost::Closed),
             Ok(got) => {
                 self.frames.push(&buffer[..got.len]);
@@ -87,11 +87,33 @@ impl Inbox {
                 }
                 Ok(true)
             }
-            Err(ReceiveError::Errno(Errno::EAGAIN)) => Ok(false),
-            Err(ReceiveError::Errno(Errno::ECONNRESET)) => Err(Lost::Closed),
-            Err(ReceiveError::Errno(errno)) => Err(Lost::Errno { call: "recvmsg", errno }),
-            Err(error) => Err(Lost::Malformed(error.to_string())),
+            Err(errno) => not_received(errno),
         }
+    }
+
+    /// The same, and no file: bytes with files beside them stay where they are.
+    fn fill_without_files(&mut self, socket: BorrowedFd<'_>) -> Result<bool, Lost> {
+        let mut buffer = [0; 16 << 10];
+        match fdpass::peek(socket, &mut buffer) {
+            Ok(Next { len: 0, .. }) => Err(Lost::Closed),
+            Ok(Next { fds: true, .. }) => Err(Lost::Malformed("files".into())),
+            Ok(Next { len, .. }) => {
+                let flags = MsgFlags::MSG_DONTWAIT;
+                let got = fdpass::receive(socket, &mut buffer[..len], 0, flags);
+                let got = got.map_err(|error| Lost::Malformed(error.to_string()))?;
+                self.frames.push(&buffer[..got.len]);
+                Ok(true)
+            }
+            Err(errno) => not_received(errno),
+        }
+    }
+}
+
+fn not_received(errno: Errno) -> Result<bool, Lost> {
+    match errno {
+        Errno::EAGAIN => Ok(false),
+        Errno::ECONNRESET => Err(Lost::Closed),
+        errno => Err(Lost::Errno { call: "recvmsg", errno }),
     }
 }
 
@@ -167,11 +189,19 @@ pub fn parse<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Lost> {
     serde_json::from_slice(bytes).map_err(|error| Lost::Malformed(error.to_string()))
 }
 
-/// The end of a link that answers: it waits for nobody, its owner polls it.
+/// The end of a link that answers: it waits for nobody, its owner polls it. Whoever is at the other end may
+/// have been taken over, and send files whose last close never returns.
 #[derive(Debug)]
 pub struct Answering {
     socket: OwnedFd,
     inbox: Inbox,
+    takes_files: bool,
+}
+
+impl From<Answering> for OwnedFd {
+    fn from(link: Answering) -> Self {
+        link.socket
+    }
 }
 
 impl AsFd for Answering {
@@ -183,7 +213,26 @@ impl AsFd for Answering {
 impl Answering {
     /// Takes a connected socket.
     pub fn new(socket: OwnedFd) -> Self {
-        Self { socket, inbox: Inbox::default() }
+        // Urgent bytes would be passed over by a read otherwise, and their files closed by it. A kernel
+        // without such has no option for it.
+        let _ = setsockopt(&socket, sockopt::OobInline, &true);
+        Self { socket, inbox: Inbox::default(), takes_files: true }
+    }
+
+    /// The same, for calls that come without files. Any that comes with one is malformed, and stays unread.
+    pub fn without_files(socket: OwnedFd) -> Self {
+        Self { takes_files: false, ..Self::new(socket) }
+    }
+
+    /// Ends a link that is lost. Where the other process has not just closed it, its files, and those that
+    /// nobody has read, stay open for as long as this process is there: to close them could hang.
+    pub fn end(self, why: &Lost) {
+        if *why == Lost::Closed {
+            return;
+        }
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+        keep_open(self.inbox.fds);
+        keep_open([self.socket]);
     }
 
     /// The next call that is there whole; `None` where it is not yet.
@@ -195,7 +244,12 @@ impl Answering {
             if let Some(message) = self.inbox.next()? {
                 return Ok(Some(message));
             }
-            if !self.inbox.fill(self.socket.as_fd())? {
+            let socket = self.socket.as_fd();
+            let is_more = match self.takes_files {
+                true => self.inbox.fill(socket)?,
+                false => self.inbox.fill_without_files(socket)?,
+            };
+            if !is_more {
                 return Ok(None);
             }
         }
@@ -213,6 +267,13 @@ impl Answering {
             Err(Errno::EPIPE | Errno::ECONNRESET) => Err(Lost::Closed),
             Err(errno) => Err(Lost::Errno { call: "sendmsg", errno }),
         }
+    }
+}
+
+/// Never closes these, not before this process ends.
+pub fn keep_open(files: impl IntoIterator<Item = OwnedFd>) {
+    for file in files {
+        let _ = file.into_raw_fd();
     }
 }
 
@@ -286,5 +347,61 @@ impl Asking {
                 ready.clear_ready();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    /// Whether somebody has the other end of this pipe.
+    fn is_open(read_end: &OwnedFd) -> bool {
+        let mut ask = [nix::poll::PollFd::new(read_end.as_fd(), nix::poll::PollFlags::POLLIN)];
+        nix::poll::poll(&mut ask, nix::poll::PollTimeout::ZERO).unwrap() == 0
+    }
+
+    fn send(to: &UnixStream, bytes: &[u8], file: OwnedFd, flags: MsgFlags) {
+        let sent = fdpass::send(to.as_fd(), bytes, &[file.as_fd()], flags);
+        assert_eq!(sent, Ok(bytes.len()));
+    }
+
+    #[test]
+    fn a_link_without_files_installs_and_closes_none_however_they_come() {
+        for flags in [MsgFlags::empty(), MsgFlags::MSG_OOB] {
+            let (theirs, ours) = UnixStream::pair().unwrap();
+            let mut link = Answering::without_files(ours.into());
+            fdpass::send(theirs.as_fd(), b"{\"method\":\"a\"}\0", &[], MsgFlags::empty()).unwrap();
+            let (read_end, write_end) = nix::unistd::pipe().unwrap();
+            send(&theirs, b"x", write_end, flags);
+            // What came before is a call like any other.
+            let first = link.next_call();
+            assert!(
+                matches!(&first, Ok(Some(message)) if message.fds.is_empty()) || first.is_err()
+            );
+            let lost = link.next_call().unwrap_err();
+            assert!(matches!(lost, Lost::Malformed(_)), "{lost}");
+            assert!(is_open(&read_end), "it was closed here");
+            link.end(&lost);
+            assert!(is_open(&read_end), "it was closed with the link");
+            // Whoever is at the other end knows.
+            let end = fdpass::send(theirs.as_fd(), b"x", &[], MsgFlags::empty());
+            assert_eq!(end, Err(Errno::EPIPE));
+        }
+    }
+
+    #[test]
+    fn of_a_message_with_more_files_than_it_may_have_none_is_closed() {
+        let (theirs, ours) = UnixStream::pair().unwrap();
+        let mut link = Answering::new(ours.into());
+        let (read_end, write_end) = nix::unistd::pipe().unwrap();
+        let many = vec![write_end.as_fd(); 200];
+        fdpass::send(theirs.as_fd(), b"x", &many, MsgFlags::empty()).unwrap();
+        drop(many);
+        drop(write_end);
+        let lost = link.next_call().unwrap_err();
+        assert!(matches!(lost, Lost::Malformed(_)), "{lost}");
+        link.end(&lost);
+        assert!(is_open(&read_end));
     }
 }

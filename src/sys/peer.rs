@@ -6,7 +6,11 @@
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{UnixAddr, getsockname};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+#[cfg(test)]
+use std::os::unix::net::{SocketAddr, UnixStream};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
 /// Linux 6.5 and later.
@@ -73,6 +77,18 @@ pub fn pidfd(socket: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
     }
 }
 
+/// What a Unix socket is bound to: a path, or a NUL and an abstract name; nothing where it is not bound. What
+/// a listening socket has accepted is bound to the same.
+///
+/// # Errors
+/// See getsockname(2); EINVAL for a socket that is no Unix socket.
+pub fn address(socket: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
+    let address = getsockname::<UnixAddr>(socket.as_raw_fd())?;
+    let path = address.path().map(|path| path.as_os_str().as_bytes().to_vec());
+    let name = || address.as_abstract().map(|name| [&[0], name].concat());
+    Ok(path.or_else(name).unwrap_or_default())
+}
+
 /// How much of what was sent the peer has not read yet, in bytes of the kernel's memory, which the
 /// sender is charged; 0 too once the peer has closed the socket everywhere.
 ///
@@ -133,19 +149,20 @@ fn get(socket: BorrowedFd<'_>, option: libc::c_int, bytes: &mut [u8]) -> Result<
     Ok((len as usize).min(bytes.len()))
 }
 
-/// A connection that another user has made, its own end and ours; `None` where only root could make one.
+/// A connection that another user makes; `None` where only root could make one.
 #[cfg(test)]
-pub fn pair_of(uid: u32) -> Option<[std::os::unix::net::UnixStream; 2]> {
+pub fn connected_as(uid: u32, to: &SocketAddr) -> Option<UnixStream> {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("SKIPPED: only root can be somebody else");
         return None;
     }
+    let to = to.clone();
     let made = std::thread::spawn(move || {
         // SAFETY: the bare system call changes this thread alone, which ends soon; the C library's
         // function would change them all.
         let result = unsafe { libc::syscall(libc::SYS_setresuid, -1, uid, -1) };
         assert_eq!(result, 0);
-        std::os::unix::net::UnixStream::pair().unwrap().into()
+        UnixStream::connect_addr(&to).unwrap()
     });
     Some(made.join().unwrap())
 }
@@ -154,7 +171,6 @@ pub fn pair_of(uid: u32) -> Option<[std::os::unix::net::UnixStream; 2]> {
 mod tests {
     use super::*;
     use std::os::fd::AsFd;
-    use std::os::unix::net::UnixStream;
 
     #[test]
     fn a_peer_in_this_process_is_this_process() {
@@ -170,6 +186,24 @@ mod tests {
             let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd()));
             assert!(info.unwrap().contains(&format!("Pid:\t{}\n", std::process::id())));
         }
+    }
+
+    #[test]
+    fn what_was_accepted_has_the_address_of_its_listening_socket_and_no_other_end_has() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let theirs = UnixStream::connect(&path).unwrap();
+        let (ours, _) = listener.accept().unwrap();
+        let path = path.as_os_str().as_bytes();
+        assert_eq!(address(listener.as_fd()).unwrap(), path);
+        assert_eq!(address(ours.as_fd()).unwrap(), path);
+        assert_eq!(address(theirs.as_fd()).unwrap(), b"");
+        assert_eq!(address(UnixStream::pair().unwrap().0.as_fd()).unwrap(), b"");
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert_eq!(address(file.as_fd()), Err(Errno::ENOTSOCK));
+        let internet = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert_eq!(address(internet.as_fd()), Err(Errno::EINVAL));
     }
 
     #[test]

@@ -76,7 +76,7 @@ impl Keepers for Rc<Threads> {
     }
 
     fn find<'a>(&'a self, name: &'a str) -> Waiting<'a, (Standing, Option<[OwnedFd; 2]>)> {
-        Box::pin(ready(Ok(self.place.find(name))))
+        Box::pin(ready(Ok(self.place.find(name).unwrap())))
     }
 
     fn salvage<'a>(&'a self, name: &'a str) -> Waiting<'a, ()> {

@@ -4,7 +4,7 @@
 use super::*;
 use crate::policy::Policy;
 use crate::process::keeper::{Confirm, Memlock, Revoke, Unmap};
-use crate::sys::peer::pair_of;
+use crate::process::launcher::InForce;
 use std::cell::RefCell;
 
 /// The client may have the first device as such files, and `more`; another tenant both.
@@ -25,19 +25,20 @@ const OTHERS: [u32; 2] = [4243, 4244];
 const DEVICES: &str = "handouts = [\"devices\", \"iommufd\"]";
 const CONTAINERS: &str = "handouts = [\"container\", \"devices\"]";
 
-fn put(world: &World, text: &str) -> Policy {
+fn put(world: &World, text: &str) -> InForce {
     let policy = Policy::parse("policy.toml", text, &()).unwrap();
     let new = world.directory.path().join("new");
-    std::fs::write(&new, serde_json::to_vec(&policy).unwrap()).unwrap();
+    let in_force = InForce { service: service(), policy: Arc::new(policy) };
+    std::fs::write(&new, serde_json::to_vec(&in_force).unwrap()).unwrap();
     std::fs::rename(new, world.directory.path().join("policy")).unwrap();
-    policy
+    in_force
 }
 
 fn judged(world: &World, text: &str) -> (JoinHandle<()>, Asker) {
-    let policy = put(world, text);
+    let in_force = put(world, text);
     let path = world.directory.path().join("policy");
     let file = std::fs::File::open(&path).unwrap();
-    let judge = PolicyInForce::new(path, &file, Arc::new(policy)).unwrap();
+    let judge = PolicyInForce::new(path, &file, in_force).unwrap();
     let (keeper, [link]) = world.keeper_judged(Some(RefCell::new(judge)));
     (keeper, link)
 }
@@ -120,9 +121,15 @@ fn nothing_is_opened_without_a_client() {
     let (keeper, mut link) = judged(&world, &policy(CONTAINERS));
     let call = wanted(ONE, 2, Handout::Container, false);
     let (file, _) = crate::kernel::Mapped::memfd(4096).unwrap();
-    link.send(&call, &[file.as_fd()]);
-    let failure = link.answer::<Open>().unwrap_err();
-    assert!(matches!(failure, Failure::Kernel { .. }), "{failure:?}");
+    // A link between processes of the daemon has a peer too, and that is root.
+    let (pair, _other) = UnixStream::pair().unwrap();
+    // So has what the launcher connects to.
+    let [_accepted, connected] = connection();
+    for other in [file.as_fd(), pair.as_fd(), connected.as_fd()] {
+        link.send(&call, &[other]);
+        let failure = link.answer::<Open>().unwrap_err();
+        assert!(matches!(&failure, Failure::Bad { field, .. } if field == "client"), "{failure:?}");
+    }
     // With no file at all it is no call.
     link.send(&call, &[]);
     assert!(link.next().is_none());
@@ -140,7 +147,7 @@ fn another_policy_applies_at_once_and_takes_nothing_back() {
     // Who has acquired it gets more of what it has.
     let (_, more) = link.deliver(ONE).unwrap();
     let raise = Memlock { lease: ONE.into(), bytes: 4096 };
-    let (client, _) = UnixStream::pair().unwrap();
+    let client = own();
     link.send(&raise, &[client.as_fd()]);
     assert!(rule(link.answer::<Memlock>()).contains("without memlock"));
     // A policy that can't be read gives nothing.
@@ -152,7 +159,8 @@ fn another_policy_applies_at_once_and_takes_nothing_back() {
 }
 
 fn own() -> UnixStream {
-    UnixStream::pair().unwrap().0
+    let [ours, _] = connection();
+    ours
 }
 
 fn revocation(left: u64) -> Revoke {
@@ -169,7 +177,7 @@ fn a_lease_is_ended_and_unmapped_for_who_may_have_it_and_for_nobody_else() {
     let end = End { lease: ONE.into() };
     let unmap = Unmap { lease: ONE.into(), iova: 0, size: 4096 };
     for uid in OTHERS {
-        let Some([client, _]) = pair_of(uid) else { return };
+        let Some([client, _]) = connection_of(uid) else { return };
         rule(link.ask_for(&end, &client));
         rule(link.ask_for(&unmap, &client));
         rule(link.ask_for(&revocation(0), &client));
@@ -223,7 +231,7 @@ fn a_revocation_ends_its_lease_in_time_and_not_before_with_a_broker_or_without()
     let state = link.ask(&Check { lease: ONE.into() }).unwrap().state;
     assert!(state.phase == Phase::Held && state.revoking.is_some(), "{state:?}");
     // A later end does not put an earlier one off, whoever asks for it.
-    let Some([manager, _]) = pair_of(4245) else { return };
+    let Some([manager, _]) = connection_of(4245) else { return };
     link.ask_for(&revocation(20), &manager).unwrap();
     link.ask_for(&revocation(3_600_000), &own()).unwrap();
     drop((files, link));
@@ -240,7 +248,7 @@ fn what_a_device_may_be_open_in_is_an_administrator_s_to_vouch_for() {
     world.until(|| world.written().is_some_and(|all| all.first().is_some_and(left)));
     let confirm = Confirm { lease: ONE.into(), group: 2, device: bdf(2) };
     for uid in [4242, 4243, 4244] {
-        let Some([client, _]) = pair_of(uid) else { return };
+        let Some([client, _]) = connection_of(uid) else { return };
         assert!(rule(link.ask_for(&confirm, &client)).contains("no administrator"));
     }
     assert!(left(&world.written().unwrap()[0]));
@@ -261,11 +269,11 @@ fn a_lease_stays_its_holder_s_whatever_is_added_to_it() {
         Err(Failure::Bad { field, .. }) => field,
         other => panic!("{other:?}"),
     };
-    let Some([b, _]) = pair_of(4242) else { return };
+    let Some([b, _]) = connection_of(4242) else { return };
     // Another tenant's client, to which a device is added that it may have.
     let mut call = Open { extends: true, ..wanted(ONE, 8, Handout::Container, false) };
     call.record.tenant = "b".into();
-    let principals = put(&world, &policy_of_b).principals("b");
+    let principals = put(&world, &policy_of_b).policy.principals("b");
     call.record.principals = principals.unwrap();
     assert_eq!(bad(link.ask_for(&call, &b)), "record");
     // Its own, as another lease, or without what it has.
