@@ -157,7 +157,7 @@ impl StateFile {
     /// Waits for whoever looks whether the lock is free.
     fn locked(directory: PathBuf) -> Result<Self> {
         let failed = |error| io("open", &directory.join("lock"), &error);
-        let lock = open_lock(&directory).map_err(failed)?;
+        let lock = open_lock(&directory, true).map_err(failed)?;
         let lock = Flock::lock(lock, FlockArg::LockExclusive)
             .map_err(|(_, errno)| Error::new("flock", directory.to_string_lossy(), errno))?;
         let boot = boot_id().map_err(|error| io("read", Path::new(BOOT_ID), &error))?;
@@ -225,7 +225,7 @@ fn is_name(name: &str) -> bool {
 
 /// Whether a keeper's process has its files still, whatever state it is in.
 fn is_locked(directory: &Path) -> bool {
-    match open_lock(directory) {
+    match open_lock(directory, false) {
         Ok(file) => Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err(),
         Err(_) => false,
     }
@@ -249,9 +249,11 @@ fn address(directory: &File) -> std::result::Result<UnixAddr, Errno> {
     UnixAddr::new(format!("/proc/self/fd/{}/socket", directory.as_raw_fd()).as_str())
 }
 
-fn open_lock(directory: &Path) -> std::io::Result<File> {
+/// The file whose lock a keeper has. Only the keeper creates it: others would, in a directory that is just being
+/// removed.
+fn open_lock(directory: &Path, create: bool) -> std::io::Result<File> {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    options.read(true).write(true).create(create).truncate(false).mode(0o600);
     options.custom_flags(O_NOFOLLOW | O_NONBLOCK).open(directory.join("lock"))
 }
 
