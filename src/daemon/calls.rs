@@ -71,10 +71,13 @@ impl Connection {
     }
 
     /// Not in one of its tenant's places: what takes them up may be what is to be ended.
-    pub(super) async fn revoke(&self, request: Revoke) -> Result<Answer, Error> {
+    /// Whoever goes before the lease is over leaves the revocation as it is.
+    pub(super) async fn revoke(&self, request: Revoke) -> Result<Result<Answer, Error>, Lost> {
         let broker = &self.daemon.broker;
-        let begun = broker.revoke(&self.caller, &self.socket, &request)?;
-        Ok(Answer::reply(broker.revoked(begun).await))
+        Ok(match broker.revoke(&self.caller, &self.socket, &request) {
+            Ok(begun) => Ok(Answer::reply(self.while_there(broker.revoked(begun)).await?)),
+            Err(error) => Err(error),
+        })
     }
 
     pub(super) async fn confirm(&self, request: Confirm) -> Result<Answer, Error> {

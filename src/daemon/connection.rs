@@ -12,17 +12,21 @@ use crate::policy::Policy;
 use crate::process::peer;
 use crate::protocol::{Error, Request};
 use crate::sys::fdpass::{self, ReceiveError};
-use crate::sys::peer::unread;
+use crate::sys::peer::{has_hung_up, unread};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, shutdown};
+use std::future::Future;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::task::yield_now;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::debug;
+
+/// How often it is looked whether a client that waits has gone.
+const HANG_UP: Duration = Duration::from_millis(250);
 
 /// A connected client. While it is idle this is all there is of it: no buffers.
 pub(super) struct Connection {
@@ -51,6 +55,8 @@ pub(super) enum Lost {
     NotTaken(#[from] NotTaken),
     #[error("closed in the midst of a message")]
     HalfMessage,
+    #[error("closed before it was answered")]
+    Gone,
     #[error("half a message and then silence")]
     Silent,
     #[error("was sent half a reply")]
@@ -153,7 +159,7 @@ impl Connection {
                 Ok(Request::Topology(_)) => Box::pin(self.topology(flags)).await?,
                 Ok(Request::Leases(_)) => Box::pin(self.leases(flags)).await?,
                 Ok(Request::Status(_)) => Box::pin(self.status(flags)).await?,
-                Ok(Request::Revoke(request)) => Box::pin(self.revoke(request)).await,
+                Ok(Request::Revoke(request)) => Box::pin(self.revoke(request)).await?,
                 Ok(Request::Drain(request)) => Box::pin(self.drain(request, flags)).await?,
                 Ok(Request::Confirm(request)) => Box::pin(self.confirm(request)).await,
                 Ok(Request::Watch(watch)) => return Box::pin(self.watch(watch)).await,
@@ -168,6 +174,21 @@ impl Connection {
             }
         }
         Ok(())
+    }
+
+    /// What comes of work that takes as long as its caller wants it to, for as long as the caller is there:
+    /// one that has gone keeps no place.
+    pub(super) async fn while_there<T>(&self, work: impl Future<Output = T>) -> Result<T, Lost> {
+        let gone = async {
+            // To be told at once, what the client may have sent behind this call would have to be read.
+            while !has_hung_up(self.socket.as_fd()) {
+                sleep(HANG_UP).await;
+            }
+        };
+        tokio::select! {
+            done = work => Ok(done),
+            () = gone => Err(Lost::Gone),
+        }
     }
 
     /// What is wrong with a request before anybody looks at it closely.

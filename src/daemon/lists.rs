@@ -62,7 +62,8 @@ impl Connection {
         let mut list = List::new(self, flags, |leases: Vec<Revoked>| Drained { leases });
         let broker = &self.daemon.broker;
         for begun in broker.drain(&self.caller, &self.socket, request.grace).await? {
-            list.extend(vec![broker.revoked(begun).await]).await?;
+            let revoked = self.while_there(broker.revoked(begun)).await?;
+            list.extend(vec![revoked]).await?;
         }
         list.last()
     }

@@ -20,7 +20,7 @@ mod take_back;
 mod word;
 
 pub use permit::{Judge, PolicyInForce};
-pub use process::{Machine, keep, links};
+pub use process::{Machine, keep, links, pair};
 pub use serve::{Links, run, tell_why};
 pub use state_file::Place;
 

@@ -9,7 +9,7 @@ use crate::process::launcher::InForce;
 use crate::process::link::keep_open;
 use crate::process::peer::describe;
 use crate::protocol::{Bdf, Handout};
-use crate::sys::peer::address;
+use crate::sys::peer::{address, peer_address};
 use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -78,8 +78,8 @@ impl Client {
 }
 
 impl Keeper {
-    /// Whose connection it is that came with a call. It must have been accepted where clients connect: at
-    /// other sockets are other peers, root at those that the launcher makes.
+    /// Whose connection it is that came with a call. It must have been accepted where clients connect: other
+    /// sockets have other peers, root those that the launcher makes.
     pub(super) fn client(&self, connection: OwnedFd) -> Result<Client, Failure> {
         let Some(judge) = &self.judge else { return Ok(Client { connection, judged: None }) };
         let in_force = judge.borrow_mut().now().map_err(|error| Failure::Kernel {
@@ -88,12 +88,14 @@ impl Keeper {
             errno: error.raw_os_error().unwrap_or(nix::libc::EIO),
             note: Some(error.to_string()),
         })?;
-        if address(connection.as_fd()).ok().as_ref() != Some(&in_force.service) {
+        if !was_accepted(connection.as_fd(), &in_force.service) {
             // To close what is no client's could hang.
             keep_open([connection]);
             return Err(Failure::Bad {
                 field: "client".into(),
-                reason: "what came with this was not accepted from the service's socket".into(),
+                reason: "what came with this was not accepted from the service's socket, or its other end has \
+                         a name"
+                    .into(),
             });
         }
         let peer =
@@ -240,6 +242,14 @@ impl Keeper {
         }
         Ok(())
     }
+}
+
+/// Whether this is the service's end of a connection. It has the name of the socket that accepted it, as
+/// another one can have that is bound to the same path elsewhere; but an end that has connected has a peer with
+/// a name, that of whoever listens.
+pub(super) fn was_accepted(connection: BorrowedFd<'_>, service: &[u8]) -> bool {
+    address(connection).is_ok_and(|name| name == service)
+        && peer_address(connection).is_ok_and(|name| name.is_empty())
 }
 
 fn denied(refusal: crate::policy::Refusal) -> Failure {

@@ -5,9 +5,9 @@ use super::{PATIENCE, Place, PolicyInForce};
 use crate::kernel::{Kernel, Linux};
 use crate::sim::Wire;
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, bind, socketpair};
 use std::cell::RefCell;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -23,12 +23,23 @@ pub enum Machine {
 /// Two links: first the ends of who asks, then the keeper's. All are in non-blocking mode.
 ///
 /// # Errors
-/// See socketpair(2).
+/// See socketpair(2) and bind(2).
 pub fn links() -> nix::Result<([OwnedFd; 2], [OwnedFd; 2])> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let pair = || socketpair(AddressFamily::Unix, SockType::Stream, None, flags);
-    let ((ask, answer), (watch, tell)) = (pair()?, pair()?);
+    let ((ask, answer), (watch, tell)) =
+        (pair(SockType::Stream, flags)?, pair(SockType::Stream, flags)?);
     Ok(([ask, watch], [answer, tell]))
+}
+
+/// Two connected sockets. The second one has a name, which the kernel chooses: a client's other end has none,
+/// so the first one can't be passed off as a client's connection.
+///
+/// # Errors
+/// See socketpair(2) and bind(2).
+pub fn pair(kind: SockType, flags: SockFlag) -> nix::Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, flags)?;
+    bind(theirs.as_raw_fd(), &UnixAddr::new_unnamed())?;
+    Ok((ours, theirs))
 }
 
 /// Keeps until there is nothing to keep. Without links it takes back what a dead keeper of that name

@@ -3,7 +3,7 @@
 use super::broker::Beginning;
 use super::serve::Launcher;
 use crate::holders;
-use crate::keeper::{Machine, keep, links, tell_why};
+use crate::keeper::{Machine, keep, links, pair, tell_why};
 use crate::log;
 use crate::process::launcher::{
     Alive, Done, FAILED, Failed, FindKeeper, GiveUp, HelperStarted, KeeperFound, KillHelper,
@@ -17,7 +17,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::socket::{SockFlag, SockType};
 use nix::unistd::Pid;
 use sd_notify::NotifyState;
 use serde::Serialize;
@@ -155,9 +155,7 @@ impl Launcher {
 
     fn start_helper(&mut self, StartHelper { helper }: &StartHelper) -> Answer<HelperStarted> {
         let (helper, sandbox) = (*helper, &self.beginning.sandbox);
-        let pair =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC);
-        let (ours, theirs) = pair?;
+        let (ours, theirs) = pair(SockType::SeqPacket, SockFlag::SOCK_CLOEXEC)?;
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
         let pid = child::fork(Role::Helper(helper).name(), [theirs], |[link]| {
             let confined = sandbox.confine(Role::Helper(helper));

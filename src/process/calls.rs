@@ -33,6 +33,14 @@ const NO_CODE: &[Argument] = &[Argument { index: 2, mask: libc::PROT_EXEC as u32
 /// Between processes of this machine alone.
 const UNIX: &[Argument] = &[is(0, libc::AF_UNIX as u32)];
 
+/// A pair of such sockets that goes nowhere else: datagrams could be sent to any address.
+const fn pair_of(kind: i32) -> [Argument; 2] {
+    const KIND: u32 = 0xf;
+    [is(0, libc::AF_UNIX as u32), Argument { index: 1, mask: KIND, value: kind as u32 }]
+}
+const STREAMS: &[Argument] = &pair_of(libc::SOCK_STREAM);
+const PACKETS: &[Argument] = &pair_of(libc::SOCK_SEQPACKET);
+
 /// A thread, and not a process. clone3(2) has its flags in memory, where no filter sees them.
 const THREAD: &[Argument] =
     &[Argument { index: 0, mask: libc::CLONE_THREAD as u32, value: libc::CLONE_THREAD as u32 }];
@@ -83,11 +91,13 @@ pub const THREADS: &[SystemCall] = &[
 /// Messages and open files on sockets that are there already.
 pub const MESSAGES: &[SystemCall] = &[
     any(libc::SYS_sendmsg),
-    any(libc::SYS_sendto),
+    // To whom the socket is connected.
+    when(libc::SYS_sendto, &[is(5, 0)]),
     any(libc::SYS_recvmsg),
     any(libc::SYS_recvfrom),
     any(libc::SYS_getsockopt),
-    when(libc::SYS_socketpair, UNIX),
+    when(libc::SYS_socketpair, STREAMS),
+    when(libc::SYS_socketpair, PACKETS),
 ];
 
 /// Looks at files, and opens none.
@@ -151,6 +161,9 @@ pub const KEEPS: &[SystemCall] = &[
     any(libc::SYS_bind),
     any(libc::SYS_listen),
     any(libc::SYS_accept4),
+    // Whether what came with a call is a client's connection.
+    any(libc::SYS_getsockname),
+    any(libc::SYS_getpeername),
     any(libc::SYS_flock),
     any(libc::SYS_mkdirat),
     any(libc::SYS_unlinkat),

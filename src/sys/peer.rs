@@ -6,7 +6,7 @@
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{UnixAddr, getsockname};
+use nix::sys::socket::{UnixAddr, getpeername, getsockname};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 #[cfg(test)]
@@ -83,10 +83,21 @@ pub fn pidfd(socket: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
 /// # Errors
 /// See getsockname(2); EINVAL for a socket that is no Unix socket.
 pub fn address(socket: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
-    let address = getsockname::<UnixAddr>(socket.as_raw_fd())?;
+    Ok(bytes(&getsockname(socket.as_raw_fd())?))
+}
+
+/// The same of the peer's socket.
+///
+/// # Errors
+/// See getpeername(2).
+pub fn peer_address(socket: BorrowedFd<'_>) -> Result<Vec<u8>, Errno> {
+    Ok(bytes(&getpeername(socket.as_raw_fd())?))
+}
+
+fn bytes(address: &UnixAddr) -> Vec<u8> {
     let path = address.path().map(|path| path.as_os_str().as_bytes().to_vec());
     let name = || address.as_abstract().map(|name| [&[0], name].concat());
-    Ok(path.or_else(name).unwrap_or_default())
+    path.or_else(name).unwrap_or_default()
 }
 
 /// How much of what was sent the peer has not read yet, in bytes of the kernel's memory, which the
@@ -129,6 +140,13 @@ pub fn pass_fds(socket: BorrowedFd<'_>, pass: bool) -> Result<(), Errno> {
         )
     };
     Errno::result(result).map(drop)
+}
+
+/// Whether nobody has the other end of a connection any more.
+pub fn has_hung_up(socket: BorrowedFd<'_>) -> bool {
+    let mut ask = [PollFd::new(socket, PollFlags::empty())];
+    let _ = poll(&mut ask, PollTimeout::ZERO);
+    ask[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLHUP))
 }
 
 /// Reads a socket option into `bytes`; returns how many were written.
@@ -199,6 +217,8 @@ mod tests {
         assert_eq!(address(listener.as_fd()).unwrap(), path);
         assert_eq!(address(ours.as_fd()).unwrap(), path);
         assert_eq!(address(theirs.as_fd()).unwrap(), b"");
+        assert_eq!(peer_address(ours.as_fd()).unwrap(), b"");
+        assert_eq!(peer_address(theirs.as_fd()).unwrap(), path);
         assert_eq!(address(UnixStream::pair().unwrap().0.as_fd()).unwrap(), b"");
         let file = std::fs::File::open("/dev/null").unwrap();
         assert_eq!(address(file.as_fd()), Err(Errno::ENOTSOCK));

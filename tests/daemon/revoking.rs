@@ -148,3 +148,27 @@ fn what_the_kernel_can_not_show_is_confirmed_by_an_administrator() {
     let refused = command(&daemon, &["confirm", "65:00.0"]);
     assert_eq!(refused.status.code(), Some(1), "{refused:?}");
 }
+
+#[test]
+fn who_goes_before_the_lease_is_over_keeps_no_place() {
+    let daemon = Daemon::with(Setup::policy(policy()));
+    let mut client = daemon.connect();
+    let held = Held::acquire(&mut client, DEVICE, "container");
+    let connections =
+        |client: &mut Raw| client.call("Status", json!({})).ok().0["connections"].as_u64();
+    let before = connections(&mut client);
+    let revoke = json!({ "lease": held.reply["lease"], "grace": 3600 });
+    let mut watcher = daemon.connect();
+    send_more(&watcher, "Watch", &json!({ "lease": held.reply["lease"] }));
+    let asker = daemon.connect();
+    asker.send(&crate::common::raw::call("Revoke", &revoke));
+    assert_eq!(watcher.reply().ok().0["event"], "pause");
+    let drains = daemon.connect();
+    send_more(&drains, "Drain", &json!({ "grace": 3600 }));
+    assert!(connections(&mut client) > before);
+    drop((asker, drains, watcher));
+    until("they are forgotten", || connections(&mut client) == before);
+    // The revocation stays.
+    let status = client.call("Leases", json!({})).ok().0.to_string();
+    assert!(status.contains("revok"), "{status}");
+}

@@ -1,11 +1,15 @@
 //! A broker that was taken over: it asks for what it likes, for whom it likes. The client of these tests is
 //! this process.
 
+use super::super::permit::was_accepted;
 use super::*;
 use crate::policy::Policy;
 use crate::process::keeper::{Confirm, Memlock, Revoke, Unmap};
 use crate::process::launcher::InForce;
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr};
 use std::cell::RefCell;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
 
 /// The client may have the first device as such files, and `more`; another tenant both.
 fn policy(more: &str) -> String {
@@ -134,6 +138,33 @@ fn nothing_is_opened_without_a_client() {
     link.send(&call, &[]);
     assert!(link.next().is_none());
     world.is_over(keeper);
+}
+
+#[test]
+fn no_end_of_another_connection_passes_for_a_client_s_whatever_its_name() {
+    let directory = TempDir::new().unwrap();
+    let (service, elsewhere) = (directory.path().join("s"), directory.path().join("e"));
+    let name = service.as_os_str().as_bytes();
+    let listener = UnixListener::bind(&service).unwrap();
+    let _client = UnixStream::connect(&service).unwrap();
+    let accepted = listener.accept().unwrap().0;
+    assert!(was_accepted(accepted.as_fd(), name));
+    // As whoever has another view of the file system does, with other sockets.
+    let bound = |socket: BorrowedFd<'_>| {
+        std::fs::remove_file(&service).unwrap();
+        socket::bind(socket.as_raw_fd(), &UnixAddr::new(&service).unwrap()).unwrap();
+        assert_eq!(peer::address(socket).unwrap(), name);
+    };
+    let others = UnixListener::bind(&elsewhere).unwrap();
+    let (family, kind, flags) = (AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC);
+    let connecting = socket::socket(family, kind, flags, None).unwrap();
+    bound(connecting.as_fd());
+    socket::connect(connecting.as_raw_fd(), &UnixAddr::new(&elsewhere).unwrap()).unwrap();
+    let _accepted = others.accept().unwrap();
+    assert!(!was_accepted(connecting.as_fd(), name));
+    let (brokers, _launchers) = pair(kind, flags).unwrap();
+    bound(brokers.as_fd());
+    assert!(!was_accepted(brokers.as_fd(), name));
 }
 
 #[test]
