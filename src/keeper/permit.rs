@@ -7,6 +7,8 @@ use crate::policy::{Form, Peer, Policy, Tenant, Trust, Verb, administers};
 use crate::process::keeper::{Failure, LeaseRecord, LeasedDevice, Open, Phase, Step};
 use crate::process::peer::describe;
 use crate::protocol::{Bdf, Handout};
+use nix::errno::Errno;
+use nix::sys::socket::{getsockopt, sockopt};
 use std::cell::RefCell;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -54,22 +56,23 @@ impl PolicyInForce {
 pub type Judge = Option<RefCell<PolicyInForce>>;
 
 impl Keeper {
-    fn policy(&self) -> Result<Option<Arc<Policy>>, Failure> {
+    /// The policy in force, and who the client is; `None` where nobody is asked.
+    fn policy_for(&self, client: &OwnedFd) -> Result<Option<(Arc<Policy>, Peer)>, Failure> {
         let Some(judge) = &self.judge else { return Ok(None) };
-        let policy = judge.borrow_mut().now();
-        policy.map(Some).map_err(|error| Failure::Kernel {
+        let policy = judge.borrow_mut().now().map_err(|error| Failure::Kernel {
             call: "read".into(),
             object: "the policy in force".into(),
             errno: error.raw_os_error().unwrap_or(nix::libc::EIO),
             note: Some(error.to_string()),
-        })
+        })?;
+        let peer = describe(client.as_fd(), policy.names_units()).map_err(unknown)?;
+        Ok(Some((policy, peer)))
     }
 
     /// Whether the client may have what is to be opened, all of the lease included.
     pub(super) fn permit(&self, call: &mut Open, client: &OwnedFd) -> Result<(), Failure> {
-        let Some(policy) = self.policy()? else { return Ok(()) };
+        let Some((policy, peer)) = self.policy_for(client)? else { return Ok(()) };
         let record = &mut call.record;
-        let peer = peer(&policy, client)?;
         let tenant = policy.tenant(&peer).map_err(denied)?;
         let known = self.leases.get(&record.lease).map(|lease| &lease.state);
         match known.map(|state| &state.record) {
@@ -100,11 +103,11 @@ impl Keeper {
         record: &LeaseRecord,
         client: &OwnedFd,
     ) -> Result<(), Failure> {
-        let Some(policy) = self.policy()? else { return Ok(()) };
-        let peer = peer(&policy, client)?;
-        if peer.uid == record.uid {
+        // The holder needs no policy, and is asked for nothing but its uid.
+        if self.judge.is_none() || uid(client)? == record.uid {
             return Ok(());
         }
+        let Some((policy, peer)) = self.policy_for(client)? else { return Ok(()) };
         let tenant = policy.tenant(&peer).map_err(denied)?;
         if is_of(&policy, record, tenant) {
             return Ok(());
@@ -138,8 +141,7 @@ impl Keeper {
         record: &LeaseRecord,
         client: &OwnedFd,
     ) -> Result<(), Failure> {
-        let Some(policy) = self.policy()? else { return Ok(()) };
-        let peer = peer(&policy, client)?;
+        let Some((policy, peer)) = self.policy_for(client)? else { return Ok(()) };
         if is_administrator(&peer) {
             return Ok(());
         }
@@ -153,8 +155,7 @@ impl Keeper {
 
     /// Whether a client's word is enough where the kernel shows nothing.
     pub(super) fn permit_administrator(&self, client: &OwnedFd) -> Result<(), Failure> {
-        let Some(policy) = self.policy()? else { return Ok(()) };
-        let peer = peer(&policy, client)?;
+        let Some((policy, peer)) = self.policy_for(client)? else { return Ok(()) };
         match is_administrator(&peer) {
             true => Ok(()),
             false => Err(denied(policy.no_administrator(peer.uid))),
@@ -163,8 +164,7 @@ impl Keeper {
 
     /// Whether the limit of a client's process may be raised so far.
     pub(super) fn permit_memlock(&self, bytes: u64, client: &OwnedFd) -> Result<(), Failure> {
-        let Some(policy) = self.policy()? else { return Ok(()) };
-        let peer = peer(&policy, client)?;
+        let Some((policy, peer)) = self.policy_for(client)? else { return Ok(()) };
         let tenant = policy.tenant(&peer).map_err(denied)?;
         let most = policy.memlock(tenant).map_err(denied)?;
         if bytes <= most {
@@ -207,10 +207,12 @@ impl Keeper {
     }
 }
 
-fn peer(policy: &Policy, client: &OwnedFd) -> Result<Peer, Failure> {
-    describe(client.as_fd(), policy.names_units()).map_err(|errno| {
-        crate::kernel::Error::new("getsockopt", "the client's socket", errno).into()
-    })
+fn uid(client: &OwnedFd) -> Result<u32, Failure> {
+    Ok(getsockopt(client, sockopt::PeerCredentials).map_err(unknown)?.uid())
+}
+
+fn unknown(errno: Errno) -> Failure {
+    crate::kernel::Error::new("getsockopt", "the client's socket", errno).into()
 }
 
 fn denied(refusal: crate::policy::Refusal) -> Failure {

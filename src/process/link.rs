@@ -3,6 +3,7 @@
 
 use crate::protocol::{Frames, MAX_MESSAGE};
 use crate::sys::fdpass::{self, MAX_FDS, ReceiveError};
+use crate::sys::readiness::{room, watch};
 use nix::errno::Errno;
 use nix::sys::socket::MsgFlags;
 use serde::de::DeserializeOwned;
@@ -74,18 +75,20 @@ impl Inbox {
         Ok(bytes.map(|bytes| Message { bytes, fds: std::mem::take(&mut self.fds) }))
     }
 
-    /// Takes what there is, without waiting. False where there is nothing yet.
+    /// Takes what there is, without waiting. Whether there may be more: as long as it fills all the room
+    /// for it, or ends with bytes that files came with.
     fn fill(&mut self, socket: BorrowedFd<'_>) -> Result<bool, Lost> {
-        let mut buffer = [0; 16 << 10];
+        let mut buffer = [0; 4 << 10];
         match fdpass::receive(socket, &mut buffer, MAX_FDS, MsgFlags::MSG_DONTWAIT) {
             Ok(got) if got.len == 0 => Err(Lost::Closed),
             Ok(got) => {
+                let more = got.len == buffer.len() || !got.fds.is_empty();
                 self.frames.push(&buffer[..got.len]);
                 self.fds.extend(got.fds);
                 if self.fds.len() > MAX_FDS {
                     return Err(Lost::Malformed(format!("more than {MAX_FDS} files")));
                 }
-                Ok(true)
+                Ok(more)
             }
             Err(ReceiveError::Errno(Errno::EAGAIN)) => Ok(false),
             Err(ReceiveError::Errno(Errno::ECONNRESET)) => Err(Lost::Closed),
@@ -196,9 +199,17 @@ impl Answering {
                 return Ok(Some(message));
             }
             if !self.inbox.fill(self.socket.as_fd())? {
-                return Ok(None);
+                return self.inbox.next();
             }
         }
+    }
+
+    /// The next of the calls that have been read already.
+    ///
+    /// # Errors
+    /// The link is of no more use.
+    pub fn next_read_call(&mut self) -> Result<Option<Message>, Lost> {
+        self.inbox.next()
     }
 
     /// Sends a message whole or not at all: who does not read what it asked for has no more use of the
@@ -238,8 +249,7 @@ impl Asking {
     /// # Errors
     /// What the event loop says.
     pub fn new(socket: OwnedFd) -> std::io::Result<Self> {
-        let both = Interest::READABLE | Interest::WRITABLE;
-        Ok(Self { socket: crate::sys::readiness::watch(socket, both)?, inbox: Inbox::default() })
+        Ok(Self { socket: watch(socket, Interest::READABLE)?, inbox: Inbox::default() })
     }
 
     /// Sends a message, with open files beside its first byte.
@@ -250,14 +260,13 @@ impl Asking {
         debug_assert!(bytes.len() <= MAX_MESSAGE);
         let mut sent = 0;
         while sent < bytes.len() {
-            let ready = self.socket.writable().await;
-            let mut ready =
-                ready.map_err(|_| Lost::Errno { call: "epoll_wait", errno: Errno::EIO })?;
             let with = if sent == 0 { fds } else { &[] };
             let (socket, flags) = (self.socket.as_fd(), MsgFlags::MSG_DONTWAIT);
             match fdpass::send(socket, &bytes[sent..], with, flags) {
                 Ok(count) => sent += count,
-                Err(Errno::EAGAIN) => ready.clear_ready(),
+                Err(Errno::EAGAIN) => {
+                    room(socket).await.map_err(|errno| Lost::Errno { call: "poll", errno })?;
+                }
                 Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(Lost::Closed),
                 Err(errno) => return Err(Lost::Errno { call: "sendmsg", errno }),
             }
