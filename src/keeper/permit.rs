@@ -21,8 +21,8 @@ use std::time::Instant;
 #[derive(Clone, Debug)]
 pub struct PolicyInForce {
     path: PathBuf,
-    /// The inode that it was read from; another policy comes in another file.
-    inode: u64,
+    /// The file that it was read from; another policy comes in another file.
+    file: FileId,
     policy: Arc<Policy>,
 }
 
@@ -32,7 +32,7 @@ impl PolicyInForce {
     /// # Errors
     /// See fstat(2).
     pub fn new(path: PathBuf, file: &File, policy: Arc<Policy>) -> std::io::Result<Self> {
-        Ok(Self { path, inode: file.metadata()?.ino(), policy })
+        Ok(Self { path, file: FileId::of(file)?, policy })
     }
 
     /// As it was when this was made.
@@ -43,12 +43,24 @@ impl PolicyInForce {
     /// The policy of now.
     fn now(&mut self) -> std::io::Result<Arc<Policy>> {
         let file = File::open(&self.path)?;
-        let inode = file.metadata()?.ino();
-        if inode != self.inode {
+        let id = FileId::of(&file)?;
+        if id != self.file {
             let policy = serde_json::from_str(&std::io::read_to_string(file)?)?;
-            (self.inode, self.policy) = (inode, Arc::new(policy));
+            (self.file, self.policy) = (id, Arc::new(policy));
         }
         Ok(Arc::clone(&self.policy))
+    }
+}
+
+/// A file that is written once: its inode's number, which some file systems give out again, and when it was
+/// written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct FileId(u64, i64, i64);
+
+impl FileId {
+    fn of(file: &File) -> std::io::Result<Self> {
+        let found = file.metadata()?;
+        Ok(Self(found.ino(), found.mtime(), found.mtime_nsec()))
     }
 }
 
