@@ -72,8 +72,6 @@ impl Inbox {
     fn next(&mut self) -> Result<Option<Message>, Lost> {
         let message = self.frames.next_message().map_err(|e| Lost::Malformed(e.to_string()))?;
         let bytes = message.map(<[u8]>::to_vec);
-        // Most links are silent for days, and each keeper has three.
-        self.frames.shrink();
         Ok(bytes.map(|bytes| Message { bytes, fds: std::mem::take(&mut self.fds) }))
     }
 
@@ -297,5 +295,49 @@ impl Asking {
                 ready.clear_ready();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::keeper::Watch;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn calls_that_came_together_are_read_one_after_the_other() {
+        let (mut asks, answers) = UnixStream::pair().unwrap();
+        let mut answering = Answering::new(answers.into());
+        asks.write_all(&[call(&Watch {}, true), call(&Watch {}, true)].concat()).unwrap();
+        assert!(answering.next_call().unwrap().is_some());
+        assert!(answering.next_read_call().unwrap().is_some());
+        assert!(answering.next_read_call().unwrap().is_none());
+        assert!(answering.next_call().unwrap().is_none());
+        drop(asks);
+        assert_eq!(answering.next_call().unwrap_err(), Lost::Closed);
+    }
+
+    #[test]
+    fn answers_of_any_length_come_whole_and_their_end_is_seen() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (asks, mut answers) = UnixStream::pair().unwrap();
+        asks.set_nonblocking(true).unwrap();
+        runtime.block_on(async {
+            let mut asking = Asking::new(asks.into()).unwrap();
+            // Beside the length of one read, and of several.
+            for length in 4096..4096 + 40 {
+                for length in [length - 40, 3 * length] {
+                    let text = "x".repeat(length);
+                    answers.write_all(&reply(&text, false)).unwrap();
+                    let Answer::Reply(got, _) = asking.next_answer().await.unwrap() else {
+                        panic!()
+                    };
+                    assert_eq!(got, format!("\"{text}\""));
+                }
+            }
+            drop(answers);
+            assert_eq!(asking.next_answer().await.unwrap_err(), Lost::Closed);
+        });
     }
 }
