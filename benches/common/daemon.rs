@@ -62,11 +62,13 @@ impl Daemon {
     pub const PROGRAM: &str = env!("CARGO_BIN_EXE_vfio-brokerd");
 
     pub fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = super::directory();
         let path = |name: &str| dir.path().join(name);
         fs::write(path("policy.toml"), policy()).unwrap();
         let mut command = super::placement::server(Self::PROGRAM);
         command.arg("--policy").arg(path("policy.toml")).arg("--socket").arg(path("broker.sock"));
+        // Where the simulation has its directory, and keepers theirs.
+        command.env("TMPDIR", dir.path());
         if !on_real_kernel() {
             fs::write(path("topology.toml"), TOPOLOGY).unwrap();
             command.arg("--sim").arg(path("topology.toml"));

@@ -438,7 +438,9 @@ impl Broker {
         self.tell(&event(kind, &lease, devices(&lease, false)));
         match turn.ask(&deliver, &[client]).await {
             Ok(delivered) => {
-                self.learn(&entry.keeper, delivered.state);
+                if let Some(state) = delivered.state {
+                    self.learn(&entry.keeper, state);
+                }
                 Ok(delivered.whole.into())
             }
             // It may have been delivered: who takes back what the keeper had finds out.

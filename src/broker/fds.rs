@@ -52,7 +52,9 @@ impl Broker {
         let deliver = Deliver { lease, parameters: object(json!({})), lifeline, kept };
         match turn.ask(&deliver, &[client]).await {
             Ok(delivered) => {
-                self.learn(&entry.keeper, delivered.state);
+                if let Some(state) = delivered.state {
+                    self.learn(&entry.keeper, state);
+                }
                 Ok(delivered.whole.into())
             }
             // It may have been delivered.

@@ -109,8 +109,7 @@ fn try_admit(
     if let Err(error) = stream.set_nonblocking(true) {
         return Err((stream.into(), Box::new(Refused::Poll(error))));
     }
-    let both = Interest::READABLE | Interest::WRITABLE;
-    let socket = try_watch(stream.into(), both)
+    let socket = try_watch(stream.into(), Interest::READABLE)
         .map_err(|(stream, error)| (stream, Box::new(Refused::Poll(error))))?;
     let connection = Connection::new(Rc::clone(daemon), Caller { peer }, socket, charge);
     spawn_local(connection.serve());

@@ -19,7 +19,7 @@ use tracing::info;
 impl Connection {
     /// Answers a call whose reply a keeper sends.
     pub(super) async fn acquire(&self, request: Acquire) -> Result<Option<Answer>, Lost> {
-        has_room(&self.socket, self.daemon.deadlines.write).await?;
+        has_room(self.socket.as_fd(), self.daemon.deadlines.write).await?;
         let client = Rc::clone(&self.socket);
         let broker = &self.daemon.broker;
         self.delivered(self.in_place(broker.acquire(&self.caller, client, &request)).await)
@@ -27,7 +27,7 @@ impl Connection {
 
     /// The same.
     pub(super) async fn get_fds(&self, request: GetFds) -> Result<Option<Answer>, Lost> {
-        has_room(&self.socket, self.daemon.deadlines.write).await?;
+        has_room(self.socket.as_fd(), self.daemon.deadlines.write).await?;
         let client = self.socket.as_fd();
         let broker = &self.daemon.broker;
         self.delivered(self.in_place(broker.get_fds(&self.caller, client, &request)).await)

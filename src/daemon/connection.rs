@@ -267,7 +267,7 @@ impl Connection {
     }
 
     pub(super) async fn send(&self, answer: Answer) -> Result<(), Lost> {
-        Ok(answer.send(&self.socket, self.daemon.deadlines.write).await?)
+        Ok(answer.send(self.socket.as_fd(), self.daemon.deadlines.write).await?)
     }
 
     /// An error as its answer, logged as it deserves.

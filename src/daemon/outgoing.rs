@@ -3,13 +3,12 @@
 use crate::broker::advice;
 use crate::protocol::{Error, MAX_MESSAGE, Reply};
 use crate::sys::fdpass;
+use crate::sys::readiness::room;
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::MsgFlags;
 use serde::Serialize;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
-use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 
 /// A message to be sent. None of them has open files: those are sent by the keeper that has them.
@@ -53,10 +52,10 @@ impl Answer {
     /// is dropped.
     pub(super) async fn send(
         self,
-        socket: &AsyncFd<OwnedFd>,
+        socket: BorrowedFd<'_>,
         deadline: Duration,
     ) -> Result<(), SendError> {
-        let sent = self.send_part(socket.as_fd(), 0)?;
+        let sent = self.send_part(socket, 0)?;
         if sent == self.0.len() {
             return Ok(());
         }
@@ -66,14 +65,10 @@ impl Answer {
         rest.await.unwrap_or(Err(SendError::NotRead))
     }
 
-    async fn send_rest(&self, socket: &AsyncFd<OwnedFd>, mut sent: usize) -> Result<(), SendError> {
+    async fn send_rest(&self, socket: BorrowedFd<'_>, mut sent: usize) -> Result<(), SendError> {
         while sent < self.0.len() {
-            let mut writable = socket.writable().await.map_err(|_| SendError::NotRead)?;
-            let count = self.send_part(socket.as_fd(), sent)?;
-            if count == 0 {
-                writable.clear_ready();
-            }
-            sent += count;
+            room(socket).await.map_err(SendError::Errno)?;
+            sent += self.send_part(socket, sent)?;
         }
         Ok(())
     }
@@ -102,23 +97,9 @@ pub(super) enum SendError {
 ///
 /// # Errors
 /// [`SendError::NotRead`]: it has not by then.
-pub(super) async fn has_room(
-    socket: &AsyncFd<OwnedFd>,
-    deadline: Duration,
-) -> Result<(), SendError> {
-    let room = async {
-        loop {
-            let mut writable = socket.writable().await.map_err(|_| SendError::NotRead)?;
-            // The kernel says so while three quarters of the socket's room are free.
-            let mut ask = [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)];
-            match poll(&mut ask, PollTimeout::ZERO) {
-                Ok(0) => writable.clear_ready(),
-                Ok(_) => return Ok(()),
-                Err(errno) => return Err(SendError::Errno(errno)),
-            }
-        }
-    };
-    timeout(deadline, room).await.unwrap_or(Err(SendError::NotRead))
+pub(super) async fn has_room(socket: BorrowedFd<'_>, deadline: Duration) -> Result<(), SendError> {
+    let found = timeout(deadline, room(socket)).await.map_err(|_| SendError::NotRead)?;
+    found.map_err(SendError::Errno)
 }
 
 fn encode<T: Serialize>(message: &T) -> Vec<u8> {

@@ -62,14 +62,16 @@ impl Keeper {
         let pending = lease.pending.take();
         let is_new = pending.is_some();
         lease.keep(pending);
-        if is_new || call.lifeline {
+        let has_changed = is_new || call.lifeline;
+        if has_changed {
             self.touch(&name);
         }
         if is_new {
             // The files are its holder's whatever comes of this; what stood there before names them all.
             let _ = self.save();
         }
-        Ok(Delivered { whole, state: self.told(&name)?.state })
+        let state = if has_changed { Some(self.told(&name)?.state) } else { None };
+        Ok(Delivered { whole, state })
     }
 
     /// Whether all of it went.

@@ -22,8 +22,8 @@ use std::time::Instant;
 #[derive(Clone, Debug)]
 pub struct PolicyInForce {
     path: PathBuf,
-    /// The inode that it was read from; another policy comes in another file.
-    inode: u64,
+    /// The file that it was read from; another policy comes in another file.
+    file: FileId,
     in_force: Arc<InForce>,
 }
 
@@ -33,7 +33,7 @@ impl PolicyInForce {
     /// # Errors
     /// See fstat(2).
     pub fn new(path: PathBuf, file: &File, in_force: InForce) -> std::io::Result<Self> {
-        Ok(Self { path, inode: file.metadata()?.ino(), in_force: Arc::new(in_force) })
+        Ok(Self { path, file: FileId::of(file)?, in_force: Arc::new(in_force) })
     }
 
     /// As it was when this was made.
@@ -44,12 +44,24 @@ impl PolicyInForce {
     /// What is in force now.
     fn now(&mut self) -> std::io::Result<Arc<InForce>> {
         let file = File::open(&self.path)?;
-        let inode = file.metadata()?.ino();
-        if inode != self.inode {
+        let id = FileId::of(&file)?;
+        if id != self.file {
             let in_force = serde_json::from_str(&std::io::read_to_string(file)?)?;
-            (self.inode, self.in_force) = (inode, Arc::new(in_force));
+            (self.file, self.in_force) = (id, Arc::new(in_force));
         }
         Ok(Arc::clone(&self.in_force))
+    }
+}
+
+/// A file that is written once: its inode's number, which some file systems give out again, and when it was
+/// written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct FileId(u64, i64, i64);
+
+impl FileId {
+    fn of(file: &File) -> std::io::Result<Self> {
+        let found = file.metadata()?;
+        Ok(Self(found.ino(), found.mtime(), found.mtime_nsec()))
     }
 }
 

@@ -36,6 +36,18 @@ pub struct Links {
     pub judge: Judge,
 }
 
+/// What poll(2) found something to do with.
+#[derive(Debug, Default)]
+struct Ready {
+    listener: bool,
+    /// By their numbers.
+    links: Vec<u64>,
+    /// At least one lease pipe.
+    pipes: bool,
+    /// It has come to its end.
+    machine: bool,
+}
+
 /// A link, and what it wants to know.
 #[derive(Debug)]
 pub(super) struct Link {
@@ -107,13 +119,16 @@ impl Keeper {
     fn serve(&mut self, listener: &UnixListener, machine: Option<&OwnedFd>) {
         let mut deaf_until = None;
         while !(self.leases.is_empty() && self.links.is_empty()) {
-            if self.wait(listener, machine, deaf_until) {
+            let ready = self.wait(listener, machine, deaf_until);
+            if ready.machine {
                 // With its machine all that was kept is gone.
                 return;
             }
-            deaf_until = self.accept(listener);
-            self.answer_links();
-            self.see_hang_ups();
+            if ready.listener || deaf_until.is_some() {
+                deaf_until = self.accept(listener);
+            }
+            self.answer_links(&ready.links);
+            self.see_hang_ups(ready.pipes);
             self.force(Instant::now());
             self.try_again(Instant::now());
             self.tell();
@@ -132,13 +147,13 @@ impl Keeper {
         }
     }
 
-    /// Waits for something to do. True at the end of the machine.
+    /// Waits for something to do.
     fn wait(
         &self,
         listener: &UnixListener,
         machine: Option<&OwnedFd>,
         deaf_until: Option<Instant>,
-    ) -> bool {
+    ) -> Ready {
         let heard = if deaf_until.is_none() { PollFlags::POLLIN } else { PollFlags::empty() };
         let mut fds = vec![PollFd::new(listener.as_fd(), heard)];
         for link in &self.links {
@@ -157,10 +172,14 @@ impl Keeper {
         let until = until.map_or(PollTimeout::NONE, |left| {
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
-        // Whatever poll says: what there is to do is looked for.
-        let _ = poll(&mut fds, until);
-        let end = fds.last().and_then(PollFd::revents).unwrap_or(PollFlags::empty());
-        machine.is_some() && end.intersects(PollFlags::POLLHUP | PollFlags::POLLERR)
+        if poll(&mut fds, until).is_err() {
+            return Ready::default();
+        }
+        let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(true));
+        let listener = ready.next().unwrap_or_default();
+        let links = self.links.iter().filter_map(|link| ready.next()?.then_some(link.id)).collect();
+        let machine = machine.is_some() && ready.next_back().unwrap_or_default();
+        Ready { listener, links, pipes: ready.any(|pipe| pipe), machine }
     }
 
     fn take_in(&mut self, socket: OwnedFd) {
@@ -169,9 +188,8 @@ impl Keeper {
         self.links.push(Link { id: self.next_link, answering, untold: None, is_listing: false });
     }
 
-    fn answer_links(&mut self) {
-        let ids: Vec<u64> = self.links.iter().map(|link| link.id).collect();
-        for id in ids {
+    fn answer_links(&mut self, ids: &[u64]) {
+        for &id in ids {
             if let Err(lost) = self.answer_link(id) {
                 if let Some(at) = self.links.iter().position(|link| link.id == id) {
                     self.links.remove(at).answering.end(&lost);
@@ -186,8 +204,8 @@ impl Keeper {
     }
 
     fn answer_link(&mut self, id: u64) -> Result<(), Lost> {
-        while let Some(message) = self.link_mut(id)?.answering.next_call()? {
-            let Message { bytes, fds } = message;
+        let mut message = self.link_mut(id)?.answering.next_call()?;
+        while let Some(Message { bytes, fds }) = message {
             let (method, parameters) = link::parse_call(&bytes)?;
             let answer = self.answer(id, &method, parameters, fds)?;
             // Those who watch hear of it before the one who asked can ask again.
@@ -195,6 +213,7 @@ impl Keeper {
             if let Some(answer) = answer {
                 self.link_mut(id)?.answering.send(&answer, &[])?;
             }
+            message = self.link_mut(id)?.answering.next_read_call()?;
         }
         Ok(())
     }

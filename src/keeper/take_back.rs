@@ -56,16 +56,16 @@ impl Keeper {
 
     /// A lease as it is now: its holder may have gone just before.
     pub(super) fn check(&mut self, call: &Check) -> Result<Changed, Failure> {
-        self.see_hang_ups();
+        self.see_hang_ups(true);
         self.told(&call.lease)
     }
 
     /// Ends the leases whose holders have gone.
-    pub(super) fn see_hang_ups(&mut self) {
+    pub(super) fn see_hang_ups(&mut self, have_any: bool) {
         let mut ended = Vec::new();
         for (name, lease) in &mut self.leases {
             let before = lease.lifelines.len();
-            lease.lifelines.retain(|pipe| !has_hung_up(pipe));
+            lease.lifelines.retain(|pipe| !(have_any && has_hung_up(pipe)));
             let is_over = lease.lifelines.is_empty() && lease.pending.is_none();
             if lease.state.phase == Phase::Held && (is_over || before != lease.lifelines.len()) {
                 ended.push((name.clone(), is_over));

@@ -198,8 +198,9 @@ pub struct Deliver {
 pub struct Delivered {
     /// All of it went. Else its first part did, with the files, and the connection is of no more use.
     pub whole: bool,
-    /// The lease as it is.
-    pub state: LeaseState,
+    /// The lease as it is, where this has changed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<LeaseState>,
 }
 
 /// Closes what was opened and not delivered.

@@ -3,6 +3,7 @@
 
 use crate::protocol::{Frames, MAX_MESSAGE};
 use crate::sys::fdpass::{self, MAX_FDS, Next};
+use crate::sys::readiness::{room, watch};
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, Shutdown, setsockopt, shutdown, sockopt};
 use serde::de::DeserializeOwned;
@@ -74,18 +75,20 @@ impl Inbox {
         Ok(bytes.map(|bytes| Message { bytes, fds: std::mem::take(&mut self.fds) }))
     }
 
-    /// Takes what there is, without waiting. False where there is nothing yet.
+    /// Takes what there is, without waiting. Whether there may be more: as long as it fills all the room
+    /// for it, or ends with bytes that files came with.
     fn fill(&mut self, socket: BorrowedFd<'_>) -> Result<bool, Lost> {
-        let mut buffer = [0; 16 << 10];
+        let mut buffer = [0; 4 << 10];
         match fdpass::receive_all(socket, &mut buffer, MsgFlags::MSG_DONTWAIT) {
             Ok(got) if got.len == 0 => Err(Lost::Closed),
             Ok(got) => {
+                let more = got.len == buffer.len() || !got.fds.is_empty();
                 self.frames.push(&buffer[..got.len]);
                 self.fds.extend(got.fds);
                 if self.fds.len() > MAX_FDS {
                     return Err(Lost::Malformed(format!("more than {MAX_FDS} files")));
                 }
-                Ok(true)
+                Ok(more)
             }
             Err(errno) => not_received(errno),
         }
@@ -93,7 +96,7 @@ impl Inbox {
 
     /// The same, and no file: bytes with files beside them stay where they are.
     fn fill_without_files(&mut self, socket: BorrowedFd<'_>) -> Result<bool, Lost> {
-        let mut buffer = [0; 16 << 10];
+        let mut buffer = [0; 4 << 10];
         match fdpass::peek(socket, &mut buffer) {
             Ok(Next { len: 0, .. }) => Err(Lost::Closed),
             Ok(Next { fds: true, .. }) => Err(Lost::Malformed("files".into())),
@@ -102,7 +105,7 @@ impl Inbox {
                 let got = fdpass::receive(socket, &mut buffer[..len], 0, flags);
                 let got = got.map_err(|error| Lost::Malformed(error.to_string()))?;
                 self.frames.push(&buffer[..got.len]);
-                Ok(true)
+                Ok(len == buffer.len())
             }
             Err(errno) => not_received(errno),
         }
@@ -250,9 +253,17 @@ impl Answering {
                 false => self.inbox.fill_without_files(socket)?,
             };
             if !is_more {
-                return Ok(None);
+                return self.inbox.next();
             }
         }
+    }
+
+    /// The next of the calls that have been read already.
+    ///
+    /// # Errors
+    /// The link is of no more use.
+    pub fn next_read_call(&mut self) -> Result<Option<Message>, Lost> {
+        self.inbox.next()
     }
 
     /// Sends a message whole or not at all: who does not read what it asked for has no more use of the
@@ -299,8 +310,7 @@ impl Asking {
     /// # Errors
     /// What the event loop says.
     pub fn new(socket: OwnedFd) -> std::io::Result<Self> {
-        let both = Interest::READABLE | Interest::WRITABLE;
-        Ok(Self { socket: crate::sys::readiness::watch(socket, both)?, inbox: Inbox::default() })
+        Ok(Self { socket: watch(socket, Interest::READABLE)?, inbox: Inbox::default() })
     }
 
     /// Sends a message, with open files beside its first byte.
@@ -311,14 +321,13 @@ impl Asking {
         debug_assert!(bytes.len() <= MAX_MESSAGE);
         let mut sent = 0;
         while sent < bytes.len() {
-            let ready = self.socket.writable().await;
-            let mut ready =
-                ready.map_err(|_| Lost::Errno { call: "epoll_wait", errno: Errno::EIO })?;
             let with = if sent == 0 { fds } else { &[] };
             let (socket, flags) = (self.socket.as_fd(), MsgFlags::MSG_DONTWAIT);
             match fdpass::send(socket, &bytes[sent..], with, flags) {
                 Ok(count) => sent += count,
-                Err(Errno::EAGAIN) => ready.clear_ready(),
+                Err(Errno::EAGAIN) => {
+                    room(socket).await.map_err(|errno| Lost::Errno { call: "poll", errno })?;
+                }
                 Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(Lost::Closed),
                 Err(errno) => return Err(Lost::Errno { call: "sendmsg", errno }),
             }
@@ -353,6 +362,8 @@ impl Asking {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process::keeper::Watch;
+    use std::io::Write;
     use std::os::unix::net::UnixStream;
 
     /// Whether somebody has the other end of this pipe.
@@ -403,5 +414,41 @@ mod tests {
         assert!(matches!(lost, Lost::Malformed(_)), "{lost}");
         link.end(&lost);
         assert!(is_open(&read_end));
+    }
+
+    #[test]
+    fn calls_that_came_together_are_read_one_after_the_other() {
+        let (mut asks, answers) = UnixStream::pair().unwrap();
+        let mut answering = Answering::new(answers.into());
+        asks.write_all(&[call(&Watch {}, true), call(&Watch {}, true)].concat()).unwrap();
+        assert!(answering.next_call().unwrap().is_some());
+        assert!(answering.next_read_call().unwrap().is_some());
+        assert!(answering.next_read_call().unwrap().is_none());
+        assert!(answering.next_call().unwrap().is_none());
+        drop(asks);
+        assert_eq!(answering.next_call().unwrap_err(), Lost::Closed);
+    }
+
+    #[test]
+    fn answers_of_any_length_come_whole_and_their_end_is_seen() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (asks, mut answers) = UnixStream::pair().unwrap();
+        asks.set_nonblocking(true).unwrap();
+        runtime.block_on(async {
+            let mut asking = Asking::new(asks.into()).unwrap();
+            // Beside the length of one read, and of several.
+            for length in 4096..4096 + 40 {
+                for length in [length - 40, 3 * length] {
+                    let text = "x".repeat(length);
+                    answers.write_all(&reply(&text, false)).unwrap();
+                    let Answer::Reply(got, _) = asking.next_answer().await.unwrap() else {
+                        panic!()
+                    };
+                    assert_eq!(got, format!("\"{text}\""));
+                }
+            }
+            drop(answers);
+            assert_eq!(asking.next_answer().await.unwrap_err(), Lost::Closed);
+        });
     }
 }
