@@ -167,6 +167,29 @@ fn whoever_comes_while_the_machine_is_read_has_the_rest_read_with_the_first_and_
 }
 
 #[test]
+fn whoever_comes_last_of_many_waits_for_one_round() {
+    let counted = Counted::new();
+    let world = &counted.world;
+    let mut begun = Vec::new();
+    for n in 0..8 {
+        let before = counted.reads.lock().unwrap().len();
+        begun.push(world.begin(1000 + n % 3, &any_of(1)));
+        world.run(async {
+            while counted.reads.lock().unwrap().len() < before + 2 * steps::GROUPS {
+                yield_now().await;
+            }
+        });
+    }
+    let before = counted.reads.lock().unwrap().len() - 2 * steps::GROUPS;
+    begun.into_iter().for_each(|it| drop(world.run(it).unwrap()));
+    let all = counted.reads().len();
+    assert!(
+        all <= before + GROUPS + steps::GROUPS,
+        "{all} groups were read, {before} of them before"
+    );
+}
+
+#[test]
 fn others_are_answered_between_the_steps_of_a_flood() {
     let counted = Counted::new();
     let world = &counted.world;
@@ -212,7 +235,14 @@ fn a_tenant_with_many_calls_has_no_more_of_the_steps_than_one_with_one() {
         })
     };
     let flood: Vec<_> = (0..20).map(|_| begin(1000)).collect();
-    world.run(begin(1001)).unwrap();
+    let other = begin(1001);
+    world.run(async {
+        while !other.is_finished() {
+            let before = order.borrow().len();
+            yield_now().await;
+            assert!(order.borrow().len() <= before + 1, "two steps without a turn between them");
+        }
+    });
     let so_far = order.borrow().iter().filter(|uid| **uid == 1000).count();
     assert!(so_far <= 4, "{so_far} steps of the flood before the third of another");
     flood.into_iter().for_each(|task| world.run(task).unwrap());
