@@ -2,6 +2,7 @@
 
 use super::access::{CallersTenant, quota};
 use super::books::{Books, Entry};
+use super::candidates::Candidates;
 use super::keeper::{KeeperHandle, NotDone, Turn};
 use super::key::{Key, new_lease_id};
 use super::plan::{Chosen, Plan};
@@ -114,15 +115,18 @@ impl Broker {
         id: LeaseId,
         known: &Option<Rc<Entry>>,
     ) -> Result<Reserved, Error> {
-        let until = Instant::now() + self.patience;
+        let (mut until, mut candidates) = (None, None);
         let (mut asked, mut has_looked) = (None, false);
         loop {
+            let step = self.read_candidates(caller, request, &mut candidates).await?;
             let seen = self.generation.get();
-            let Refused { error, holder, is_soon } =
-                match self.try_reserve(caller, request, id, known) {
-                    Ok(reserved) => return Ok(reserved),
-                    Err(refused) => refused,
-                };
+            let tried = self.try_reserve(caller, request, id, known, candidates.as_ref());
+            drop(step);
+            let Refused { error, holder, is_soon } = match tried {
+                Ok(reserved) => return Ok(reserved),
+                Err(refused) => refused,
+            };
+            let until = *until.get_or_insert_with(|| Instant::now() + self.patience);
             let can_pass = match holder.filter(|_| holder != asked) {
                 // One that is gone may not have been noticed yet.
                 Some(holder) => {
@@ -154,6 +158,7 @@ impl Broker {
         request: &Acquire,
         id: LeaseId,
         known: &Option<Rc<Entry>>,
+        candidates: Option<&Candidates>,
     ) -> Result<Reserved, Refused> {
         // Each attempt is by the policy of its time.
         let tenant = self.tenant(caller)?;
@@ -169,7 +174,7 @@ impl Broker {
             None => None,
         };
         let plan = self
-            .plan(&tenant, request, lease.as_ref())
+            .plan(&tenant, request, lease.as_ref(), candidates)
             .map_err(|error| self.or_reclaiming(&tenant, error))?;
         self.look_for_proof(&tenant.name, |group| plan.concerns(group));
         let mut books = self.books();

@@ -9,6 +9,7 @@ mod adopt;
 mod api;
 mod attend;
 mod books;
+mod candidates;
 mod confirm;
 mod dma;
 mod ending;
@@ -26,6 +27,7 @@ mod proof;
 mod queries;
 mod reload;
 mod revoke;
+mod steps;
 
 pub use api::{Caller, Delivery, Keepers, Observer, Waiting};
 pub use error::advice;
@@ -33,6 +35,7 @@ pub use kept::KeptKeepers;
 pub use oversight::Oversight;
 pub use queries::Tour;
 pub use revoke::Begun;
+pub use steps::Step;
 
 use crate::host::Survey;
 use crate::kernel::Kernel;
@@ -74,8 +77,10 @@ pub struct Broker {
     patience: Duration,
     deadline: Duration,
     books: RefCell<Books>,
-    /// What those who list the machine at the moment share.
+    /// What those who read the machine at the moment share.
     survey: RefCell<Weak<Survey>>,
+    /// Whose turn it is to do what takes long.
+    steps: steps::Steps,
     /// Grows with each change of the books.
     generation: Cell<u64>,
     changed: Notify,
@@ -101,6 +106,7 @@ impl Broker {
             deadline,
             books: RefCell::default(),
             survey: RefCell::default(),
+            steps: steps::Steps::default(),
             generation: Cell::default(),
             changed: Notify::new(),
             finding: Mutex::default(),

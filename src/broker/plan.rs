@@ -1,21 +1,23 @@
 //! From what an Acquire asks for to devices and groups, as far as the policy and the machine allow.
 
 use super::books::Books;
+use super::candidates::{Candidates, fits};
 use super::form::{Given, same_form};
 use super::{Broker, Caller, error};
-use crate::host::{self, Device, Group, Host, Place, allows};
+use crate::host::{self, Device, Group, Place, allows};
 use crate::ledger::{Lease, LeaseId, Member, Space, WantedGroup};
 use crate::policy::Tenant;
 use crate::protocol::{Acquire, Bdf, DeviceSpec, Error, Handout, is_uuid};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 /// What an Acquire comes to. Which device stands for "any of that kind" is decided last, together
 /// with entering it into the ledger.
 pub(super) struct Plan {
     pub(super) handout: Handout,
     pub(super) space: Space,
-    groups: BTreeMap<u32, Group>,
+    groups: BTreeMap<u32, Rc<Group>>,
     slots: Vec<Slot>,
     withhold: Vec<(Bdf, u32)>,
     vf_token: Option<String>,
@@ -36,16 +38,18 @@ pub(super) struct Chosen {
 }
 
 impl Broker {
-    /// Checks a request against policy and machine. `lease` is the one it adds to.
+    /// Checks a request against policy and machine. `lease` is the one it adds to, `candidates` what it may
+    /// choose from.
     pub(super) fn plan(
         &self,
         tenant: &Tenant,
         request: &Acquire,
         lease: Option<&Lease>,
+        candidates: Option<&Candidates>,
     ) -> Result<Plan, Error> {
         let mut groups = BTreeMap::new();
         let mut slots = Vec::new();
-        let mut host = None;
+        let mut all = candidates.map_or_else(BTreeMap::new, |it| it.groups.clone());
         for spec in &request.devices {
             slots.push(match spec {
                 DeviceSpec::Bdf { bdf } => Slot::This(*bdf, self.look(tenant, *bdf, &mut groups)?),
@@ -54,12 +58,11 @@ impl Broker {
                     return Err(Error::Unsupported { what: spec.to_string(), why });
                 }
                 DeviceSpec::VfOf { .. } | DeviceSpec::Kind { .. } => {
-                    let host = match &host {
-                        Some(host) => host,
-                        None => host.insert(Host::scan(&*self.kernel)?),
-                    };
-                    let those = host.devices().filter(|(_, device)| fits(spec, device));
-                    Slot::AnyOf(spec.clone(), those.map(|(g, d)| (d.bdf(), g.id)).collect())
+                    let those = all.values().flat_map(|group| {
+                        let fitting = group.devices.iter().filter(|device| fits(spec, device));
+                        fitting.map(|device| (device.bdf(), group.id))
+                    });
+                    Slot::AnyOf(spec.clone(), those.collect())
                 }
             });
         }
@@ -70,14 +73,8 @@ impl Broker {
             };
             withhold.push((*bdf, self.look(tenant, *bdf, &mut groups)?));
         }
-        // What was scanned for itself is newer than what was scanned with everything.
-        let mut all = host.map_or(BTreeMap::new(), |host| host.groups);
+        // What was read for itself is newer than what was read with everything.
         all.append(&mut groups);
-        let policy = self.policy();
-        if policy.names_serials() {
-            let known = policy.serials();
-            all.values_mut().try_for_each(|group| group.read_serials(&*self.kernel, known))?;
-        }
         let (handout, space) = match lease {
             Some(lease) => same_form(lease, request)?,
             None => self.form(tenant, request, &given(&slots, &all))?,
@@ -94,7 +91,7 @@ impl Broker {
         &self,
         tenant: &Tenant,
         bdf: Bdf,
-        groups: &mut BTreeMap<u32, Group>,
+        groups: &mut BTreeMap<u32, Rc<Group>>,
     ) -> Result<u32, Error> {
         let nowhere = || Error::NoSuchDevice { device: bdf.to_string() };
         let id = match host::find(&*self.kernel, bdf)? {
@@ -117,7 +114,12 @@ impl Broker {
         let group = match groups.entry(id) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => {
-                place.insert(Group::scan(&*self.kernel, id)?.ok_or_else(nowhere)?)
+                let mut group = Group::scan(&*self.kernel, id)?.ok_or_else(nowhere)?;
+                let policy = self.policy();
+                if policy.names_serials() {
+                    group.read_serials(&*self.kernel, policy.serials())?;
+                }
+                place.insert(Rc::new(group))
             }
         };
         group.device(bdf).map(|_| id).ok_or_else(nowhere)
@@ -127,7 +129,7 @@ impl Broker {
     /// only might be taken, what does not pass is left out.
     fn check(&self, tenant: &Tenant, plan: &mut Plan) -> Result<(), Error> {
         let unsafe_interrupts = host::allows_unsafe_interrupts(&*self.kernel)?;
-        let check = |bdf: Bdf, id: u32, groups: &BTreeMap<u32, Group>, used: bool| {
+        let check = |bdf: Bdf, id: u32, groups: &BTreeMap<u32, Rc<Group>>, used: bool| {
             let found = groups.get(&id).and_then(|group| group.device(bdf).map(|d| (group, d)));
             let (group, device) =
                 found.ok_or_else(|| Error::NoSuchDevice { device: bdf.to_string() })?;
@@ -306,7 +308,7 @@ impl Plan {
 
 /// What the devices have to do with the form of the lease. Of "any of a kind" one that fits is
 /// enough.
-fn given(slots: &[Slot], groups: &BTreeMap<u32, Group>) -> Given {
+fn given(slots: &[Slot], groups: &BTreeMap<u32, Rc<Group>>) -> Given {
     let found = |(bdf, id): &(Bdf, u32)| {
         groups.get(id).and_then(|group| Some((group.noiommu, group.device(*bdf)?)))
     };
@@ -331,18 +333,6 @@ fn given(slots: &[Slot], groups: &BTreeMap<u32, Group>) -> Given {
 fn members(group: &Group) -> Vec<Member> {
     let on_vfio = group.devices.iter().filter(|device| device.on_vfio);
     on_vfio.map(|device| Member { bdf: device.bdf(), physfn: device.facts.physfn }).collect()
-}
-
-/// Whether a device is what a request asks for any of.
-fn fits(spec: &DeviceSpec, device: &Device) -> bool {
-    let facts = &device.facts;
-    let is = |text: &str, id: u16| u16::from_str_radix(text, 16) == Ok(id);
-    match spec {
-        DeviceSpec::Bdf { bdf } => facts.bdf == *bdf,
-        DeviceSpec::VfOf { vf_of } => facts.physfn == Some(*vf_of),
-        DeviceSpec::Kind { vendor, device } => is(vendor, facts.vendor) && is(device, facts.device),
-        DeviceSpec::Mdev { .. } => false,
-    }
 }
 
 /// A token is a UUID and nothing else: it becomes part of what the kernel parses.

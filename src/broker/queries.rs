@@ -1,6 +1,7 @@
 //! Leases and Topology: who has what, as far as the caller may know.
 
 use super::books::Books;
+use super::steps::GROUPS;
 use super::{Broker, Caller, container_name, devices};
 use crate::host::{self, Survey, group_ids};
 use crate::kernel::Node;
@@ -10,8 +11,8 @@ use crate::protocol::{Device, Error, Group, GroupState, Groups, Lease, LeaseList
 use std::rc::Rc;
 use std::time::Instant;
 
-/// How many groups are read, or leases looked at, in one step of a list.
-const STEP: usize = 32;
+/// How many leases are looked at in one step of a list.
+const LEASES: usize = 32;
 
 /// Groups that are still to be listed for one caller.
 #[derive(Debug)]
@@ -57,8 +58,8 @@ impl Broker {
             self.tenant(caller)?;
         }
         let books = self.books();
-        let some: Vec<_> = books.ledger.leases_after(*after).take(STEP).collect();
-        *after = some.last().filter(|_| some.len() == STEP).map(|lease| lease.id);
+        let some: Vec<_> = books.ledger.leases_after(*after).take(LEASES).collect();
+        *after = some.last().filter(|_| some.len() == LEASES).map(|lease| lease.id);
         let live = some.into_iter().filter(|lease| {
             lease.phase == Phase::Held
                 || self.shown_revocation(&books, lease.id).is_some_and(|it| it.forced)
@@ -105,10 +106,7 @@ impl Broker {
         let since = Instant::now();
         self.look_for_proof(&tenant.name, |_| true);
         let ids = group_ids(&*self.kernel)?.into_iter();
-        let mut shared = self.survey.borrow_mut();
-        let survey = shared.upgrade().unwrap_or_default();
-        *shared = Rc::downgrade(&survey);
-        Ok(Tour { ids, since, survey })
+        Ok(Tour { ids, since, survey: self.shared_survey() })
     }
 
     /// Some of the groups that are left; there may be none among those that were read. Reads sysfs.
@@ -120,12 +118,13 @@ impl Broker {
         let policy = self.policy();
         let observes = policy.may(&tenant, Verb::Observe).allowed;
         let serials = policy.names_serials().then(|| policy.serials());
+        let books = self.books();
         let mut seen = Vec::new();
-        for id in tour.ids.by_ref().take(STEP) {
-            let group = tour.survey.group(&*self.kernel, id, tour.since, serials)?;
+        for id in tour.ids.by_ref().take(GROUPS) {
+            let is_taken = books.ledger.group(id).is_some();
+            let group = tour.survey.group(&*self.kernel, id, tour.since, is_taken, serials)?;
             seen.extend(group.filter(|group| observes || self.any_allowed(&tenant, group)));
         }
-        let books = self.books();
         let groups = seen.iter();
         Ok(groups.map(|group| self.describe_group(caller, &tenant, group, &books)).collect())
     }

@@ -54,6 +54,8 @@ impl Broker {
         }
         drop(books);
         self.policy.replace(policy);
+        // What was read may lack the serial numbers that this one names.
+        self.survey.take();
         self.has_changed();
     }
 

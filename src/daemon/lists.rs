@@ -8,7 +8,6 @@ use crate::protocol::{
     Drain, Drained, Error, Group, Groups, Lease, LeaseList, MAX_MESSAGE, Revoked,
 };
 use serde::Serialize;
-use tokio::task::yield_now;
 
 impl Connection {
     /// Sends all replies but the last one, which it returns.
@@ -32,27 +31,32 @@ impl Connection {
 
     async fn list_groups(&self, flags: Flags) -> Result<Answer, End> {
         let mut list = List::new(self, flags, |groups: Vec<Group>| Groups { groups });
-        let mut tour = self.daemon.broker.tour(&self.caller)?;
-        self.daemon.broker.look_for_holders(&self.caller).await;
+        let broker = &self.daemon.broker;
+        let step = broker.step(&self.caller).await;
+        let mut tour = broker.tour(&self.caller)?;
+        drop(step);
+        broker.look_for_holders(&self.caller).await;
         while !tour.is_over() {
-            let groups = self.daemon.broker.next_groups(&self.caller, &mut tour)?;
+            let step = broker.step(&self.caller).await;
+            let groups = broker.next_groups(&self.caller, &mut tour)?;
+            drop(step);
             list.extend(groups).await?;
-            // A step of it, and others have their turn.
-            yield_now().await;
         }
         list.last()
     }
 
     async fn list_leases(&self, flags: Flags) -> Result<Answer, End> {
         let mut list = List::new(self, flags, |leases: Vec<Lease>| LeaseList { leases });
-        let mut after = None;
-        self.daemon.broker.look_for_holders(&self.caller).await;
+        let (broker, mut after) = (&self.daemon.broker, None);
+        broker.look_for_holders(&self.caller).await;
         loop {
-            list.extend(self.daemon.broker.leases_after(&self.caller, &mut after)?).await?;
+            let step = broker.step(&self.caller).await;
+            let leases = broker.leases_after(&self.caller, &mut after)?;
+            drop(step);
+            list.extend(leases).await?;
             if after.is_none() {
                 return list.last();
             }
-            yield_now().await;
         }
     }
 }

@@ -10,7 +10,6 @@ use crate::process::launcher::PolicyRead;
 use crate::protocol::{BrokerStatus, Error, Keeper, PolicyStatus};
 use crate::sys::process::{memory, started};
 use nix::unistd::{geteuid, getppid};
-use tokio::task::yield_now;
 
 /// How many keepers are looked at in one step.
 const STEP: usize = 32;
@@ -35,16 +34,17 @@ impl Connection {
         broker.look_for_holders(&self.caller).await;
         let (mut all, mut is_over) = (broker.kept(), false);
         while !is_over {
-            let mut keepers = Vec::new();
-            for _ in 0..STEP {
+            let mut some = Vec::new();
+            while some.len() < STEP && !is_over {
                 let kept = all.next().await?;
                 is_over = kept.is_none();
-                let Some(kept) = kept else { break };
-                keepers.extend(broker.keeper(&oversight, &kept).map(with_process));
+                some.extend(kept);
             }
+            let step = broker.step(&self.caller).await;
+            let keepers = some.iter().filter_map(|kept| broker.keeper(&oversight, kept));
+            let keepers = keepers.map(with_process).collect();
+            drop(step);
             list.extend(keepers).await?;
-            // A step of it, and others have their turn.
-            yield_now().await;
         }
         list.last()
     }

@@ -3,26 +3,31 @@
 use super::Group;
 use crate::kernel::{Kernel, Result};
 use crate::policy::Serials;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::rc::Rc;
 use std::time::Instant;
 
-/// Groups as they were read last. Each has a lock of its own, held while it is read: who wants the
-/// same group meanwhile waits for that reading instead of making another.
+/// Groups as they were read last.
 #[derive(Debug, Default)]
 pub struct Survey {
-    groups: Mutex<HashMap<u32, Arc<Mutex<Option<Reading>>>>>,
+    groups: RefCell<HashMap<u32, Reading>>,
+    /// The group that was read last.
+    last: Cell<u32>,
 }
 
 /// A group at one moment; none where there was none of that number.
 #[derive(Debug)]
 struct Reading {
     began: Instant,
-    group: Option<Arc<Group>>,
+    was_taken: bool,
+    group: Option<Rc<Group>>,
 }
 
 impl Survey {
     /// A group as it was at `since` or later, with its devices' serial numbers where `serials` are asked for.
+    /// `is_taken` says whether it is somebody's now: a device that is being taken back can be without its
+    /// driver, so what was read then says nothing of it once it is free.
     ///
     /// # Errors
     /// What reading sysfs says.
@@ -31,11 +36,11 @@ impl Survey {
         kernel: &dyn Kernel,
         id: u32,
         since: Instant,
+        is_taken: bool,
         serials: Option<&Serials>,
-    ) -> Result<Option<Arc<Group>>> {
-        let known = Arc::clone(lock(&self.groups).entry(id).or_default());
-        let mut known = lock(&known);
-        if let Some(reading) = known.as_ref().filter(|reading| reading.began >= since) {
+    ) -> Result<Option<Rc<Group>>> {
+        let is_current = |it: &&Reading| it.began >= since && (is_taken || !it.was_taken);
+        if let Some(reading) = self.groups.borrow().get(&id).filter(is_current) {
             return Ok(reading.group.clone());
         }
         let began = Instant::now();
@@ -43,12 +48,16 @@ impl Survey {
         if let (Some(group), Some(serials)) = (group.as_mut(), serials) {
             group.read_serials(kernel, serials)?;
         }
-        let group = group.map(Arc::new);
-        *known = Some(Reading { began, group: group.clone() });
+        let group = group.map(Rc::new);
+        let reading = Reading { began, was_taken: is_taken, group: group.clone() };
+        self.groups.borrow_mut().insert(id, reading);
+        self.last.set(id);
         Ok(group)
     }
-}
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Has these numbers, which are in order, begin behind the group that was read last. All who go round
+    /// from there share each reading, whenever they came: nobody begins again where another has been.
+    pub fn rotate(&self, ids: &mut [u32]) {
+        ids.rotate_left(ids.partition_point(|id| *id <= self.last.get()));
+    }
 }

@@ -1,5 +1,6 @@
 //! The broker on the simulated kernel.
 
+mod any_of;
 mod confirm;
 mod dma;
 mod failing;
