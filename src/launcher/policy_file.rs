@@ -2,6 +2,7 @@
 
 use super::StartError;
 use super::confine::Sandbox;
+use super::file_mode;
 use super::options::Options;
 use super::policy_source::{Compiled, PolicySource};
 use crate::keeper::{Machine, Place, PolicyInForce};
@@ -19,7 +20,8 @@ use nix::unistd::{Pid, getpid, getppid};
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::error;
@@ -106,11 +108,20 @@ impl PolicyFile {
         let compiled = said?.unwrap_or_else(|why| self.source.unread(&why));
         self.give_up();
         self.read.name.clone_from(&compiled.name);
-        match &compiled.policy {
-            Ok(_) => (self.read.read, self.read.refused) = (now(), None),
-            Err(why) => self.read.refused = Some((now(), why.line.clone())),
+        if let Err(why) = &compiled.policy {
+            self.refused(why.line.clone());
         }
         Some(compiled)
+    }
+
+    /// Notes that what was read last is in force.
+    pub(super) fn in_force(&mut self) {
+        (self.read.read, self.read.refused) = (now(), None);
+    }
+
+    /// Notes why what was read last is not.
+    pub(super) fn refused(&mut self, why: String) {
+        self.read.refused = Some((now(), why));
     }
 
     /// A child has ended.
@@ -197,6 +208,10 @@ pub(super) fn put_in_force(
     place: &Place,
 ) -> std::io::Result<(PolicyInForce, File)> {
     let (path, new) = (place.policy(), place.path().join("policy.new"));
+    let text = serde_json::to_vec(&policy)?;
+    if let Some(file) = same(&path, &text) {
+        return Ok((PolicyInForce::new(path, &file, Arc::new(policy))?, file));
+    }
     let mut options = OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
     match std::fs::remove_file(&new) {
@@ -204,9 +219,21 @@ pub(super) fn put_in_force(
         _ => {}
     }
     let mut file = options.custom_flags(nix::libc::O_NOFOLLOW).open(&new)?;
-    file.write_all(&serde_json::to_vec(&policy)?)?;
+    file.write_all(&text)?;
     // The broker gets it, and must not be able to write there.
     let file = File::open(&new)?;
     std::fs::rename(&new, &path)?;
     Ok((PolicyInForce::new(path, &file, Arc::new(policy))?, file))
+}
+
+/// The file that is there, if it is ours and says this: a start needs no room where nothing has changed.
+fn same(path: &Path, text: &[u8]) -> Option<File> {
+    let mut options = OpenOptions::new();
+    let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK;
+    let mut file = options.read(true).custom_flags(flags).open(path).ok()?;
+    let found = file.metadata().ok()?;
+    let is_ours = found.is_file() && file_mode::is_owned(&found) && found.mode() & 0o077 == 0;
+    let mut there = Vec::new();
+    let is_same = is_ours && file.read_to_end(&mut there).is_ok() && there == text;
+    is_same.then_some(file)
 }

@@ -48,6 +48,7 @@ fn serve(
     let lock = listen::be_the_only_one(place.path())?;
     let (policy, _) = policy_file::put_in_force(policy, &place)
         .map_err(StartError::set_up("the policy's file for keepers"))?;
+    policy_file.in_force();
     info!(%sandbox, "confined");
     tell_the_start(options, activated);
     let machine_ends = simulation.is_some();

@@ -8,6 +8,7 @@ mod common;
 mod confined;
 mod contested;
 mod files;
+mod full;
 mod iommufd;
 mod leases;
 mod lifecycle;

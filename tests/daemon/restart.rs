@@ -25,13 +25,13 @@ const ROUNDS: usize = 60;
 const OTHER: u32 = 12345;
 
 /// A kernel on which daemons come and go.
-struct Machine {
-    sim: Sim,
-    directory: tempfile::TempDir,
+pub(super) struct Machine {
+    pub(super) sim: Sim,
+    pub(super) directory: tempfile::TempDir,
 }
 
 impl Machine {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         let directory = tempfile::tempdir().unwrap();
         // Another uid is to get to the socket.
         std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
@@ -52,7 +52,7 @@ impl Machine {
         std::fs::write(self.policy(), text).unwrap();
     }
 
-    fn policy(&self) -> PathBuf {
+    pub(super) fn policy(&self) -> PathBuf {
         self.directory.path().join("policy.toml")
     }
 
@@ -71,7 +71,7 @@ impl Machine {
         command
     }
 
-    fn daemon(&self) -> Daemon {
+    pub(super) fn daemon(&self) -> Daemon {
         let own = tempfile::tempdir().unwrap();
         let mut command = self.command();
         command.stderr(std::fs::File::create(own.path().join("log")).unwrap());
@@ -117,7 +117,7 @@ fn acquired(daemon: &Daemon) -> (Iommufd, Device) {
     (Iommufd::from_fd(wire, fds.remove(0)), device)
 }
 
-fn end(mut daemon: Daemon, signal: Signal) {
+pub(super) fn end(mut daemon: Daemon, signal: Signal) {
     daemon.signal(signal);
     daemon.wait();
 }
@@ -136,7 +136,7 @@ fn others_refusal(daemon: &Daemon) -> Option<String> {
 }
 
 /// The keepers' state files, one each.
-fn states(machine: &Machine) -> Vec<PathBuf> {
+pub(super) fn states(machine: &Machine) -> Vec<PathBuf> {
     let Ok(keepers) = std::fs::read_dir(machine.keepers()) else { return Vec::new() };
     let states = keepers.map(|entry| entry.unwrap().path().join("state"));
     states.filter(|state| state.exists()).collect()
