@@ -14,6 +14,7 @@ mod leases;
 mod lifecycle;
 mod limits;
 mod log;
+mod neighbours;
 mod processes;
 mod reload;
 mod resources;

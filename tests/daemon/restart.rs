@@ -22,7 +22,7 @@ use vfio_broker::sim::{Fault, Sim, Topology, Wire};
 const ROUNDS: usize = 60;
 
 /// Who else there is.
-const OTHER: u32 = 12345;
+pub(super) const OTHER: u32 = 12345;
 
 /// A kernel on which daemons come and go.
 pub(super) struct Machine {
@@ -32,10 +32,14 @@ pub(super) struct Machine {
 
 impl Machine {
     pub(super) fn start() -> Self {
+        Self::of(crate::common::TOPOLOGY)
+    }
+
+    pub(super) fn of(topology: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         // Another uid is to get to the socket.
         std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
-        let topology = Topology::from_toml(crate::common::TOPOLOGY).unwrap();
+        let topology = Topology::from_toml(topology).unwrap();
         let sim = Sim::start_in(topology, directory.path()).unwrap();
         let machine = Self { sim, directory };
         machine.write_policy(&format!("user = {}", nix::unistd::geteuid()));
@@ -56,7 +60,7 @@ impl Machine {
         self.directory.path().join("policy.toml")
     }
 
-    fn socket(&self) -> PathBuf {
+    pub(super) fn socket(&self) -> PathBuf {
         self.directory.path().join("run/broker.sock")
     }
 
@@ -64,7 +68,7 @@ impl Machine {
         self.directory.path().join("run/broker.sock.keepers")
     }
 
-    fn command(&self) -> Command {
+    pub(super) fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vfio-brokerd"));
         command.arg("--sim-at").arg(self.sim.control_path()).arg("--policy").arg(self.policy());
         command.stdin(Stdio::null()).stdout(Stdio::null()).env("RUST_LOG", "debug");
