@@ -14,14 +14,17 @@ pub(super) struct Blocked {
 }
 
 enum What {
-    Call {
-        file: Option<FileId>,
-        request: Request,
-        call: Call,
-        reply: OwnedFd,
-        effect: Option<Effect>,
-    },
+    Call(Box<Waiting>),
     Close(FileId),
+}
+
+/// A call that has not begun.
+struct Waiting {
+    file: Option<FileId>,
+    request: Request,
+    call: Call,
+    reply: OwnedFd,
+    effect: Option<Effect>,
 }
 
 impl Server {
@@ -38,7 +41,8 @@ impl Server {
             self.machine.locks_of(file, request.number, &request.bytes)
         });
         if self.must_wait(locks) {
-            let what = What::Call { file, request, call, reply, effect };
+            let waiting = Waiting { file, request, call, reply, effect };
+            let what = What::Call(Box::new(waiting));
             return self.blocked.push(Blocked { locks, what });
         }
         let number = request.number;
@@ -71,7 +75,8 @@ impl Server {
         for Blocked { locks, what } in std::mem::take(&mut self.blocked) {
             match what {
                 _ if self.must_wait(locks) => self.blocked.push(Blocked { locks, what }),
-                What::Call { file, request, call, reply, effect } => {
+                What::Call(waiting) => {
+                    let Waiting { file, request, call, reply, effect } = *waiting;
                     self.once_unlocked(file, request, call, reply, effect);
                 }
                 What::Close(file) => self.close(file),
