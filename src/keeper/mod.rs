@@ -141,7 +141,13 @@ impl Keeper {
     /// Writes down what somebody else would have to know. What fails is tried again: until then the file
     /// says what was so before.
     fn save(&mut self) -> crate::kernel::Result<()> {
-        let written = self.file.write(self.leases.values().map(|lease| &lease.state));
+        self.save_but(None)
+    }
+
+    /// The same without a lease that is about to be forgotten.
+    fn save_but(&mut self, gone: Option<&str>) -> crate::kernel::Result<()> {
+        let kept = self.leases.iter().filter(|(name, _)| Some(name.as_str()) != gone);
+        let written = self.file.write(kept.map(|(_, lease)| &lease.state));
         self.save_at = written.is_err().then(|| Instant::now() + AGAIN);
         written
     }

@@ -55,13 +55,12 @@ impl Keeper {
             lease.is_ending() && lease.state.groups.is_empty() && lease.mappings.is_empty();
         self.touch(name);
         // Whoever salvages has nothing else to know it from.
-        if let Err(error) = self.save() {
+        if let Err(error) = self.save_but(is_over.then_some(name.as_str())) {
             self.lease_mut(name)?.state.groups = before;
             return Err(error.into());
         }
         if is_over {
             self.forget(name);
-            let _ = self.save();
         }
         self.told(name)
     }
