@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests, too
 
 mod calls;
+mod cgroups;
 #[path = "../common/mod.rs"]
 mod common;
 mod confined;
