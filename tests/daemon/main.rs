@@ -12,6 +12,7 @@ mod files;
 mod full;
 mod iommufd;
 mod leases;
+mod left;
 mod lifecycle;
 mod limits;
 mod log;
