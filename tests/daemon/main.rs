@@ -15,6 +15,7 @@ mod leases;
 mod left;
 mod lifecycle;
 mod limits;
+mod links;
 mod log;
 mod neighbours;
 mod processes;

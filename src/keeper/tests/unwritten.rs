@@ -80,14 +80,13 @@ fn no_driver_is_taken_away_before_it_is_written_down_which() {
         // Of a container's lease somebody keeps the group: it is taken from them by the driver's end.
         let is_group = |(fd, _): &(Fd, OwnedFd)| fd.kind == FdKind::Group;
         let kept: Vec<_> = described.into_iter().zip(files).filter(is_group).collect();
-        let why = || {
+        let mut why = || {
             let state = link.ask(&Check { lease: ONE.into() }).ok()?.state;
             match &state.groups.first()?.stage {
                 Stage::Quarantined(NotFree::Kernel(call, ..)) => Some(call.clone()),
                 _ => None,
             }
         };
-        let mut why = why;
         let began = Instant::now();
         while why().as_deref() != Some("create") {
             assert!(began.elapsed() < LIMIT, "{handout:?}: it does not say so");
