@@ -30,6 +30,8 @@ pub struct Report {
     pub refused: Vec<Option<String>>,
     /// There were more files than a message may have.
     pub too_many: bool,
+    /// Not all of them could be opened: this process had no room, or a security module refused one.
+    pub cut: bool,
     /// The message.
     #[serde(skip)]
     pub bytes: Vec<u8>,
@@ -111,11 +113,11 @@ fn take(socket: &OwnedFd, link: BorrowedFd<'_>) -> nix::Result<()> {
     let mut buffer = vec![0; MAX_MESSAGE];
     let got = fdpass::receive_all(socket.as_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT)?;
     buffer.truncate(got.len);
-    let too_many = got.cut || got.fds.len() > fdpass::MAX_FDS;
+    let (cut, too_many) = (got.cut, got.fds.len() > fdpass::MAX_FDS);
     let (mut refused, mut good, mut bad) = (Vec::new(), Vec::new(), Vec::new());
     for (file, index) in got.fds.into_iter().zip(0..) {
         match check_memory(&file) {
-            _ if too_many => bad.push(file),
+            _ if cut || too_many => bad.push(file),
             Ok(()) => {
                 refused.push(None);
                 good.push((index, file));
@@ -126,7 +128,7 @@ fn take(socket: &OwnedFd, link: BorrowedFd<'_>) -> nix::Result<()> {
             }
         }
     }
-    let sent = send(link, &Report { refused, too_many, bytes: buffer }, &good);
+    let sent = send(link, &Report { refused, too_many, cut, bytes: buffer }, &good);
     close(bad);
     sent
 }

@@ -5,15 +5,21 @@ use super::keeper::KeeperHandle;
 use super::{Broker, Caller, said};
 use crate::ledger::{GroupState, Request};
 use crate::process::keeper::{self, Stage};
+use crate::process::launcher::Standing;
 use crate::process::link::Asking;
 use crate::protocol::{Bdf, Confirm, Confirmed, Error};
-use std::os::fd::BorrowedFd;
+use nix::errno::Errno;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::rc::Rc;
+use std::time::Duration;
 use tokio::task::yield_now;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 /// How many keepers' states are read before others have their turn.
 const STEP: usize = 32;
+
+/// How often a way to a keeper is looked for that begins.
+const PAUSE: Duration = Duration::from_millis(5);
 
 impl Broker {
     /// Takes an administrator's word that nobody has a device open. A tenant's manager has no such word:
@@ -116,7 +122,30 @@ impl Broker {
         Ok(())
     }
 
-    /// Asks a keeper on a link of its own: of what was only left open, nothing else asks.
+    /// A link to a keeper, or to one that takes over what it has left; `None` where that is nothing.
+    async fn link_or_salvage(
+        &self,
+        name: &str,
+        until: Instant,
+    ) -> std::io::Result<Option<OwnedFd>> {
+        let mut is_salvaged = false;
+        loop {
+            let (standing, links) = self.keepers.find(name).await?;
+            match (standing, links) {
+                (Standing::Gone, _) => return Ok(None),
+                (_, Some([link, _])) => return Ok(Some(link)),
+                (Standing::Dead, None) if !is_salvaged => {
+                    self.keepers.salvage(name).await?;
+                    is_salvaged = true;
+                }
+                _ if Instant::now() >= until => return Err(Errno::ETIMEDOUT.into()),
+                _ => sleep(PAUSE).await,
+            }
+        }
+    }
+
+    /// Asks a keeper on a link of its own: of what was only left open, nothing else asks, and so nobody has
+    /// seen where it was killed.
     async fn ask_anew(
         &self,
         name: &str,
@@ -125,8 +154,9 @@ impl Broker {
         until: Instant,
     ) -> Result<(), Error> {
         let failed = |error: std::io::Error| super::attend::started("connect", name, &error);
-        let (_, links) = self.keepers.find(name).await.map_err(failed)?;
-        let [link, _] = links.ok_or_else(|| super::error::no_answer("Confirm", name))?;
+        let Some(link) = self.link_or_salvage(name, until).await.map_err(failed)? else {
+            return Ok(());
+        };
         let handle = KeeperHandle::new(name.to_owned());
         handle.set_link(Some(Asking::new(link).map_err(failed)?));
         let mut turn = handle.turn_until("Confirm", until).await?;

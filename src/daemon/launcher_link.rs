@@ -23,12 +23,14 @@ pub(super) struct LauncherLink {
     pub(super) looker: RefCell<Option<OwnedFd>>,
 }
 
-/// A call, and who waits for what comes of it.
-#[derive(Debug)]
+/// A call, and what is done with its answer.
 struct Asked {
     call: Vec<u8>,
-    answer: oneshot::Sender<Result<(String, Vec<OwnedFd>)>>,
+    take: Box<dyn FnOnce(Answered) -> std::result::Result<(), Lost>>,
 }
+
+/// The parameters of a reply, and the files that came with it.
+type Answered = Result<(String, Vec<OwnedFd>)>;
 
 /// What the launcher tells.
 #[derive(Debug)]
@@ -49,11 +51,29 @@ impl LauncherLink {
     /// # Errors
     /// What the launcher says, or that it is no more.
     pub(super) async fn ask<C: Call>(&self, call: &C) -> Result<(C::Reply, Vec<OwnedFd>)> {
-        let (answer, answered) = oneshot::channel();
-        let asked = Asked { call: link::call(call, false), answer };
+        self.ask_for_files(call, None).await
+    }
+
+    /// The same, where so many files belong to the reply.
+    async fn ask_for_files<C: Call>(
+        &self,
+        call: &C,
+        files: Option<usize>,
+    ) -> Result<(C::Reply, Vec<OwnedFd>)> {
+        let (sender, answered) = oneshot::channel();
+        // Whether anybody waits for it or not, an answer that is none is no answer to the next call either.
+        let take = move |answer: Answered| {
+            let (answer, end) = match answer.map(|(text, fds)| reply::<C>(&text, fds, files)) {
+                Ok(Ok(reply)) => (Ok(reply), Ok(())),
+                Ok(Err(lost)) => (Err(Error::other(lost.clone())), Err(lost)),
+                Err(error) => (Err(error), Ok(())),
+            };
+            let _ = sender.send(answer);
+            end
+        };
+        let asked = Asked { call: link::call(call, false), take: Box::new(take) };
         self.asked.send(asked).map_err(|_| no_more())?;
-        let (parameters, fds) = answered.await.map_err(|_| no_more())??;
-        Ok((serde_json::from_str(&parameters)?, fds))
+        answered.await.map_err(|_| no_more())?
     }
 
     /// Listens, on a link of its own, to what the launcher tells.
@@ -78,7 +98,7 @@ impl Orders {
 
 /// One call after the other.
 async fn ask_each(mut link: Asking, mut asks: mpsc::UnboundedReceiver<Asked>) -> Lost {
-    while let Some(Asked { call, answer }) = asks.recv().await {
+    while let Some(Asked { call, take }) = asks.recv().await {
         let answered = match ask(&mut link, &call).await {
             Ok(Answer::Reply(parameters, fds)) => Ok((parameters, fds)),
             Ok(Answer::Error(name, parameters)) if name == FAILED => {
@@ -87,12 +107,14 @@ async fn ask_each(mut link: Asking, mut asks: mpsc::UnboundedReceiver<Asked>) ->
             }
             Ok(Answer::Error(name, _)) => Err(Error::other(name)),
             Err(lost) => {
-                let _ = answer.send(Err(Error::other(lost.clone())));
+                let _ = take(Err(Error::other(lost.clone())));
                 return lost;
             }
         };
         // What nobody waits for is closed, and with its link whatever was started ends.
-        let _ = answer.send(answered);
+        if let Err(malformed) = take(answered) {
+            return malformed;
+        }
     }
     Lost::Closed
 }
@@ -104,6 +126,19 @@ async fn ask(link: &mut Asking, call: &[u8]) -> std::result::Result<Answer, Lost
 
 fn no_more() -> Error {
     Error::other("the launcher is no more")
+}
+
+/// What a reply says, with its files.
+fn reply<C: Call>(
+    text: &str,
+    fds: Vec<OwnedFd>,
+    files: Option<usize>,
+) -> std::result::Result<(C::Reply, Vec<OwnedFd>), Lost> {
+    let malformed = |why: String| Lost::Malformed(format!("{}: {why}", C::NAME));
+    if files.is_some_and(|files| files != fds.len()) {
+        return Err(malformed(format!("{} files came with it", fds.len())));
+    }
+    Ok((serde_json::from_str(text).map_err(|error| malformed(error.to_string()))?, fds))
 }
 
 /// The files of a reply, which has so many.
@@ -122,7 +157,7 @@ pub(super) fn whole(file: OwnedFd) -> Result<Vec<u8>> {
 impl Keepers for Rc<LauncherLink> {
     fn start<'a>(&'a self, name: &'a str) -> Waiting<'a, [OwnedFd; 2]> {
         Box::pin(async move {
-            let (_, fds) = self.ask(&StartKeeper { name: name.into() }).await?;
+            let (_, fds) = self.ask_for_files(&StartKeeper { name: name.into() }, Some(2)).await?;
             files(fds)
         })
     }

@@ -74,6 +74,8 @@ pub(super) enum NotTaken {
     Unclosed,
     #[error("more than {} fds in one message", fdpass::MAX_FDS)]
     TooMany,
+    #[error("not all fds could be received: the limit of open files, or a security module")]
+    Cut,
     #[error("the process that receives fds: {0}")]
     Failed(std::io::Error),
 }
@@ -189,6 +191,9 @@ pub(super) async fn receive(
 fn taken(report: Report, queue: Option<OwnedFd>) -> Result<Taken, NotTaken> {
     if report.too_many {
         return Err(NotTaken::TooMany);
+    }
+    if report.cut {
+        return Err(NotTaken::Cut);
     }
     if queue.is_some() != report.refused.contains(&None) {
         return Err(NotTaken::Failed(Errno::EPROTO.into()));

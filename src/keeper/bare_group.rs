@@ -3,7 +3,7 @@
 //! (`tests/conformance/cases/drivers.rs`); where it does not help, the group is still busy afterwards.
 
 use super::Keeper;
-use super::take_back::not_rebound;
+use super::take_back::{not_free, not_rebound};
 use crate::drivers;
 use crate::host;
 use crate::process::keeper::{LeaseRecord, NotFree};
@@ -15,7 +15,7 @@ impl Keeper {
     /// is open nevertheless. Once: what somebody has opened since would be waited for. True where it was done.
     pub(super) fn end_bare_group(&mut self, name: &str, id: u32) -> Result<bool, NotFree> {
         let Some(lease) = self.leases.get_mut(name) else { return Ok(false) };
-        if !lease.state.record.rebind || !lease.unset.remove(&id) {
+        if !lease.state.record.rebind || !lease.unset.contains(&id) {
             return Ok(false);
         }
         let Some(devices) = self.all_named(name, id) else { return Ok(false) };
@@ -25,7 +25,10 @@ impl Keeper {
         let object = devices.iter().map(|(bdf, _)| bdf.to_string()).collect::<Vec<_>>().join(" ");
         self.begin(name, "driver unbind", object);
         self.tell();
-        let _ = self.save();
+        self.save().map_err(|error| not_free(error, NotFree::GroupOpen))?;
+        if let Some(lease) = self.leases.get_mut(name) {
+            lease.unset.remove(&id);
+        }
         drivers::rebind_all(&*self.kernel, &devices)
             .map_err(|failed| not_rebound(failed.into()))?;
         Ok(true)

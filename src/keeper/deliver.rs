@@ -35,7 +35,7 @@ impl<'a> Files<'a> {
 
 impl Keeper {
     /// Sends a reply with what is pending, and what is wanted of what is kept. From its first byte on
-    /// the lease is its holder's.
+    /// the lease is its holder's, which is written down before: the next broker knows it from there.
     pub(super) fn deliver(&mut self, call: Deliver, client: &Client) -> Result<Delivered, Failure> {
         let name = call.lease.clone();
         let lease = self.lease(&name)?;
@@ -48,7 +48,14 @@ impl Keeper {
             true => Some(pipe().inspect_err(|_| self.undo_pending(&name))?),
             false => None,
         };
-        let sent = self.send(&call, client, pipe.as_ref().map(|(theirs, _)| theirs.as_fd()));
+        let (theirs, ours) = pipe.unzip();
+        let lease = self.lease_mut(&name)?;
+        let is_first = lease.state.phase == Phase::Opening;
+        lease.state.phase = Phase::Held;
+        let written = if is_first { self.save() } else { Ok(()) };
+        let theirs = theirs.as_ref().map(AsFd::as_fd);
+        let sent = written.map_err(Failure::from);
+        let sent = sent.and_then(|()| self.send(&call, client, theirs, is_first));
         let whole = match sent {
             Ok(whole) => whole,
             Err(failure) => {
@@ -57,8 +64,7 @@ impl Keeper {
             }
         };
         let lease = self.lease_mut(&name)?;
-        lease.lifelines.extend(pipe.map(|(_, ours)| ours));
-        lease.state.phase = Phase::Held;
+        lease.lifelines.extend(ours);
         let pending = lease.pending.take();
         let is_new = pending.is_some();
         lease.keep(pending);
@@ -66,7 +72,7 @@ impl Keeper {
         if has_changed {
             self.touch(&name);
         }
-        if is_new {
+        if is_new && !is_first {
             // The files are its holder's whatever comes of this; what stood there before names them all.
             let _ = self.save();
         }
@@ -80,11 +86,11 @@ impl Keeper {
         call: &Deliver,
         client: &Client,
         lifeline: Option<BorrowedFd<'_>>,
+        first: bool,
     ) -> Result<bool, Failure> {
         let lease = self.lease(&call.lease)?;
         let record = &lease.state.record;
         let mut files = Files::default();
-        let first = lease.state.phase == Phase::Opening;
         let wanted = |kind, name: &str| call.kept.as_ref().is_some_and(|w| w.includes(kind, name));
         let container = self.container.as_ref().filter(|_| record.gives_container());
         if let Some(container) = container {

@@ -48,6 +48,9 @@ pub const PATIENCE: [Duration; 10] = {
     [ms(1), ms(2), ms(4), ms(8), ms(16), ms(32), ms(64), ms(128), ms(256), ms(512)]
 };
 
+/// How often what has failed is tried again; tests have not so much time.
+const AGAIN: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 500 });
+
 /// All that one keeper has.
 #[derive(Debug)]
 pub struct Keeper {
@@ -64,6 +67,8 @@ pub struct Keeper {
     links: Vec<Link>,
     next_link: u64,
     revision: u64,
+    /// When the state file is written again, which could not be written.
+    save_at: Option<Instant>,
 }
 
 /// A lease and its open files.
@@ -133,9 +138,25 @@ impl Keeper {
         self.touch(name);
     }
 
-    /// Writes down what somebody else would have to know.
-    fn save(&self) -> crate::kernel::Result<()> {
-        self.file.write(self.leases.values().map(|lease| &lease.state))
+    /// Writes down what somebody else would have to know. What fails is tried again: until then the file
+    /// says what was so before.
+    fn save(&mut self) -> crate::kernel::Result<()> {
+        self.save_but(None)
+    }
+
+    /// The same without a lease that is about to be forgotten.
+    fn save_but(&mut self, gone: Option<&str>) -> crate::kernel::Result<()> {
+        let kept = self.leases.iter().filter(|(name, _)| Some(name.as_str()) != gone);
+        let written = self.file.write(kept.map(|(_, lease)| &lease.state));
+        self.save_at = written.is_err().then(|| Instant::now() + AGAIN);
+        written
+    }
+
+    /// Writes down what could not be, where it is time for that.
+    fn save_again(&mut self, now: Instant) {
+        if self.save_at.is_some_and(|at| at <= now) {
+            let _ = self.save();
+        }
     }
 
     /// Nothing is left of a lease.

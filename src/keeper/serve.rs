@@ -85,6 +85,7 @@ pub fn run(
         links: Vec::new(),
         next_link: 0,
         revision: 0,
+        save_at: None,
     };
     links.first.into_iter().for_each(|socket| keeper.take_in(socket));
     keeper.salvage(saved);
@@ -131,6 +132,7 @@ impl Keeper {
             self.see_hang_ups(ready.pipes);
             self.force(Instant::now());
             self.try_again(Instant::now());
+            self.save_again(Instant::now());
             self.tell();
         }
     }
@@ -165,8 +167,8 @@ impl Keeper {
         let pipes = self.leases.values().flat_map(|lease| &lease.lifelines);
         fds.extend(pipes.map(|pipe| PollFd::new(pipe.as_fd(), PollFlags::empty())));
         fds.extend(machine.map(|machine| PollFd::new(machine.as_fd(), PollFlags::empty())));
-        let until =
-            [self.next_attempt(), self.next_force(), deaf_until].into_iter().flatten().min();
+        let until = [self.next_attempt(), self.next_force(), self.save_at, deaf_until];
+        let until = until.into_iter().flatten().min();
         let until = until.map(|at| at.saturating_duration_since(Instant::now()));
         let until = until.map(|left| left + Duration::from_millis(1));
         let until = until.map_or(PollTimeout::NONE, |left| {

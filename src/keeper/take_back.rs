@@ -3,7 +3,7 @@
 
 use super::open::node;
 use super::permit::Client;
-use super::{Keeper, KeptLease};
+use super::{AGAIN, Keeper, KeptLease};
 use crate::drivers::{self, RebindError};
 use crate::host;
 use crate::kernel::{Error, Group, Unmap, UnmapFlags};
@@ -15,11 +15,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tracing::info;
-
-/// How often a group that is not free is asked for again; tests have not so much time.
-const AGAIN: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 500 });
 
 /// The attempts to take back one lease.
 #[derive(Debug, Default)]
@@ -296,7 +293,8 @@ impl Keeper {
             }
             self.begin(name, "driver unbind", bdf.to_string());
             self.tell();
-            let _ = self.save();
+            // Nobody else could know which driver is to come back.
+            self.save().map_err(|error| not_free(error, NotFree::GroupOpen))?;
             drivers::rebind(&*kernel, *bdf, *since, driver.as_deref(), before.as_deref())
                 .map_err(not_rebound)?;
         }
@@ -329,7 +327,7 @@ pub(super) fn not_rebound(error: RebindError) -> NotFree {
     }
 }
 
-fn not_free(error: Error, busy: fn(String) -> NotFree) -> NotFree {
+pub(super) fn not_free(error: Error, busy: fn(String) -> NotFree) -> NotFree {
     match error.errno {
         Errno::EBUSY => busy(error.object),
         errno => NotFree::Kernel(error.call.into(), error.object, errno.desc().into()),

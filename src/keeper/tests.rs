@@ -2,6 +2,7 @@
 
 mod permit;
 mod sockets;
+mod unwritten;
 
 use super::*;
 use crate::process::keeper::{

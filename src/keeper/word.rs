@@ -15,7 +15,8 @@ impl Keeper {
         lease.force_at = Some(lease.force_at.map_or(at, |before| before.min(at)));
         lease.state.revoking = Some(Revoking { since: *since, force: *force, forced: false });
         self.touch(name);
-        self.save()?;
+        // With the keeper's process the lease ends as well: what counts is that it knows.
+        let _ = self.save();
         self.told(name)
     }
 
@@ -43,17 +44,24 @@ impl Keeper {
         self.permit_administrator(client)?;
         let Confirm { lease: name, group: id, device } = call;
         let lease = self.lease_mut(name)?;
+        let before = lease.state.groups.clone();
         let group = lease.group_state(*id).ok_or(Failure::NoSuchLease)?;
         let Stage::Unbound(left) = &mut group.stage else { return Err(Failure::NoSuchLease) };
         left.remove(device);
         if left.is_empty() {
             lease.state.groups.retain(|group| group.group.id != *id);
         }
-        match lease.is_ending() && lease.state.groups.is_empty() && lease.mappings.is_empty() {
-            true => self.forget(name),
-            false => self.touch(name),
+        let is_over =
+            lease.is_ending() && lease.state.groups.is_empty() && lease.mappings.is_empty();
+        self.touch(name);
+        // Whoever salvages has nothing else to know it from.
+        if let Err(error) = self.save_but(is_over.then_some(name.as_str())) {
+            self.lease_mut(name)?.state.groups = before;
+            return Err(error.into());
         }
-        self.save()?;
+        if is_over {
+            self.forget(name);
+        }
         self.told(name)
     }
 }

@@ -2,6 +2,7 @@
 
 use super::StartError;
 use super::confine::Sandbox;
+use super::file_mode;
 use super::options::Options;
 use super::policy_source::{Compiled, PolicySource};
 use crate::keeper::{Machine, Place, PolicyInForce};
@@ -20,8 +21,9 @@ use nix::unistd::{Pid, getpid, getppid};
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tracing::error;
@@ -108,11 +110,20 @@ impl PolicyFile {
         let compiled = said?.unwrap_or_else(|why| self.source.unread(&why));
         self.give_up();
         self.read.name.clone_from(&compiled.name);
-        match &compiled.policy {
-            Ok(_) => (self.read.read, self.read.refused) = (now(), None),
-            Err(why) => self.read.refused = Some((now(), why.line.clone())),
+        if let Err(why) = &compiled.policy {
+            self.refused(why.line.clone());
         }
         Some(compiled)
+    }
+
+    /// Notes that what was read last is in force.
+    pub(super) fn in_force(&mut self) {
+        (self.read.read, self.read.refused) = (now(), None);
+    }
+
+    /// Notes why what was read last is not.
+    pub(super) fn refused(&mut self, why: String) {
+        self.read.refused = Some((now(), why));
     }
 
     /// A child has ended.
@@ -201,6 +212,10 @@ pub(super) fn put_in_force(
 ) -> std::io::Result<(PolicyInForce, File)> {
     let in_force = InForce { service: address(listener.as_fd())?, policy: Arc::new(policy) };
     let (path, new) = (place.policy(), place.path().join("policy.new"));
+    let text = serde_json::to_vec(&in_force)?;
+    if let Some(file) = same(&path, &text) {
+        return Ok((PolicyInForce::new(path, &file, in_force)?, file));
+    }
     let mut options = OpenOptions::new();
     options.write(true).create_new(true).mode(0o600);
     match std::fs::remove_file(&new) {
@@ -208,9 +223,21 @@ pub(super) fn put_in_force(
         _ => {}
     }
     let mut file = options.custom_flags(nix::libc::O_NOFOLLOW).open(&new)?;
-    file.write_all(&serde_json::to_vec(&in_force)?)?;
+    file.write_all(&text)?;
     // The broker gets it, and must not be able to write there.
     let file = File::open(&new)?;
     std::fs::rename(&new, &path)?;
     Ok((PolicyInForce::new(path, &file, in_force)?, file))
+}
+
+/// The file that is there, if it is ours and says this: a start needs no room where nothing has changed.
+fn same(path: &Path, text: &[u8]) -> Option<File> {
+    let mut options = OpenOptions::new();
+    let flags = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK;
+    let mut file = options.read(true).custom_flags(flags).open(path).ok()?;
+    let found = file.metadata().ok()?;
+    let is_ours = found.is_file() && file_mode::is_owned(&found) && found.mode() & 0o077 == 0;
+    let mut there = Vec::new();
+    let is_same = is_ours && file.read_to_end(&mut there).is_ok() && there == text;
+    is_same.then_some(file)
 }

@@ -201,11 +201,19 @@ impl Launcher {
 
     /// Has a policy apply from here on; gives it as a file, where it could be written.
     fn put_in_force(&mut self, policy: Policy) -> Option<File> {
-        let put = policy_file::put_in_force(policy, &self.place, &self.listening.listener)
-            .inspect_err(|error| error!(%error, "can't write the policy down"));
-        let (policy, file) = put.ok()?;
-        self.beginning.policy = policy;
-        Some(file)
+        match policy_file::put_in_force(policy, &self.place, &self.listening.listener) {
+            Ok((policy, file)) => {
+                self.beginning.policy = policy;
+                self.beginning.policy_file.in_force();
+                Some(file)
+            }
+            Err(error) => {
+                let place = self.place.path().display();
+                let why = format!("it can't be written to {place}, for keepers: {error}");
+                self.beginning.policy_file.refused(why);
+                None
+            }
+        }
     }
 
     /// Lets the kernel forget children that have ended.

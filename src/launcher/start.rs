@@ -52,6 +52,7 @@ fn serve(
         .map_err(|error| StartError::Keepers { path: path.into(), why: error.to_string() })?;
     let (policy, _) = policy_file::put_in_force(policy, &place, &listening.listener)
         .map_err(StartError::set_up("the policy's file for keepers"))?;
+    policy_file.in_force();
     info!(%sandbox, "confined");
     tell_the_start(options, activated);
     let machine_ends = simulation.is_some();

@@ -19,7 +19,7 @@ pub trait Call: Serialize + DeserializeOwned {
     /// The method's full name.
     const NAME: &'static str;
     /// What it returns.
-    type Reply: Serialize + DeserializeOwned;
+    type Reply: Serialize + DeserializeOwned + 'static;
 }
 
 /// The methods of an interface: its name with a dot behind it, and what each of them returns.

@@ -1,6 +1,7 @@
 //! The simulation's one thread: it waits on every simulated open file and every control
 //! connection, and answers calls one at a time.
 
+mod locks;
 mod writes;
 
 use super::answer::Answers;
@@ -59,6 +60,10 @@ pub(super) struct Server {
     sources: HashMap<u64, Source>,
     incoming: Incoming,
     answers: Answers,
+    /// The iommufds whose maps wait for a page, by the token of the answer.
+    faulting: HashMap<u64, u64>,
+    /// What waits because of that, in its order.
+    blocked: Vec<locks::Blocked>,
     next: u64,
     buf: Vec<u8>,
 }
@@ -83,6 +88,8 @@ impl Server {
             sources: HashMap::new(),
             incoming: Incoming::new(Disposer::start()),
             answers: Answers::default(),
+            faulting: HashMap::new(),
+            blocked: Vec::new(),
             next: FIRST,
             buf: vec![0; MAX_MESSAGE],
         })
@@ -108,6 +115,7 @@ impl Server {
                 }
             }
             self.answers.send_due();
+            self.unlock();
             if self.paused && found == 0 {
                 self.pause(false);
             }
@@ -226,8 +234,7 @@ impl Server {
         let Some(source) = self.sources.remove(&token) else { return };
         if let Some(file) = source.file {
             self.incoming.forget(source.inode);
-            self.machine.close(file);
-            self.tell_who_waited();
+            self.close(file);
         }
         if self.paused {
             self.pause(false);
@@ -253,11 +260,7 @@ impl Server {
         if request.op == Op::SysfsWrite {
             return self.write_sysfs(request, reply, effect);
         }
-        let (answer, fd) = match self.carry_out(file, request, call, &reply) {
-            Ok(done) => done,
-            Err(errno) => (Answer::failed(errno), None),
-        };
-        self.give(reply, effect, &answer, fd);
+        self.once_unlocked(file, request, call, reply, effect);
     }
 
     /// Sends an answer, or holds it back as a fault says.
@@ -396,7 +399,7 @@ impl Server {
             }
             Op::Stats => {
                 let mut stats = self.machine.stats();
-                stats.held = self.answers.held();
+                stats.held = self.answers.held() + self.blocked.len() as u64;
                 let first = usize::try_from(request.value).unwrap_or(usize::MAX);
                 stats.spaces = stats.spaces.into_iter().skip(first).take(STATS_PAGE).collect();
                 stats.iommufds = stats.iommufds.into_iter().skip(first).take(STATS_PAGE).collect();

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::kernel::{
-    Arg, Container, Device, DirtyOp, DmaMap, Error, Extension, Group, IommuType, Iommufd,
-    IrqAction, IrqData, Kernel, Mapped, Node, Unmap, UnmapFlags, request,
+    Arg, Container, Device, DirtyOp, DmaMap, Error, Extension, Group, IoasMap, IommuType, Iommufd,
+    IrqAction, IrqData, Kernel, MapFlags, Mapped, Node, Unmap, UnmapFlags, request,
 };
 use crate::sys::event::EventFd;
 use crate::sys::fdpass;
@@ -463,4 +463,67 @@ fn nobody_else_reaches_the_control_socket() {
     let sim = start("workstation");
     let directory = std::fs::metadata(sim.control_path().parent().unwrap()).unwrap();
     assert_eq!(directory.permissions().mode() & 0o777, 0o700);
+}
+
+/// A page that does not come, of one iommufd, holds up who has a neighbouring function.
+#[test]
+fn functions_of_a_bus_wait_for_each_other() {
+    const SHARED: &str = r#"
+kernel = "6.12"
+owner_rights = true
+memlock = "unlimited"
+[[group]]
+id = 1
+device = [{ bdf = "0000:01:00.0", vendor = 0x8086, device = 0x10c9, driver = "vfio-pci" }]
+[[group]]
+id = 2
+device = [{ bdf = "0000:01:00.1", vendor = 0x8086, device = 0x10c9, driver = "vfio-pci" }]
+[[group]]
+id = 3
+device = [{ bdf = "0000:02:00.0", vendor = 0x8086, device = 0x10c9, driver = "vfio-pci" }]
+"#;
+    let sim = Sim::start(Topology::from_toml(SHARED).unwrap()).unwrap();
+    let attached = |id: u32| {
+        let group = Group::open(sim.kernel(), Node::Group(id)).unwrap();
+        let container = Container::open(sim.kernel()).unwrap();
+        group.set_container(&container).unwrap();
+        container.set_iommu(IommuType::Type1v2).unwrap();
+        (group, container)
+    };
+    let (neighbour, elsewhere) = (attached(2), attached(3));
+    let held_before = neighbour.0.device("0000:01:00.1").unwrap();
+    let iommufd = Iommufd::open(sim.kernel()).unwrap();
+    let device = Device::open_cdev(sim.kernel(), 0, "0000:01:00.0").unwrap();
+    device.bind_iommufd(&iommufd).unwrap();
+    let ioas = iommufd.ioas_alloc().unwrap();
+    device.attach_iommufd_pt(ioas).unwrap();
+    let (_, memory) = Mapped::memfd(4096).unwrap();
+    let flags = MapFlags::FIXED_IOVA | MapFlags::READ;
+    let map = IoasMap { flags, vaddr: memory.vaddr(), size: 4096, iova: 0 };
+    let holds = |count: u64| {
+        let began = Instant::now();
+        while sim.stats().unwrap().held != count {
+            assert!(began.elapsed() < Duration::from_secs(50), "{:?}", sim.stats());
+            std::thread::yield_now();
+        }
+    };
+    std::thread::scope(|threads| {
+        sim.fault(Fault::never("IOMMU_IOAS_MAP")).unwrap();
+        threads.spawn(|| iommufd.ioas_map(ioas, &map).unwrap());
+        holds(1);
+        // What needs that iommufd alone, or another bus, is not held up yet, and neither is this one.
+        drop(neighbour.0.device("0000:01:00.1").unwrap());
+        threads.spawn(|| device.detach_iommufd_pt().unwrap());
+        holds(2);
+        let got = threads.spawn(|| neighbour.0.device("0000:01:00.1").unwrap());
+        holds(3);
+        drop(held_before);
+        holds(4);
+        assert_eq!(sim.stats().unwrap().devices, 1, "its close waits too");
+        drop(elsewhere.0.device("0000:02:00.0").unwrap());
+        sim.clear_faults().unwrap();
+        drop(got.join().unwrap());
+    });
+    holds(0);
+    assert_eq!(sim.stats().unwrap().devices, 0);
 }

@@ -3,16 +3,21 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // helpers of tests, too
 
 mod calls;
+mod cgroups;
 #[path = "../common/mod.rs"]
 mod common;
 mod confined;
 mod contested;
 mod files;
+mod full;
 mod iommufd;
 mod leases;
+mod left;
 mod lifecycle;
 mod limits;
+mod links;
 mod log;
+mod neighbours;
 mod processes;
 mod reload;
 mod resources;

@@ -106,6 +106,37 @@ fn memory(size: u64) -> OwnedFd {
     fd
 }
 
+/// Receivers begin with the launcher's limits.
+#[test]
+fn a_receiver_without_files_ends_its_connection_and_says_why() {
+    let daemon = Daemon::start();
+    let mut client = daemon.connect_and_greet();
+    let held = Held::acquire(&mut client, ONE, "devices");
+    let memory = memory(4096);
+    let request = map(&held, 0, 4096);
+    let sixteen = [memory.as_fd(); 16];
+    let open = std::fs::read_dir(format!("/proc/{}/fd", daemon.launcher())).unwrap();
+    let open = open.map(|it| it.unwrap().file_name().to_str().unwrap().parse::<usize>().unwrap());
+    let open: Vec<usize> = open.collect();
+    // Enough for the launcher to start one, and not for what that is to receive: beside five files of its own.
+    let is_enough = |some: &usize| some - open.iter().filter(|it| *it < some).count() >= 4;
+    let some = (3..5 + 16).find(is_enough).unwrap();
+    limit(daemon.launcher(), "nofile", &some.to_string());
+    client.send_with(&crate::common::raw::call("MapDma", &request), &sixteen).unwrap();
+    client.hangs_up();
+    daemon.until_logged("not all fds could be received");
+    // None can even be started.
+    limit(daemon.launcher(), "nofile", "3");
+    let mut client = daemon.connect_and_greet();
+    client.send_with(&crate::common::raw::call("MapDma", &request), &sixteen).unwrap();
+    client.hangs_up();
+    daemon.until_logged("the process that receives fds");
+    limit(daemon.launcher(), "nofile", "1024");
+    let mut client = daemon.connect_and_greet();
+    assert!(is_held(&mut client, &held));
+    client.call_with("MapDma", request, &sixteen).ok();
+}
+
 #[test]
 fn a_keeper_without_files_or_address_space_keeps_its_lease() {
     const GIB: u64 = 1 << 30;

@@ -22,20 +22,24 @@ use vfio_broker::sim::{Fault, Sim, Topology, Wire};
 const ROUNDS: usize = 60;
 
 /// Who else there is.
-const OTHER: u32 = 12345;
+pub(super) const OTHER: u32 = 12345;
 
 /// A kernel on which daemons come and go.
-struct Machine {
-    sim: Sim,
-    directory: tempfile::TempDir,
+pub(super) struct Machine {
+    pub(super) sim: Sim,
+    pub(super) directory: tempfile::TempDir,
 }
 
 impl Machine {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
+        Self::of(crate::common::TOPOLOGY)
+    }
+
+    pub(super) fn of(topology: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         // Another uid is to get to the socket.
         std::fs::set_permissions(directory.path(), Permissions::from_mode(0o755)).unwrap();
-        let topology = Topology::from_toml(crate::common::TOPOLOGY).unwrap();
+        let topology = Topology::from_toml(topology).unwrap();
         let sim = Sim::start_in(topology, directory.path()).unwrap();
         let machine = Self { sim, directory };
         machine.write_policy(&format!("user = {}", nix::unistd::geteuid()));
@@ -52,11 +56,11 @@ impl Machine {
         std::fs::write(self.policy(), text).unwrap();
     }
 
-    fn policy(&self) -> PathBuf {
+    pub(super) fn policy(&self) -> PathBuf {
         self.directory.path().join("policy.toml")
     }
 
-    fn socket(&self) -> PathBuf {
+    pub(super) fn socket(&self) -> PathBuf {
         self.directory.path().join("run/broker.sock")
     }
 
@@ -64,14 +68,14 @@ impl Machine {
         self.directory.path().join("run/broker.sock.keepers")
     }
 
-    fn command(&self) -> Command {
+    pub(super) fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vfio-brokerd"));
         command.arg("--sim-at").arg(self.sim.control_path()).arg("--policy").arg(self.policy());
         command.stdin(Stdio::null()).stdout(Stdio::null()).env("RUST_LOG", "debug");
         command
     }
 
-    fn daemon(&self) -> Daemon {
+    pub(super) fn daemon(&self) -> Daemon {
         let own = tempfile::tempdir().unwrap();
         let mut command = self.command();
         command.stderr(std::fs::File::create(own.path().join("log")).unwrap());
@@ -117,7 +121,7 @@ fn acquired(daemon: &Daemon) -> (Iommufd, Device) {
     (Iommufd::from_fd(wire, fds.remove(0)), device)
 }
 
-fn end(mut daemon: Daemon, signal: Signal) {
+pub(super) fn end(mut daemon: Daemon, signal: Signal) {
     daemon.signal(signal);
     daemon.wait();
 }
@@ -136,7 +140,7 @@ fn others_refusal(daemon: &Daemon) -> Option<String> {
 }
 
 /// The keepers' state files, one each.
-fn states(machine: &Machine) -> Vec<PathBuf> {
+pub(super) fn states(machine: &Machine) -> Vec<PathBuf> {
     let Ok(keepers) = std::fs::read_dir(machine.keepers()) else { return Vec::new() };
     let states = keepers.map(|entry| entry.unwrap().path().join("state"));
     states.filter(|state| state.exists()).collect()

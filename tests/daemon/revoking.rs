@@ -3,6 +3,8 @@
 use crate::DEVICE;
 use crate::common::raw::{Raw, Reply, bytes};
 use crate::common::{Daemon, Held, Setup, as_uid, children, until};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::process::{Command, Output};
 
@@ -131,22 +133,34 @@ fn a_drain_ends_them_all_and_says_so_of_each() {
     );
 }
 
+/// Nobody asks a keeper any more that only remembers a node, so nobody sees that it was killed.
 #[test]
 fn what_the_kernel_can_not_show_is_confirmed_by_an_administrator() {
-    let daemon = Daemon::with(Setup::policy(policy()));
-    let Some(mut other) = as_uid(12345, || daemon.connect()) else { return };
-    drop(Held::acquire(&mut other, DEVICE, "iommufd"));
-    let mut client = daemon.connect();
-    let acquire = json!({ "vm": "v", "devices": [DEVICE] });
-    until("it is kept for its last tenant", || match client.call("Acquire", acquire.clone()) {
-        Reply::Error(_, parameters) => parameters["until"] == "administrator",
-        Reply::Ok(..) => panic!("it is free"),
-    });
-    let said = command(&daemon, &["confirm", "65:00.0"]);
-    assert_eq!(text(&said.stdout), format!("{DEVICE} is confirmed: group 26 is free for all\n"));
-    client.call("Acquire", acquire).ok();
-    let refused = command(&daemon, &["confirm", "65:00.0"]);
-    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    for is_killed in [false, true] {
+        let daemon = Daemon::with(Setup::policy(policy()));
+        let Some(mut other) = as_uid(12345, || daemon.connect()) else { return };
+        drop(Held::acquire(&mut other, DEVICE, "iommufd"));
+        let mut client = daemon.connect();
+        let acquire = json!({ "vm": "v", "devices": [DEVICE] });
+        until("it is kept for its last tenant", || match client.call("Acquire", acquire.clone()) {
+            Reply::Error(_, parameters) => parameters["until"] == "administrator",
+            Reply::Ok(..) => panic!("it is free"),
+        });
+        let keepers = || children(daemon.launcher(), "vfiob-keeper");
+        if is_killed {
+            kill(Pid::from_raw(keepers()[0] as i32), Signal::SIGKILL).unwrap();
+            until("it has ended", || keepers().is_empty());
+        }
+        let said = command(&daemon, &["confirm", "65:00.0"]);
+        let expected = format!("{DEVICE} is confirmed: group 26 is free for all\n");
+        assert_eq!(text(&said.stdout), expected, "{said:?}");
+        drop(client.call("Acquire", acquire).ok());
+        until("nothing is remembered of it", || {
+            std::fs::read_dir(daemon.directory().join("keepers")).unwrap().count() == 1
+        });
+        let refused = command(&daemon, &["confirm", "65:00.0"]);
+        assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    }
 }
 
 #[test]

@@ -4,9 +4,11 @@ use crate::fuse::Fuse;
 use crate::role::Role;
 use crate::world::*;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_gettime, clock_settime};
 use nix::unistd::Pid;
 use std::fs;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use vfio_broker::protocol::GroupState;
 
 const MIB: u64 = 1 << 20;
@@ -15,7 +17,7 @@ const DEFAULT_MEMLOCK: u64 = 8 * MIB;
 
 type Step = fn(&World);
 
-pub const STEPS: [(&str, Step); 13] = [
+pub const STEPS: [(&str, Step); 14] = [
     ("an ordinary user does what a VMM does", a_vmm_without_rights),
     ("the default memlock is too small, and the error says so", too_little_memlock),
     ("others are refused, and are told what they may know", others_are_refused),
@@ -28,6 +30,7 @@ pub const STEPS: [(&str, Step); 13] = [
     ("a file that a former holder's process keeps", |world| kept_files(world, "process")),
     ("a file that lies in a socket nobody reads", |world| kept_files(world, "queue")),
     ("a holder that keeps the kernel busy holds up nobody else", busy),
+    ("a clock that is set back puts nothing off", clock_set_back),
     ("everything is as it was", nothing_is_left),
 ];
 
@@ -386,6 +389,56 @@ fn busy(world: &World) {
         said.contains("got lease")
     });
     until("its group is free", || group_is_free(world, EDU0));
+}
+
+/// By the clock of the day, what is due would be so a day later.
+fn clock_set_back(world: &World) {
+    if !world.real {
+        println!("    the clock is not this test's own here");
+        return;
+    }
+    let grace = Duration::from_secs(3);
+    for is_restarted in [false, true] {
+        let mut alice = world.client(ALICE, 80 * MIB, Role::Vmm, &[NIC, &MIB.to_string()]);
+        for _ in 0..6 {
+            alice.says();
+        }
+        let lease = world.observer().leases().unwrap().remove(0).lease;
+        let begun = Instant::now();
+        std::thread::scope(|threads| {
+            let mut administrator = world.observer();
+            let revoked = threads.spawn(move || administrator.revoke(&lease, grace));
+            let is_revoked = || world.observer().leases().unwrap()[0].revoked.is_some();
+            until("it is being revoked", is_revoked);
+            put_clock(-DAY);
+            if is_restarted {
+                world.restart();
+            }
+            // Who asked may have lost its connection, and it goes on without.
+            let _ = revoked.join().unwrap();
+        });
+        let is_forced = || {
+            let all = world.observer().leases().unwrap();
+            all.iter().all(|lease| lease.revoked.as_ref().is_some_and(|revoked| revoked.forced))
+        };
+        until("it is taken", is_forced);
+        assert!(begun.elapsed() >= grace, "it is taken before its time");
+        println!("    restarted {is_restarted}: taken after {:?}", begun.elapsed());
+        // What is tried again, and how long a call may take, goes by no clock of the day either.
+        alice.kill();
+        free_again(world);
+        is_had(world, CAROL, NIC);
+        put_clock(DAY);
+    }
+}
+
+const DAY: i64 = 24 * 3600;
+
+/// Sets the clock by so many seconds.
+fn put_clock(seconds: i64) {
+    let clock = ClockId::CLOCK_REALTIME;
+    let now = clock_gettime(clock).unwrap();
+    clock_settime(clock, TimeSpec::new(now.tv_sec() + seconds, now.tv_nsec())).unwrap();
 }
 
 fn is_had(world: &World, uid: u32, device: &str) {

@@ -2,7 +2,7 @@
 
 use crate::common::raw::{Raw, Reply, call};
 use crate::qemu::Qemu;
-use crate::world::{DEVICES, World};
+use crate::world::{DEVICES, World, soon};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -35,6 +35,14 @@ pub enum Operation {
     /// The broker is killed, and the next one adopts.
     Restart,
     Reload,
+    /// An administrator ends the lease at once, and its holder keeps what it has.
+    Revoke,
+    /// The same, after a grace.
+    RevokeInTime,
+    /// The holder has gone, and an administrator says that its device's node is closed.
+    Confirm,
+    /// The holder goes and keeps its group, whose drivers are bound anew for that.
+    Bind,
 }
 
 /// In which form a lease is had.
@@ -161,7 +169,7 @@ pub struct Cast {
     states: Vec<String>,
     log: usize,
     processes: Vec<Pid>,
-    /// The lease has ended by its holder's will, or may have.
+    /// The lease has ended by its holder's will or an administrator's, or may have.
     pub ends: bool,
     /// It was said that it has.
     pub ended: bool,
@@ -174,7 +182,7 @@ impl Case {
         use Operation::*;
         let forms = [Container, Group, Devices, Iommufd, Enforced, Mutual];
         let mut all = Vec::new();
-        for operation in [Acquire, Extend, Release, Reclaim, Salvage, Restart] {
+        for operation in [Acquire, Extend, Release, Reclaim, Salvage, Restart, Revoke] {
             for form in forms {
                 all.push(Self { operation, form, beside: false });
                 if form.container().is_some() {
@@ -193,6 +201,10 @@ impl Case {
             (Attach, Iommufd),
             (Reload, Container),
             (Reload, Mutual),
+            (RevokeInTime, Container),
+            (RevokeInTime, Devices),
+            (Confirm, Iommufd),
+            (Bind, Container),
         ];
         all.extend(once.map(|(operation, form)| Self { operation, form, beside: false }));
         all
@@ -212,6 +224,11 @@ impl Case {
             })
             .copied()
             .collect()
+    }
+
+    /// Whether the policy lets drivers be bound anew: where it does, nobody has to confirm anything.
+    pub fn rebinds(self) -> bool {
+        self.operation != Operation::Confirm
     }
 
     /// Whether somebody has the lease before.
@@ -235,6 +252,14 @@ impl Case {
                 cast.holder.as_ref().unwrap().map(&mut client).unwrap().ok();
             }
             cast.client = Some(client);
+        }
+        if self.operation == Operation::Confirm {
+            cast.holder.as_mut().unwrap().fds.clear();
+            soon("a node is left", || {
+                let left = world.states().iter().any(|state| state.contains("\"unbound\""));
+                (!left).then(|| format!("{:?}", world.states()))
+            })
+            .unwrap();
         }
         if self.operation == Operation::SetMemlock {
             let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
@@ -305,6 +330,26 @@ impl Case {
                 cast.ends = true;
                 kill_named(world, "vfiob-keeper");
             }
+            Operation::Revoke | Operation::RevokeInTime => {
+                cast.ends = true;
+                let grace = u64::from(self.operation == Operation::RevokeInTime);
+                let lease = cast.holder.as_ref().unwrap().reply["lease"].clone();
+                let reply = world.call("Revoke", json!({ "lease": lease, "grace": grace }));
+                cast.ended = matches!(reply, Some(Reply::Ok(..)));
+            }
+            Operation::Confirm => {
+                cast.ends = true;
+                cast.ended = matches!(confirm(world), Some(Reply::Ok(..)));
+            }
+            Operation::Bind => {
+                cast.ends = true;
+                let holder = cast.holder.as_mut().unwrap();
+                let kinds: Vec<_> = holder.given.iter().map(|it| it["kind"] == "group").collect();
+                let mut kept = kinds.iter();
+                holder.fds.retain(|_| *kept.next().unwrap());
+                let mut kept = kinds.iter();
+                holder.given.retain(|_| *kept.next().unwrap());
+            }
             Operation::Restart => kill_named(world, "vfiob-broker"),
             Operation::Reload => {
                 let _ = kill(world.launcher, Signal::SIGHUP);
@@ -315,6 +360,7 @@ impl Case {
     /// Whether what is seen from outside has happened; processes may be at the rest still.
     pub fn is_over(self, world: &World, cast: &Over) -> bool {
         match self.operation {
+            Operation::Bind => world.keepers().is_empty(),
             Operation::Release | Operation::Reclaim => match self.beside {
                 true => cast.states != world.states(),
                 false => world.keepers().is_empty(),
@@ -345,6 +391,11 @@ impl Cast {
     pub fn over(&self) -> Over {
         Over { states: self.states.clone(), log: self.log, processes: self.processes.clone() }
     }
+}
+
+/// An administrator's word that the first device's node is closed.
+pub fn confirm(world: &World) -> Option<Reply> {
+    world.call("Confirm", json!({ "device": DEVICES[0] }))
 }
 
 fn kill_named(world: &World, name: &str) {

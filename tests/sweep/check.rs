@@ -1,6 +1,6 @@
 //! What must hold after a kill and a new start.
 
-use crate::case::{Case, Cast, Form, Holder, Operation, RAISED};
+use crate::case::{Case, Cast, Form, Holder, Operation, RAISED, confirm};
 use crate::common::raw::Reply;
 use crate::trace::Role;
 use crate::world::{DEVICES, World, soon};
@@ -25,6 +25,7 @@ pub fn check(
     victims: &BTreeSet<Role>,
     files: Option<Files>,
 ) -> Result<Files, String> {
+    ends_what_was_begun(world, &cast, case)?;
     stands_what_must(&cast, victims, case)?;
     in_qemu(world, &cast)?;
     listed_is_held(world, &cast)?;
@@ -61,6 +62,44 @@ pub fn check(
 
 fn holders(cast: &Cast) -> impl Iterator<Item = &Holder> {
     cast.holder.iter().chain(&cast.other)
+}
+
+/// Of a revocation that the keeper knows of the lease ends, and what was confirmed stays so.
+fn ends_what_was_begun(world: &World, cast: &Cast, case: Case) -> Checked {
+    match case.operation {
+        Operation::Revoke | Operation::RevokeInTime => {
+            let holder = cast.holder.as_ref().ok_or("no holder")?;
+            // What the last broker has asked for, the keeper has heard before this.
+            drop(world.call("GetFds", holder.key()));
+            soon("what is being revoked ends", || {
+                let is_held = |state: &String| state.contains("\"phase\":\"held\"");
+                let begun = |state: &String| state.contains("\"forced\":false");
+                let states = world.states();
+                let goes_on = holder.stands() && states.iter().any(|it| is_held(it) && begun(it));
+                goes_on.then(|| format!("{states:?}"))
+            })?;
+            match cast.ended && holder.stands() {
+                true => Err("a lease stands that was revoked".into()),
+                false => Ok(()),
+            }
+        }
+        Operation::Confirm if cast.ended => {
+            match confirm(world) {
+                Some(Reply::Error(..)) => {}
+                other => return Err(format!("what was confirmed is to be once more: {other:?}")),
+            }
+            soon("nothing is left of what was confirmed", || {
+                let keepers = world.keepers_with_leases();
+                (!keepers.is_empty()).then(|| format!("{:?}", world.states()))
+            })
+        }
+        Operation::Confirm => soon("it can be confirmed", || {
+            drop(confirm(world));
+            let keepers = world.keepers_with_leases();
+            (!keepers.is_empty()).then(|| format!("{:?}", world.states()))
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// A lease stands as long as its keeper and its holder do.
@@ -100,8 +139,11 @@ fn listed_is_held(world: &World, cast: &Cast) -> Checked {
     }
     soon("leases listed are what holders hold", || {
         let Some(leases) = world.leases() else { return Some("Leases is not answered".into()) };
+        // One that was revoked is listed until its devices are free.
+        let stands = |lease: &&Value| lease["revoked"]["forced"] != true;
         let listed: BTreeMap<String, BTreeSet<String>> = leases
             .iter()
+            .filter(stands)
             .map(|lease| {
                 let devices = lease["devices"].as_array().unwrap().iter();
                 (name(&lease["lease"]), devices.map(name).collect())

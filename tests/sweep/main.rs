@@ -54,7 +54,7 @@ struct Run {
 
 /// Does a case up to a point, kills there, and goes on; all points there were, and what is to be checked.
 fn run(case: Case, kill: Option<&Run>) -> (World, Cast, Vec<Point>, bool) {
-    let mut world = World::start();
+    let mut world = World::start(case.rebinds());
     let mut cast = case.prepare(&world);
     let pids: Vec<Pid> = world.processes().into_iter().map(|(pid, _)| pid).collect();
     let mut tracer = Tracer::seize(&pids);

@@ -43,10 +43,11 @@ pub struct World {
 }
 
 impl World {
-    pub fn start() -> Self {
+    pub fn start(rebinds: bool) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let sim = Sim::start_in(Topology::from_toml(TOPOLOGY).unwrap(), directory.path()).unwrap();
-        std::fs::write(directory.path().join("policy.toml"), POLICY).unwrap();
+        let policy = POLICY.replace("rebind = true", &format!("rebind = {rebinds}"));
+        std::fs::write(directory.path().join("policy.toml"), policy).unwrap();
         let mut world = Self { sim, directory, launcher: Pid::from_raw(0) };
         world.start_service().unwrap();
         world

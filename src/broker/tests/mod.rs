@@ -8,6 +8,7 @@ mod flow;
 mod garbage;
 mod holders;
 mod iommufd;
+mod late;
 mod plan;
 mod race;
 mod random;

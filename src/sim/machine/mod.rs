@@ -17,6 +17,7 @@ mod ioas;
 mod iommufd;
 mod iova;
 mod irqs;
+mod locks;
 mod mappings;
 mod memlock;
 mod pages;
@@ -36,6 +37,7 @@ mod tests;
 pub use call::{CallArg, Done, Event, FileId, Named, UserStruct};
 pub use caller::{Caller, Capability, Mm};
 pub(crate) use drivers::{DriverFile, Written};
+pub(crate) use locks::Locks;
 pub(crate) use view::DeviceView;
 
 use super::profile::Profile;
