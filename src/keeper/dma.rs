@@ -13,15 +13,15 @@ use std::os::fd::{AsFd, OwnedFd};
 const PAGE: usize = 1000;
 
 impl Keeper {
-    /// Maps a peer's memory, which is in the queue of a socket. On an error nothing is mapped.
-    pub(super) fn map(
-        &mut self,
-        call: &Map,
-        queue: &OwnedFd,
-        client: &Client,
-    ) -> Result<Changed, Failure> {
+    /// Whether a client may have this mapped.
+    pub(super) fn check_maps(&self, call: &Map, client: &Client) -> Result<(), Failure> {
+        self.check_holder(&call.lease, client)
+    }
+
+    /// Maps a peer's memory, which is in the queue of a socket, for a client that may have it mapped. On an
+    /// error nothing is mapped.
+    pub(super) fn map(&mut self, call: &Map, queue: &OwnedFd) -> Result<Changed, Failure> {
         let name = &call.lease;
-        self.check_maps(name, client)?;
         let memory = Memory::take(queue, call.memory)?;
         memory.check_range(call.offset, call.size)?;
         let container = self.container.as_mut().ok_or(Failure::NoSuchLease)?;
@@ -55,7 +55,7 @@ impl Keeper {
     /// Unmaps one mapping.
     pub(super) fn unmap(&mut self, call: &Unmap, client: &Client) -> Result<Unmapped, Failure> {
         let name = &call.lease;
-        self.check_maps(name, client)?;
+        self.check_holder(name, client)?;
         self.begin(name, "VFIO_IOMMU_UNMAP_DMA", format!("0x{:x}", call.iova));
         let _ = self.save();
         let container = self.container.as_ref().ok_or(Failure::NoSuchLease)?;
@@ -75,7 +75,7 @@ impl Keeper {
         Ok(MappingsPage { mappings: mappings.map(|(iova, size)| (*iova, *size)).collect() })
     }
 
-    fn check_maps(&self, name: &str, client: &Client) -> Result<(), Failure> {
+    fn check_holder(&self, name: &str, client: &Client) -> Result<(), Failure> {
         let state = &self.lease(name)?.state;
         match state.phase == Phase::Held && state.record.keeper_maps() {
             true => self.permit_holder(&state.record, client),

@@ -359,9 +359,17 @@ pub(super) fn node(id: u32, noiommu: bool) -> Node {
     if noiommu { Node::NoIommuGroup(id) } else { Node::Group(id) }
 }
 
-/// A lease that is there stays as it is, but for devices that are added.
+/// A lease that is there stays as it is, but for devices that are added. A new one is called what the next
+/// broker understands: it could not begin otherwise.
 fn check_record(call: &Open, known: Option<&LeaseRecord>) -> Result<(), Failure> {
-    let Some(known) = known else { return Ok(()) };
+    let Some(known) = known else {
+        let digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        let is_hex = |text: &str, digits| text.len() == digits && text.bytes().all(digit);
+        return match is_hex(&call.record.lease, 16) && is_hex(&call.record.key, 32) {
+            true => Ok(()),
+            false => Err(bad("record", "its lease or key is none")),
+        };
+    };
     let LeaseRecord { rebind, devices, .. } = known.clone();
     let as_known = LeaseRecord { rebind, devices, ..call.record.clone() };
     let keeps_all = known.devices.iter().all(|device| call.record.devices.contains(device));

@@ -8,7 +8,7 @@ use crate::process::keeper::{
     Check, Confirm, Deliver, End, FAILED, Failed, Failure, LeaseState, Map, Mappings, Memlock,
     Open, Phase, Reopen, Revoke, Told, Undo, Unmap, Watch,
 };
-use crate::process::link::{self, Answering, Call, Lost, Message};
+use crate::process::link::{self, Answering, Call, Lost, Message, keep_open};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
@@ -238,10 +238,16 @@ impl Keeper {
             Deliver::NAME => self.for_client(parameters, file()?, Self::deliver)?,
             Undo::NAME => framed(self.undo(&link::parse(parameters)?)),
             Map::NAME => {
-                let queue = file()?;
-                self.for_client(parameters, file()?, |keeper, call, client| {
-                    keeper.map(&call, &queue, client)
-                })?
+                let mut queue = Some(file()?);
+                let answer = self.for_client(parameters, file()?, |keeper, call, client| {
+                    keeper.check_maps(&call, client)?;
+                    queue
+                        .take()
+                        .map_or(Err(Failure::NoSuchLease), |queue| keeper.map(&call, &queue))
+                });
+                // What is in it for nobody who may map could be anything.
+                keep_open(queue);
+                answer?
             }
             Unmap::NAME => self.for_client(parameters, file()?, |keeper, call, client| {
                 keeper.unmap(&call, client)
@@ -273,6 +279,8 @@ impl Keeper {
                 link::error("org.varlink.service.MethodNotFound", &what)
             }
         };
+        // No broker sends more, and to close what else it is could hang.
+        keep_open(fds);
         Ok(Some(answer))
     }
 

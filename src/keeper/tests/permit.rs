@@ -329,6 +329,24 @@ fn a_lease_stays_its_holder_s_whatever_is_added_to_it() {
 }
 
 #[test]
+fn a_lease_that_no_broker_could_adopt_is_not_opened() {
+    let world = World::new();
+    let (keeper, mut link) = judged(&world, &policy(DEVICES));
+    let good = wanted(ONE, 2, Handout::Devices, false);
+    for (lease, key) in
+        [("no number", &*good.record.key), ("", ""), (ONE, "0"), (ONE, &"x".repeat(32))]
+    {
+        let mut call = good.clone();
+        (call.record.lease, call.record.key) = (lease.into(), key.into());
+        let bad = link.open(&call).unwrap_err();
+        assert!(matches!(&bad, Failure::Bad { field, .. } if field == "record"), "{bad:?}");
+    }
+    assert!(world.stats().is_idle());
+    drop(link);
+    world.is_over(keeper);
+}
+
+#[test]
 fn what_is_opened_is_what_was_judged_and_is_written_down() {
     let world = World::new();
     let (keeper, mut link) = judged(&world, &policy(DEVICES));
