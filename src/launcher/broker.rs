@@ -56,14 +56,12 @@ impl Broker {
     pub(super) fn start(
         beginning: &Beginning,
         listener: &UnixListener,
-        lock: &File,
     ) -> Result<Self, StartError> {
         let failed = StartError::set_up::<std::io::Error>;
         let ([ask, watch], [asked, told]) =
             links().map_err(|errno| failed("the broker's links")(errno.into()))?;
         let listener = listener.try_clone().map_err(failed("the socket"))?;
-        let lock = lock.try_clone().map_err(failed("the lock"))?;
-        let files = [ask, watch, listener.into(), lock.into()];
+        let files = [ask, watch, listener.into()];
         let pid = child::fork(Role::Broker.name(), files, |files| serve(beginning, files));
         let pid = pid.map_err(|errno| failed("the broker's process")(errno.into()))?;
         let asks = Answering::without_files(asked);
@@ -101,9 +99,9 @@ impl Broker {
 }
 
 /// The broker's process.
-fn serve(beginning: &Beginning, [ask, watch, listener, lock]: [OwnedFd; 4]) -> u8 {
+fn serve(beginning: &Beginning, [ask, watch, listener]: [OwnedFd; 3]) -> u8 {
     let Ok(says) = ask.try_clone() else { return 1 };
-    let served = prepared(beginning, &lock).and_then(|kernel| {
+    let served = prepared(beginning).and_then(|kernel| {
         let Beginning { options, policy, policy_file, sandbox, files, machine_ends, .. } =
             beginning;
         daemon::run(Given {
@@ -125,16 +123,11 @@ fn serve(beginning: &Beginning, [ask, watch, listener, lock]: [OwnedFd; 4]) -> u
             1
         }
     };
-    drop(lock);
     log::flush();
     code
 }
 
-fn prepared(
-    beginning: &Beginning,
-    lock: &OwnedFd,
-) -> Result<Arc<dyn crate::kernel::Kernel>, StartError> {
-    super::listen::lock_as_broker(lock.as_fd()).map_err(StartError::set_up("the broker's lock"))?;
+fn prepared(beginning: &Beginning) -> Result<Arc<dyn crate::kernel::Kernel>, StartError> {
     // Its socket may be one that only root can reach.
     let kernel = simulation::kernel(&beginning.machine)?;
     beginning.sandbox.confine(Role::Broker).map_err(StartError::Unconfined)?;

@@ -144,49 +144,28 @@ pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
     path.into()
 }
 
-/// Keeps other daemons from serving the same kernel for as long as it is open: only the one that has
-/// handed a device out knows who may have it. The locks are record locks, of which the launcher has one
-/// and its broker another: a process loses them when it begins to end, whatever keeps it from ending.
+/// Keeps other launchers from serving the same kernel for as long as it is open: only the one that has handed
+/// a device out knows who may have it. The lock is a record lock: a process loses it when it begins to end,
+/// whatever keeps it from ending.
 pub(super) fn be_the_only_one(keepers: &Path) -> Result<File, StartError> {
     let (path, file) = lock_file(keepers)?;
-    // The broker of an earlier launcher may still be about to end.
-    for part in [LAUNCHERS, BROKERS] {
-        lock_byte(file.as_fd(), part).map_err(|errno| match errno {
-            Errno::EAGAIN | Errno::EACCES => StartError::Another(path.clone()),
-            errno => StartError::Lock { path: path.clone(), source: errno.into() },
-        })?;
-    }
-    let unlocked = set_lock(file.as_fd(), BROKERS, libc::F_UNLCK);
-    unlocked.map_err(|errno| StartError::Lock { path, source: errno.into() })?;
-    Ok(file)
-}
-
-/// Takes the broker's lock on the file of [`be_the_only_one`].
-pub(super) fn lock_as_broker(file: BorrowedFd<'_>) -> Result<(), Errno> {
-    lock_byte(file, BROKERS)
-}
-
-/// The bytes of the lock file that stand for the launcher and for the broker.
-const LAUNCHERS: i64 = 0;
-const BROKERS: i64 = 1;
-
-/// Locks a byte; EAGAIN where another process has not let go of it in time.
-fn lock_byte(file: BorrowedFd<'_>, byte: i64) -> Result<(), Errno> {
     let until = Instant::now() + LOCK_DEADLINE;
     loop {
-        match set_lock(file, byte, libc::F_WRLCK) {
+        match set_lock(file.as_fd()) {
+            Ok(()) => return Ok(file),
             Err(Errno::EAGAIN | Errno::EACCES | Errno::EINTR) if Instant::now() < until => {}
-            done => return done,
+            Err(Errno::EAGAIN | Errno::EACCES) => return Err(StartError::Another(path)),
+            Err(errno) => return Err(StartError::Lock { path, source: errno.into() }),
         }
         std::thread::sleep(LOCK_RETRY);
     }
 }
 
-fn set_lock(file: BorrowedFd<'_>, byte: i64, kind: i32) -> Result<(), Errno> {
+fn set_lock(file: BorrowedFd<'_>) -> Result<(), Errno> {
     let lock = libc::flock {
-        l_type: kind as libc::c_short,
+        l_type: libc::F_WRLCK as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: byte,
+        l_start: 0,
         l_len: 1,
         l_pid: 0,
     };

@@ -8,6 +8,7 @@
 mod answer;
 mod broker;
 mod confine;
+mod earlier_broker;
 mod file_mode;
 mod listen;
 mod options;

@@ -2,6 +2,7 @@
 
 use super::StartError;
 use super::broker::{Beginning, Broker};
+use super::earlier_broker;
 use super::listen::Listening;
 use super::policy_file;
 use super::simulation::Simulation;
@@ -48,7 +49,7 @@ pub(super) struct Launcher {
     signals: SignalFd,
     simulation: Option<Simulation>,
     /// Keeps other launchers from serving the same machine.
-    lock: File,
+    _lock: File,
     listening: Listening,
 }
 
@@ -77,7 +78,8 @@ impl Launcher {
         lock: File,
         listening: Listening,
     ) -> Result<Self, StartError> {
-        let broker = Broker::start(&beginning, &listening.listener, &lock)?;
+        let broker = Broker::start(&beginning, &listening.listener)?;
+        earlier_broker::note(place.path(), broker.pid);
         let (helpers, ends) = (HashSet::new(), Vec::new());
         let (stop, missed) = (None, None);
         Ok(Self {
@@ -90,7 +92,7 @@ impl Launcher {
             ends,
             signals,
             simulation,
-            lock,
+            _lock: lock,
             listening,
         })
     }
@@ -274,7 +276,8 @@ impl Launcher {
             return Err(StartError::Ended { what: "the broker", why: ended.to_owned() });
         }
         error!(why = ended, "the broker has ended, and is started again; leases go on");
-        let next = Broker::start(&self.beginning, &self.listening.listener, &self.lock)?;
+        let next = Broker::start(&self.beginning, &self.listening.listener)?;
+        earlier_broker::note(self.place.path(), next.pid);
         let links = std::mem::replace(&mut self.broker, next).into_links();
         close_elsewhere(self.start_closer(), links);
         // It begins with the policy of now.

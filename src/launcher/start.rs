@@ -2,6 +2,7 @@
 
 use super::broker::Beginning;
 use super::confine::Sandbox;
+use super::earlier_broker;
 use super::listen::{self, Listening};
 use super::options::Options;
 use super::policy_file::{self, PolicyFile};
@@ -41,15 +42,16 @@ fn serve(
     let (machine, simulation) = simulation::machine(options)?;
     let mut policy_file = PolicyFile::new(options, machine.clone());
     let policy = policy_file.read(&mut sandbox)?;
-    let activated = passed.is_some();
-    let listening = Listening::new(passed, &options.socket)?;
     let place = keepers_place(options, simulation.is_some().then_some(&machine))?;
-    // Two daemons would not know what the other has handed out.
-    let lock = listen::be_the_only_one(place.path())?;
     let path = place.path();
+    // Two daemons would not know what the other has handed out.
+    let lock = listen::be_the_only_one(path)?;
+    earlier_broker::end(path);
     place
         .clear()
         .map_err(|error| StartError::Keepers { path: path.into(), why: error.to_string() })?;
+    let activated = passed.is_some();
+    let listening = Listening::new(passed, &options.socket)?;
     let (policy, _) = policy_file::put_in_force(policy, &place, &listening.listener)
         .map_err(StartError::set_up("the policy's file for keepers"))?;
     policy_file.in_force();

@@ -8,7 +8,7 @@ use nix::sys::signal::SigSet;
 use nix::unistd::{ForkResult, Pid, dup2_stdin, dup2_stdout, setpgid};
 use std::ffi::CStr;
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// The first number behind standard input, output and error.
@@ -75,7 +75,8 @@ fn close_range(first: RawFd, last: RawFd) -> Result<(), Errno> {
     Errno::result(result).map(drop)
 }
 
-/// A file that is readable once the process has ended. `pid` is a child that was not waited for.
+/// A file that is readable once the process has ended. `pid` is a child that was not waited for; of another
+/// process it is to be made sure afterwards that it is the one that is meant.
 ///
 /// # Errors
 /// See pidfd_open(2).
@@ -85,4 +86,16 @@ pub fn pidfd(pid: Pid) -> Result<OwnedFd, Errno> {
     let number = RawFd::try_from(Errno::result(result)?).map_err(|_| Errno::EBADF)?;
     // SAFETY: the kernel has just made this fd for us (close-on-exec); nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Ends a process by its pidfd, whatever it is at.
+///
+/// # Errors
+/// See pidfd_send_signal(2); ESRCH where it has ended.
+pub fn send_kill(pidfd: BorrowedFd<'_>) -> Result<(), Errno> {
+    let info = std::ptr::null::<libc::siginfo_t>();
+    let (fd, signal) = (pidfd.as_raw_fd(), libc::SIGKILL);
+    // SAFETY: the call takes integers, and no siginfo.
+    let result = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, fd, signal, info, 0) };
+    Errno::result(result).map(drop)
 }

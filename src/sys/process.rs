@@ -30,11 +30,16 @@ fn resident(statm: &str, page: u64) -> Option<Memory> {
 pub fn started(pid: u32) -> Option<u64> {
     let ticks =
         u64::try_from(sysconf(SysconfVar::CLK_TCK).ok()??).ok().filter(|ticks| *ticks > 0)?;
-    let stat = read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let uptime = read_to_string("/proc/uptime").ok()?;
     let uptime: u64 = uptime.split('.').next()?.parse().ok()?;
-    let age = uptime.checked_sub(ticks_at_start(&stat)? / ticks)?;
+    let age = uptime.checked_sub(ticks_at_start_of(pid)? / ticks)?;
     now().checked_sub(age)
+}
+
+/// When a process was started, in ticks of the kernel's clock: with its number it is that process's alone until
+/// the next boot. `None` where there is no such process.
+pub fn ticks_at_start_of(pid: u32) -> Option<u64> {
+    ticks_at_start(&read_to_string(format!("/proc/{pid}/stat")).ok()?)
 }
 
 /// Seconds since 1970, for people to read: what is decided by it is another thing once the clock is set.
