@@ -74,7 +74,8 @@ impl From<NotAllowed> for Error {
             NotAllowed::Reaches { refusal, group, device } => {
                 let reason = format!(
                     "{}; it is in group {group} with {device}, and whoever is handed the group reaches \
-                     all of it; handout devices gives the named devices alone",
+                     all of it; the handouts devices and iommufd, where the policy allows them, give the \
+                     named devices alone",
                     refusal.reason
                 );
                 policy::Refusal { reason, ..refusal }.into()

@@ -1,5 +1,6 @@
 //! Leases and Topology: who has what, as far as the caller may know.
 
+use super::access::CallersTenant;
 use super::books::Books;
 use super::steps::GROUPS;
 use super::{Broker, Caller, container_name, devices};
@@ -83,11 +84,11 @@ impl Broker {
         held.map(|lease| self.describe(&books, lease)).collect()
     }
 
-    /// The groups the caller may see: those with a device it may have, or with the right to observe
-    /// all of them. Reads sysfs.
+    /// The groups the caller may see: those with a device it may have; all of them with the right to
+    /// observe, and for an administrator. Reads sysfs.
     ///
     /// # Errors
-    /// The caller is no tenant, or sysfs can't be read.
+    /// The caller is no tenant and no administrator, or sysfs can't be read.
     pub fn topology(&self, caller: &Caller) -> Result<Groups, Error> {
         let mut tour = self.tour(caller)?;
         let mut groups = Vec::new();
@@ -102,9 +103,9 @@ impl Broker {
     /// # Errors
     /// As [`topology`](Self::topology).
     pub fn tour(&self, caller: &Caller) -> Result<Tour, Error> {
-        let tenant = self.tenant(caller)?;
+        self.viewer(caller)?;
         let since = Instant::now();
-        self.look_for_proof(&tenant.name, |_| true);
+        self.look_for_proof("", |_| true);
         let ids = group_ids(&*self.kernel)?.into_iter();
         Ok(Tour { ids, since, survey: self.shared_survey() })
     }
@@ -114,30 +115,43 @@ impl Broker {
     /// # Errors
     /// As [`topology`](Self::topology).
     pub fn next_groups(&self, caller: &Caller, tour: &mut Tour) -> Result<Vec<Group>, Error> {
-        let tenant = self.tenant(caller)?;
+        let viewer = self.viewer(caller)?;
+        let viewer = viewer.as_deref();
         let policy = self.policy();
-        let observes = policy.may(&tenant, Verb::Observe).allowed;
+        let observes = self.administers(caller)
+            || viewer.is_some_and(|tenant| policy.may(tenant, Verb::Observe).allowed);
         let serials = policy.names_serials().then(|| policy.serials());
         let books = self.books();
         let mut seen = Vec::new();
         for id in tour.ids.by_ref().take(GROUPS) {
             let is_taken = books.ledger.group(id).is_some();
             let group = tour.survey.group(&*self.kernel, id, tour.since, is_taken, serials)?;
-            seen.extend(group.filter(|group| observes || self.any_allowed(&tenant, group)));
+            seen.extend(group.filter(|group| observes || self.any_allowed(viewer, group)));
         }
         let groups = seen.iter();
-        Ok(groups.map(|group| self.describe_group(caller, &tenant, group, &books)).collect())
+        Ok(groups.map(|group| self.describe_group(caller, viewer, group, &books)).collect())
     }
 
-    fn any_allowed(&self, tenant: &Tenant, group: &host::Group) -> bool {
-        let policy = self.policy();
-        group.devices.iter().any(|device| policy.device(tenant, &device.facts).allowed)
+    /// The tenant that looks; `None` for an administrator that the policy has no tenant for.
+    fn viewer(&self, caller: &Caller) -> Result<Option<CallersTenant>, Error> {
+        match self.tenant(caller) {
+            Err(_) if self.administers(caller) => Ok(None),
+            tenant => tenant.map(Some),
+        }
+    }
+
+    fn any_allowed(&self, viewer: Option<&Tenant>, group: &host::Group) -> bool {
+        group.devices.iter().any(|device| self.allows(viewer, device))
+    }
+
+    fn allows(&self, viewer: Option<&Tenant>, device: &host::Device) -> bool {
+        viewer.is_some_and(|tenant| self.policy().device(tenant, &device.facts).allowed)
     }
 
     fn describe_group(
         &self,
         caller: &Caller,
-        tenant: &Tenant,
+        viewer: Option<&Tenant>,
         group: &host::Group,
         books: &Books,
     ) -> Group {
@@ -145,8 +159,12 @@ impl Broker {
         let known = ledger.group(group.id);
         let lease = known.and_then(|known| ledger.lease(known.lease));
         let lease = lease.filter(|lease| self.may_see(caller, &lease.tenant));
+        let is_open = match viewer {
+            Some(tenant) => ledger.is_open_to(group.id, &tenant.name),
+            None => ledger.unproved_group(group.id).is_none(),
+        };
         let state = match known.map(|known| &known.state) {
-            None if !ledger.is_open_to(group.id, &tenant.name) => GroupState::Quarantined,
+            None if !is_open => GroupState::Quarantined,
             None => GroupState::Free,
             Some(Stage::Acquiring | Stage::Held) => GroupState::Held,
             Some(Stage::Reclaiming { .. }) => GroupState::Reclaiming,
@@ -166,8 +184,9 @@ impl Broker {
                 lease: lease.filter(has).map(|lease| lease.id.to_string()),
             }
         };
-        let policy = self.policy();
-        let blockers = group.blockers(|device| policy.device(tenant, &device.facts).allowed);
+        // An administrator is whoever looks after the host, whose devices they are to take.
+        let may_take = |device: &_| self.administers(caller) || self.allows(viewer, device);
+        let blockers = group.blockers(may_take);
         let unproved = ledger.unproved_group(group.id);
         let unproved = unproved.filter(|left| self.may_see(caller, &left.tenant));
         let is_seen = lease.is_some() || unproved.is_some();

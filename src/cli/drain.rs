@@ -22,7 +22,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
     let grace = args.grace.grace;
     if !context.json && !grace.is_zero() {
         let seconds = grace.as_secs();
-        complain(&format!("holders have {seconds} s; Ctrl-C does not stop it\n"));
+        complain(&format!(
+            "asking for them; once accepted, holders have {seconds} s, and Ctrl-C stops nothing\n"
+        ));
     }
     let mut broker = context.connect()?;
     let mut failed = None;

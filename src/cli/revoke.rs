@@ -69,9 +69,12 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
     // What can't be asked is said before anything is taken.
     let qemu = args.qmp.as_deref().map(|socket| InQemu::find(socket, &args.lease, grace));
     let qemu = qemu.transpose()?;
+    // The only reply comes when all is over: nothing before that shows whether it was accepted.
     if !context.json && !grace.is_zero() {
         let seconds = grace.as_secs();
-        complain(&format!("the holder has {seconds} s; Ctrl-C does not stop the revocation\n"));
+        complain(&format!(
+            "asking for it; once accepted, the holder has {seconds} s, and Ctrl-C stops nothing\n"
+        ));
     }
     let mut broker = context.connect()?;
     let revoked = std::thread::scope(|scope| {

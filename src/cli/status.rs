@@ -22,11 +22,11 @@ pub(super) fn run(context: &Context, _: &Args) -> Result<(), Failure> {
 fn text(status: &BrokerStatus) -> String {
     let mut lines = vec![["version".to_owned(), status.version.clone()].to_vec()];
     let mut line = |name: &str, what: String| lines.push(vec![name.to_owned(), what]);
+    if let Some(pid) = status.launcher {
+        line("launcher", format!("pid {pid}, which signals are for"));
+    }
     if let (Some(pid), Some(at)) = (status.pid, status.since) {
         line("broker", format!("pid {pid}, since {}", since(at)));
-    }
-    if let Some(pid) = status.launcher {
-        line("launcher", format!("pid {pid}"));
     }
     if let Some(sandbox) = &status.sandbox {
         for (at, part) in sandbox.split("; ").enumerate() {

@@ -12,7 +12,7 @@ use crate::process::launcher::{GiveUp, PolicyRead, Told};
 use crate::process::link::{self, Answering};
 use crate::process::role::Role;
 use crate::sys::{child, fdpass};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::socket::MsgFlags;
 use nix::unistd::Pid;
 use std::fs::File;
@@ -101,6 +101,10 @@ impl Broker {
 /// The broker's process.
 fn serve(beginning: &Beginning, [ask, watch, listener]: [OwnedFd; 3]) -> u8 {
     let Ok(says) = ask.try_clone() else { return 1 };
+    // A SIGHUP is meant for the launcher, which has the policy read: the broker must not end by one.
+    if SigSet::from(Signal::SIGHUP).thread_block().is_err() {
+        return 1;
+    }
     let served = prepared(beginning).and_then(|kernel| {
         let Beginning { options, policy, policy_file, sandbox, files, machine_ends, .. } =
             beginning;

@@ -61,7 +61,7 @@ pub struct Options {
 pub enum SandboxMode {
     /// They do, and where this system can't have it all, nothing is started
     Require,
-    /// They do as far as this system can; the log's first line and "vfio-broker status" say how far
+    /// They do as far as this system can; the line "confined" of the log and "vfio-broker status" say how far
     Try,
     /// They don't, to find out whether that is what something fails for
     Off,

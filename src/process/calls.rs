@@ -164,6 +164,9 @@ pub const KEEPS: &[SystemCall] = &[
     // Whether what came with a call is a client's connection.
     any(libc::SYS_getsockname),
     any(libc::SYS_getpeername),
+    // A link of which nothing may be closed.
+    any(libc::SYS_shutdown),
+    when(libc::SYS_setsockopt, &[is(1, libc::SOL_SOCKET as u32), is(2, libc::SO_OOBINLINE as u32)]),
     any(libc::SYS_flock),
     any(libc::SYS_mkdirat),
     any(libc::SYS_unlinkat),

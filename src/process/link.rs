@@ -85,6 +85,9 @@ impl Inbox {
                 let more = got.len == buffer.len() || !got.fds.is_empty();
                 self.frames.push(&buffer[..got.len]);
                 self.fds.extend(got.fds);
+                if got.cut {
+                    return Err(Lost::Malformed("files for which there was no room".into()));
+                }
                 if self.fds.len() > MAX_FDS {
                     return Err(Lost::Malformed(format!("more than {MAX_FDS} files")));
                 }

@@ -16,7 +16,7 @@ macro_rules! with_methods {
             "org.vfiobroker.Broker" MapDma -> Empty: takes_files;
             "org.vfiobroker.Broker" UnmapDma -> Unmapped:;
             "org.vfiobroker.Broker" SetMemlock -> Memlock:;
-            "org.vfiobroker.Broker" Topology -> Groups: repeatable;
+            "org.vfiobroker.Broker" Topology -> Groups: repeatable for_administrators;
             "org.vfiobroker.Broker" Leases -> LeaseList: repeatable for_administrators;
             "org.vfiobroker.Broker" Watch -> Event: needs_reply needs_more for_administrators;
             "org.vfiobroker.Broker" Status -> BrokerStatus: for_strangers repeatable;

@@ -41,6 +41,18 @@ fn acquire(client: &mut Raw, device: &str) -> crate::common::raw::Reply {
 }
 
 #[test]
+fn a_sighup_to_the_broker_instead_of_the_launcher_ends_nothing() {
+    let daemon = Daemon::start();
+    let mut client = daemon.connect();
+    let broker = daemon.pid();
+    daemon.signal_broker(Signal::SIGHUP);
+    // By the same process, on the same connection: after the signal was delivered.
+    let (status, _) = client.call("Status", json!({})).ok();
+    assert_eq!(status["pid"], broker);
+    assert!(reload(&daemon, &others()).contains("is in force"));
+}
+
+#[test]
 fn connections_that_are_open_go_by_the_policy_of_now() {
     let daemon = Daemon::with(Setup::policy(others()));
     let mut client = daemon.connect();

@@ -13,7 +13,8 @@ pub fn advice(error: &Error) -> Option<String> {
         }),
         Error::NotViable { blockers, .. } => not_viable(blockers),
         Error::Unnamed { companions, .. } => Some(format!(
-            "withhold {}, or name it among the devices; handout devices gives the named devices alone",
+            "withhold {}, or name it among the devices; the handouts devices and iommufd, where the policy \
+             allows them, give the named devices alone",
             companions.join(" and ")
         )),
         Error::Busy { holder: Some(holder), .. } => {
@@ -71,7 +72,12 @@ fn taken_off(devices: &[String]) -> String {
         )
     });
     let commands = each.collect::<Vec<_>>().join(", ");
-    format!("whoever looks after this host can do that ({commands}); then try again")
+    let words = devices.iter().map(|bdf| format!("`vfio-broker confirm {bdf}`"));
+    let words = words.collect::<Vec<_>>().join(", ");
+    format!(
+        "whoever looks after this host can do that ({commands}; a simulated machine has no such files), or \
+         look that nobody has it open and say so ({words}); then try again"
+    )
 }
 
 /// What to do about a limit that the policy sets.

@@ -276,6 +276,19 @@ fn the_topology_shows_what_one_may_have() {
 }
 
 #[test]
+fn an_administrator_sees_all_groups_without_being_a_tenant_and_gets_none() {
+    let world = World::new();
+    let held = world.acquire(1000, &want(&["0000:02:00.0"])).unwrap();
+    let groups = world.broker.topology(&caller(0)).unwrap().groups;
+    assert_eq!(groups.iter().map(|group| group.id).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6, 7, 8]);
+    assert_eq!(groups[1].devices[0].lease.as_ref(), Some(&held.reply.lease));
+    assert!(groups[3].blockers[0].fix.is_some(), "whose host it is, is told how to take it");
+    let denied = world.acquire(0, &want(&["0000:03:00.0"])).unwrap_err();
+    assert!(matches!(denied, Error::Denied { .. }), "{denied}");
+    assert!(world.broker.topology(&caller(4242)).is_err(), "nobody's tenant, and no administrator");
+}
+
+#[test]
 fn a_lifeline_that_is_refused_leaves_nothing() {
     let policy = "version = 1\n[[tenant]]\nname = \"a\"\nuser = 1000\ndevices = [\"8086:10d3\"]\n\
                   limits = { fds = 4 }\n";

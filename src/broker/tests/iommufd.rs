@@ -191,7 +191,9 @@ fn the_same_tenant_has_it_again_and_no_other() {
     assert!(!world.has_pending_reclaims());
     for request in [want(&[NIC]), by_iommufd(&[NIC]), want_as(Handout::Group, &[NIC])] {
         let error = world.acquire(1001, &request).unwrap_err();
-        assert!(advice(&error).unwrap().contains(&format!("{NIC}/driver/unbind")), "{error}");
+        let advice = advice(&error).unwrap();
+        assert!(advice.contains(&format!("{NIC}/driver/unbind")), "{advice}");
+        assert!(advice.contains(&format!("`vfio-broker confirm {NIC}`")), "{advice}");
         let Error::Quarantined { until, device, unbind, holder, .. } = error else {
             panic!("{error}")
         };

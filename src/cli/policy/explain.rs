@@ -8,7 +8,7 @@ use crate::cli::style::{print, print_json};
 use crate::host::{self, Group, Place};
 use crate::kernel::{self, Kernel, Linux};
 use crate::policy::{Names, OVERFLOW_ID, Peer, Policy};
-use crate::protocol::Bdf;
+use crate::protocol::{Bdf, Handout};
 use crate::sim::{Sim, Topology};
 use crate::users::SystemUsers;
 use std::path::{Path, PathBuf};
@@ -33,6 +33,9 @@ pub(super) struct Args {
     /// Its SELinux label
     #[arg(long, value_name = "LABEL")]
     label: Option<String>,
+    /// In which form it would be handed out [default: what the tenant gets unless it asks]
+    #[arg(long, value_enum)]
+    handout: Option<Handout>,
     /// The policy [default: /etc/vfio-broker/policy.toml; with --sim NAME.toml, NAME.policy.toml
     /// beside it]
     #[arg(long, value_name = "FILE")]
@@ -60,6 +63,9 @@ pub(super) fn run(context: &Context, args: &Args) -> Result<ExitCode, Failure> {
     let peer = peer(args);
     let mut explanation = explain(&policy, &peer, args.device, kernel.as_ref())
         .map_err(|error| Failure::new(format!("can't look at the device: {error}")))?;
+    if let Some(handout) = args.handout {
+        explanation.ask_for(&policy, &peer, handout);
+    }
     if peer.groups.is_empty() {
         let uid = peer.uid;
         explanation.notes.push(format!(
@@ -269,6 +275,23 @@ driver = "e1000e"
             let line = Line::parse_from(["explain", "--uid", "1000", "--device", device]);
             assert_eq!(line.args.device.to_string(), "0000:65:00.0");
         }
+    }
+
+    #[test]
+    fn a_handout_that_the_tenant_may_not_have_is_denied() {
+        let policy = Policy::parse("policy.toml", &with_devices(), &SystemUsers).unwrap();
+        let asked = |handout| {
+            let mut answer = ask_of(&with_devices(), MACHINE, peer(1000), "0000:65:00.0");
+            answer.ask_for(&policy, &peer(1000), handout);
+            (answer.allowed, text(&answer))
+        };
+        let (allowed, said) = asked(Handout::Devices);
+        assert!(allowed, "{said}");
+        let (allowed, said) = asked(Handout::Iommufd);
+        assert!(!allowed && said.contains("iommufd"), "{said}");
+        // Its companion is denied, and the group's file reaches that too.
+        let (allowed, said) = asked(Handout::Container);
+        assert!(!allowed && said.contains("whoever is handed the group"), "{said}");
     }
 
     #[test]

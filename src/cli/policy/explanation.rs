@@ -39,6 +39,9 @@ pub(super) struct Explanation {
     pub(super) containers: Vec<Container>,
     /// Up to where the memlock limit is raised, in bytes; 0 is never.
     pub(super) memlock: u64,
+    /// What denies the other functions of its group, which some handouts reach and others don't.
+    #[serde(skip)]
+    reached: Vec<Decision>,
     /// What would stop it although the policy does not.
     pub(super) obstacles: Vec<String>,
     /// What is good to know.
@@ -80,6 +83,7 @@ impl Explanation {
             backends: Vec::new(),
             containers: Vec::new(),
             memlock: 0,
+            reached: Vec::new(),
             obstacles: Vec::new(),
             notes: Vec::new(),
         };
@@ -96,6 +100,22 @@ impl Explanation {
         };
         explanation.of_host(found, may_have);
         explanation
+    }
+
+    /// Asks for this handout too.
+    pub(super) fn ask_for(&mut self, policy: &Policy, peer: &Peer, handout: Handout) {
+        let Ok(tenant) = policy.tenant(peer) else { return };
+        if let Err(refusal) = policy.handout(tenant, Some(handout)) {
+            self.allowed = false;
+            let decision = Decision::from(refusal);
+            self.decisions.push(Step { about: "handout".into(), decision });
+        }
+        if matches!(handout, Handout::Container | Handout::Group) && !self.reached.is_empty() {
+            self.allowed = false;
+            let steps = self.reached.drain(..);
+            self.decisions
+                .extend(steps.map(|decision| Step { about: "companion".into(), decision }));
+        }
     }
 
     fn of_tenant(&mut self, policy: &Policy, tenant: &Tenant, peer: &Peer, found: &Found<'_>) {
@@ -156,6 +176,7 @@ impl Explanation {
                      it, so only handout {} is possible",
                     names(&alone)
                 ));
+                self.reached.push(decision);
             } else {
                 let reason = format!(
                     "{}; whoever is handed the group reaches it too, and handout devices, which \
