@@ -1,8 +1,10 @@
 //! Acquire: the whole of it, or nothing.
 
 use super::access::{CallersTenant, quota};
+use super::attend::{FIRST_PAUSE, LONGEST_PAUSE};
 use super::books::{Books, Entry};
 use super::candidates::Candidates;
+use super::error::no_answer;
 use super::keeper::{KeeperHandle, NotDone, Turn};
 use super::key::{Key, new_lease_id};
 use super::plan::{Chosen, Plan};
@@ -11,14 +13,15 @@ use super::{Broker, Caller, Delivery, container_name, devices, error, event, no_
 use crate::ledger::{self, Effect, GroupState, LeaseId, Refusal, Request, Space, Trust};
 use crate::policy::{Policy, Tenant, Verb};
 use crate::process::keeper::{
-    Deliver, LeaseRecord, LeasedDevice, LeasedGroup, Open, Opened, SharedContainer, Step, Undo,
+    Deliver, LeaseRecord, LeasedDevice, LeasedGroup, Open, Opened, Phase, SharedContainer, Step,
+    Undo,
 };
 use crate::protocol::{Acquire, Error, EventKind, Handout};
 use serde_json::{Map, Value, json};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 use tracing::warn;
 
 /// Why nothing was reserved.
@@ -364,30 +367,29 @@ impl Broker {
         let object = object.collect::<Vec<_>>().join(" ");
         let devices = call.record.devices.clone();
         let work = async move {
-            let done = match keeper.keeper.turn_until("Acquire", until).await {
-                Ok(mut turn) => {
-                    turn.ask(&call, &[client.as_fd()]).await.map(|opened| (turn, opened))
-                }
-                Err(_) => Err(NotDone::Lost(crate::process::link::Lost::Closed)),
+            let Ok(mut turn) = keeper.keeper.turn_until("Acquire", until).await else {
+                broker.abort(id);
+                return Err(no_answer("Acquire", &keeper.keeper.name));
             };
-            match done {
-                Ok((turn, opened)) => Ok(Ready { turn, opened }),
+            match turn.ask(&call, &[client.as_fd()]).await {
+                Ok(opened) => Ok(Ready { turn, opened }),
                 Err(why) => {
+                    drop(turn);
+                    if let NotDone::Lost(_) = why {
+                        undone(&keeper.keeper, id, None).await;
+                    }
                     let error = broker.not_done(why, id, &devices, "Acquire");
                     broker.abort(id);
                     Err(error)
                 }
             }
         };
-        let (broker, late) = (Rc::clone(self), entry.id);
-        let undo = move |ready: Ready| async move { broker.undo(late, ready.turn).await };
+        let (broker, entry) = (Rc::clone(self), Rc::clone(entry));
+        let undo = move |ready: Ready| async move {
+            undone(&entry.keeper, entry.id, Some(ready.turn)).await;
+            broker.abort(entry.id);
+        };
         self.in_time(("Acquire", &object), until, work, undo).await
-    }
-
-    async fn undo(&self, id: LeaseId, mut turn: Turn) {
-        // Where it fails the keeper is gone, and what it had with it.
-        let _ = turn.ask(&Undo { lease: id.to_string() }, &[]).await;
-        self.abort(id);
     }
 
     /// Everything is open: what can still fail comes first, then the lease is its holder's.
@@ -420,7 +422,8 @@ impl Broker {
         let lease = match committed {
             Ok(lease) => lease,
             Err(error) => {
-                self.undo(entry.id, turn).await;
+                undone(&entry.keeper, entry.id, Some(turn)).await;
+                self.abort(entry.id);
                 return Err(error);
             }
         };
@@ -487,6 +490,30 @@ impl Broker {
         books.report(lease, [Request::Retract { lease, devices, groups }]);
         drop(books);
         self.has_changed();
+    }
+}
+
+/// Has what was opened and not delivered undone. Of a keeper that was killed meanwhile, what it had is open
+/// until its process has ended, and is not free before somebody has proved it.
+async fn undone(keeper: &KeeperHandle, id: LeaseId, mut turn: Option<Turn>) {
+    let undo = Undo { lease: id.to_string() };
+    let mut pause = FIRST_PAUSE;
+    loop {
+        let turn = match turn.take() {
+            None => keeper.turn_once_linked().await,
+            first => first,
+        };
+        // With the keeper all that it had is gone.
+        let Some(mut turn) = turn else { return };
+        match turn.ask(&undo, &[]).await {
+            // Another keeper takes back what this one has left.
+            Ok(changed) if changed.state.phase == Phase::Ending => {}
+            Err(NotDone::Lost(_)) => {}
+            Ok(_) | Err(NotDone::Failed(_)) => return,
+        }
+        drop(turn);
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 

@@ -17,8 +17,8 @@ use tokio::time::{Instant, sleep};
 use tracing::{debug, warn};
 
 /// How often a way to a keeper is looked for where there is none.
-const FIRST_PAUSE: Duration = Duration::from_millis(5);
-const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(5);
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
 /// How long a keeper that salvages may take to begin.
 const SALVAGE: Duration = Duration::from_secs(2);
