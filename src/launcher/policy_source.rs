@@ -93,7 +93,9 @@ impl PolicySource {
             Some(path) => text(path)?,
             None => sim_policy(&*self.kernel()?)?,
         };
-        let policy = Policy::parse(name, &text, &SystemUsers).map_err(Problem::Wrong)?;
+        // A refusal names what to mend, and not what would be warned of in a good file.
+        let wrong = |problems: Problems| Problem::Wrong(problems.into_errors());
+        let policy = Policy::parse(name, &text, &SystemUsers).map_err(wrong)?;
         let policy = self.with_serials(policy)?;
         for problem in policy.warnings().iter() {
             warn!("{}:{}: {}", problem.file, problem.line, problem.message);
@@ -146,7 +148,9 @@ impl Problem {
             let help = it.help.as_ref().map_or(String::new(), |help| format!(" ({help})"));
             format!("{}:{}:{}: {}{help}", it.file, it.line, it.column, it.message)
         });
-        each.collect::<Vec<_>>().join("; ")
+        let each: Vec<_> = each.collect();
+        let count = if each.len() > 1 { format!("{} errors: ", each.len()) } else { String::new() };
+        format!("{count}{}", each.join("; "))
     }
 }
 

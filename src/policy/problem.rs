@@ -88,6 +88,12 @@ impl Problems {
         self.0.is_empty()
     }
 
+    /// Only those that make the file of no use.
+    pub fn into_errors(mut self) -> Self {
+        self.0.retain(|problem| problem.severity == Severity::Error);
+        self
+    }
+
     /// How many of them are of this severity.
     pub fn count(&self, severity: Severity) -> usize {
         self.iter().filter(|problem| problem.severity == severity).count()

@@ -217,6 +217,20 @@ fn a_policy_that_does_not_come_holds_up_nobody_and_is_in_force_once_it_does() {
 }
 
 #[test]
+fn a_refusal_names_the_errors_of_a_policy_and_not_what_it_would_be_warned_of() {
+    let daemon = Daemon::with(Setup::policy(own("")));
+    // An entry by its address alone is warned of.
+    let text = own("").replacen("devices = [", "devices = [\"0000:99:00.0\", ", 1);
+    let two = text.replace("user =", "name2 = 1\nusr =");
+    let log = reload(&daemon, &two);
+    let refused = log.lines().find(|line| line.contains("policy refused")).unwrap();
+    assert!(
+        refused.contains("2 errors: ") && !refused.contains("whatever comes to be"),
+        "{refused}"
+    );
+}
+
+#[test]
 fn a_policy_that_never_comes_is_refused() {
     let daemon = Daemon::with(Setup::default().argument("--policy-deadline", "300"));
     put_fifo(&daemon);
