@@ -76,7 +76,9 @@ impl Daemon {
         let log = fs::File::create(path("log")).unwrap();
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
         let daemon = Self { child, dir };
-        super::raw::connect_soon(&daemon.socket());
+        // The socket is there before the broker is: once it answers, both are.
+        let mut client = super::raw::RawClient::new(super::raw::connect_soon(&daemon.socket()));
+        client.call(b"{\"method\":\"org.varlink.service.GetInfo\",\"parameters\":{}}\0");
         daemon
     }
 
