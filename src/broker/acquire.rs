@@ -386,10 +386,14 @@ impl Broker {
         };
         let (broker, entry) = (Rc::clone(self), Rc::clone(entry));
         let undo = move |ready: Ready| async move {
-            undone(&entry.keeper, entry.id, Some(ready.turn)).await;
-            broker.abort(entry.id);
+            broker.undo(&entry, ready.turn).await;
         };
         self.in_time(("Acquire", &object), until, work, undo).await
+    }
+
+    async fn undo(&self, entry: &Entry, turn: Turn) {
+        undone(&entry.keeper, entry.id, Some(turn)).await;
+        self.abort(entry.id);
     }
 
     /// Everything is open: what can still fail comes first, then the lease is its holder's.
@@ -422,8 +426,7 @@ impl Broker {
         let lease = match committed {
             Ok(lease) => lease,
             Err(error) => {
-                undone(&entry.keeper, entry.id, Some(turn)).await;
-                self.abort(entry.id);
+                self.undo(entry, turn).await;
                 return Err(error);
             }
         };

@@ -13,11 +13,6 @@ use std::os::fd::{AsFd, OwnedFd};
 const PAGE: usize = 1000;
 
 impl Keeper {
-    /// Whether a client may have this mapped.
-    pub(super) fn check_maps(&self, call: &Map, client: &Client) -> Result<(), Failure> {
-        self.check_holder(&call.lease, client)
-    }
-
     /// Maps a peer's memory, which is in the queue of a socket, for a client that may have it mapped. On an
     /// error nothing is mapped.
     pub(super) fn map(&mut self, call: &Map, queue: &OwnedFd) -> Result<Changed, Failure> {
@@ -75,7 +70,8 @@ impl Keeper {
         Ok(MappingsPage { mappings: mappings.map(|(iova, size)| (*iova, *size)).collect() })
     }
 
-    fn check_holder(&self, name: &str, client: &Client) -> Result<(), Failure> {
+    /// Whether a client may map and unmap for a lease.
+    pub(super) fn check_holder(&self, name: &str, client: &Client) -> Result<(), Failure> {
         let state = &self.lease(name)?.state;
         match state.phase == Phase::Held && state.record.keeper_maps() {
             true => self.permit_holder(&state.record, client),

@@ -5,6 +5,7 @@ use super::permit::Client;
 use super::{Keeper, KeptLease};
 use crate::host;
 use crate::kernel::{self, Device, Group, Iommufd, Kernel, Node};
+use crate::ledger::LeaseId;
 use crate::process::keeper::{
     Changed, Failure, GroupState, LeaseRecord, LeaseState, LeasedGroup, Open, Opened, Phase,
     Reopen, Stage, Step, Undo,
@@ -363,9 +364,9 @@ pub(super) fn node(id: u32, noiommu: bool) -> Node {
 /// broker understands: it could not begin otherwise.
 fn check_record(call: &Open, known: Option<&LeaseRecord>) -> Result<(), Failure> {
     let Some(known) = known else {
-        let digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
-        let is_hex = |text: &str, digits| text.len() == digits && text.bytes().all(digit);
-        return match is_hex(&call.record.lease, 16) && is_hex(&call.record.key, 32) {
+        let LeaseRecord { lease, key, .. } = &call.record;
+        let is_key = key.len() == 32 && key.bytes().all(|byte| byte.is_ascii_hexdigit());
+        return match lease.parse::<LeaseId>().is_ok() && is_key {
             true => Ok(()),
             false => Err(bad("record", "its lease or key is none")),
         };

@@ -239,8 +239,8 @@ impl Keeper {
             Undo::NAME => framed(self.undo(&link::parse(parameters)?)),
             Map::NAME => {
                 let mut queue = Some(file()?);
-                let answer = self.for_client(parameters, file()?, |keeper, call, client| {
-                    keeper.check_maps(&call, client)?;
+                let answer = self.for_client(parameters, file()?, |keeper, call: Map, client| {
+                    keeper.check_holder(&call.lease, client)?;
                     queue
                         .take()
                         .map_or(Err(Failure::NoSuchLease), |queue| keeper.map(&call, &queue))
